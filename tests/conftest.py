@@ -1,0 +1,88 @@
+"""What the tests share: a machine without internet, a place for artifacts, a stand-in data hub.
+
+The one idea to know: before any test module is imported, the address of the hub is set to a
+free port of this machine where nothing listens, so "the hub is down" is every test's normal
+state. The fixture `hub` starts the stand-in hub on that very port for one test, which is why
+libraries that read the address only once (`datasets`, `huggingface_hub`) find it too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+SERVE = Path(__file__).resolve().parents[2] / "shared" / "hub" / "serve.py"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def pytest_configure(config) -> None:
+    """Hermetic by default: no public address, no cache or artifact of the user's own."""
+    config.hub_port = free_port()
+    config.scratch = tempfile.mkdtemp(prefix="nanochat_tests_")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{config.hub_port}"
+    os.environ["NANOCHAT_FILES_URL"] = os.environ["HF_ENDPOINT"] + "/files"
+    os.environ["HF_HOME"] = os.path.join(config.scratch, "huggingface")
+    os.environ["NANOCHAT_BASE_DIR"] = os.path.join(config.scratch, "nanochat")
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+
+
+def pytest_unconfigure(config) -> None:
+    shutil.rmtree(config.scratch, ignore_errors=True)
+
+
+@pytest.fixture
+def base_dir(tmp_path, monkeypatch) -> Path:
+    """An empty NANOCHAT_BASE_DIR of the test's own."""
+    path = tmp_path / "base"
+    path.mkdir()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(path))
+    return path
+
+
+@pytest.fixture
+def start_hub():
+    """A function that starts a stand-in hub and gives its address: `start_hub("--fail-first", "2")`.
+
+    Options are those of serve.py; `root` is a folder of data sets and files of the test's own.
+    Every hub started ends with the test.
+    """
+    if not SERVE.exists():
+        pytest.skip(f"needs the stand-in hub, which is not at {SERVE}")
+    servers = []
+
+    def start(*options: str, root: Path | None = None, port: int = 0) -> str:
+        command = [sys.executable, str(SERVE), "--port", str(port), *options]
+        if root is not None:
+            command += ["--root", str(root)]
+        servers.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        address = servers[-1].stdout.readline().strip()
+        assert address, f"the stand-in hub did not start: {' '.join(command)}"
+        return address
+
+    yield start
+    for server in servers:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
+@pytest.fixture
+def hub(start_hub, request) -> str:
+    """The address of a running stand-in hub, to which HF_ENDPOINT and NANOCHAT_FILES_URL point."""
+    address = start_hub(port=request.config.hub_port)
+    assert address == os.environ["HF_ENDPOINT"]
+    return address
