@@ -1,0 +1,378 @@
+"""The Transformer: a decoder-only GPT, and the loss at its head.
+
+The model knows tokens and tensors only: no data, no files, no optimizer. Weights are
+float32 and are cast to the compute dtype where they are used (see `Linear`); the
+embeddings are stored in the compute dtype and so decide what everything runs in.
+
+Beyond the plain Transformer stand four small learnt extras, each neutral when absent
+(`add_missing_weights`): per-layer mixing of the residual with the first embedding, value
+embeddings, smear (a token looks at its left neighbour) and backout (part of the mid-depth
+residual is taken away at the end).
+
+The head and its loss are in `cross_entropy.py`: logits of all tokens never exist at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.common import compute_dtype
+from nanochat.cross_entropy import linear_cross_entropy, softcapped_logits, token_losses
+from nanochat.flash_attention import flash_attn
+
+SMEAR_CHANNELS = 24  # how many channels decide the smear gate
+VALUE_GATE_CHANNELS = 12  # and the value-embedding gates
+
+
+@dataclass
+class GPTConfig:
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6  # fewer than n_head: grouped-query attention (arXiv:2305.13245)
+    n_embd: int = 768
+    window_pattern: str = "QQQL"  # tiled over the layers: L full, S half, Q quarter context
+    rotary_base: float = 100000.0
+    qk_scale: float = 1.2  # q and k after their norm; sharpens attention that QK-norm flattens
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm without a gain (arXiv:1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """A product without bias, in the dtype of its input, from a float32 weight."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def has_value_embed(layer: int, n_layer: int) -> bool:
+    """Value embeddings stand on every other layer, the last one included."""
+    return layer % 2 == (n_layer - 1) % 2
+
+
+def window_sizes(config: GPTConfig) -> list[int]:
+    """Tokens each layer sees before the current one; -1 is all of them.
+
+    A pattern letter asks for the whole context (L), half (S) or a quarter (Q), rounded up
+    to a multiple of 128. The last layer always sees everything.
+    """
+    share = {"L": 1, "S": 2, "Q": 4}
+    pattern = config.window_pattern.upper()
+    if not pattern or set(pattern) - set(share):
+        raise ValueError(f"window pattern {config.window_pattern!r} may hold only the letters L, S and Q")
+    sizes = []
+    for layer in range(config.n_layer):
+        letter = "L" if layer == config.n_layer - 1 else pattern[layer % len(pattern)]
+        window = -(-config.sequence_len // share[letter] // 128) * 128
+        sizes.append(-1 if letter == "L" or window >= config.sequence_len else window)
+    return sizes
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (arXiv:2104.09864): x (B, T, H, D); cos, sin (1 or B, T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.n_embd // config.n_head
+        self.qk_scale = config.qk_scale
+        self.c_q = Linear(config.n_embd, config.n_head * self.head_dim)
+        self.c_k = Linear(config.n_embd, config.n_kv_head * self.head_dim)
+        self.c_v = Linear(config.n_embd, config.n_kv_head * self.head_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if has_value_embed(layer, config.n_layer) else None
+
+    def forward(self, x, value_embed, cos, sin, window, kv_cache):
+        B, T, _ = x.shape
+        q = self.c_q(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.c_k(x).view(B, T, -1, self.head_dim)  # (B, T, H_kv, D)
+        v = self.c_v(x).view(B, T, -1, self.head_dim)
+        if value_embed is not None:
+            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, H_kv)
+            v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
+        q = norm(rotate(q, cos, sin)) * self.qk_scale
+        k = norm(rotate(k, cos, sin)) * self.qk_scale
+        if kv_cache is None:
+            y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+        else:
+            k_cache, v_cache = kv_cache.get_layer_cache(self.layer)
+            y = flash_attn.flash_attn_with_kvcache(
+                q, k_cache, v_cache, k=k, v=v, cache_seqlens=kv_cache.cache_seqlens, causal=True, window_size=(window, 0)
+            )
+        return self.c_proj(y.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())  # ReLU squared: arXiv:2109.08668
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x, value_embed, cos, sin, window, kv_cache):
+        x = x + self.attn(norm(x), value_embed, cos, sin, window, kv_cache)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """Made on the meta device, then given memory and values:
+
+    >>> with torch.device("meta"):
+    ...     model = GPT(config)
+    >>> model.to_empty(device=device)
+    >>> model.init_weights()
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head or config.n_head % config.n_kv_head:
+            raise ValueError(
+                f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}, and n_head of n_kv_head {config.n_kv_head}"
+            )
+        self.config = config
+        self.window_sizes = window_sizes(config)
+        vocab = -(-config.vocab_size // 64) * 64  # kernels like multiples of 64; the extra rows are never read
+        head_dim = config.n_embd // config.n_head
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(vocab, config.n_embd),
+                "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+            }
+        )
+        self.lm_head = Linear(config.n_embd, vocab)
+        self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+        self.smear_lambda = nn.Parameter(torch.empty(1))
+        self.backout_lambda = nn.Parameter(torch.empty(1))
+        self.value_embeds = nn.ModuleDict(
+            {
+                str(layer): nn.Embedding(vocab, config.n_kv_head * head_dim)
+                for layer in range(config.n_layer)
+                if has_value_embed(layer, config.n_layer)
+            }
+        )
+        self.register_buffer("cos", torch.empty(1, config.sequence_len, 1, head_dim // 2), persistent=False)
+        self.register_buffer("sin", torch.empty(1, config.sequence_len, 1, head_dim // 2), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, dtype: torch.dtype | None = None) -> None:
+        """Fill all weights. `dtype` is the compute dtype; by default what suits the model's device."""
+        dtype = dtype or compute_dtype(self.get_device().type)
+        width, n_layer = self.config.n_embd, self.config.n_layer
+        bound = (3 / width) ** 0.5  # uniform(-bound, bound) has standard deviation 1/sqrt(width)
+        self.transformer.wte.to(dtype)
+        self.value_embeds.to(dtype)
+        nn.init.normal_(self.transformer.wte.weight, std=0.8)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        for block in self.transformer.h:
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                nn.init.uniform_(linear.weight, -bound, bound)
+            nn.init.uniform_(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
+            nn.init.zeros_(block.attn.c_proj.weight)  # every block starts as the identity
+            nn.init.zeros_(block.mlp.c_proj.weight)
+            if block.attn.ve_gate is not None:
+                nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)
+        for embed in self.value_embeds.values():
+            nn.init.uniform_(embed.weight, -bound, bound)  # as v itself
+        depth = torch.linspace(0, 1, n_layer, device=self.get_device())
+        self.resid_lambdas.copy_(1.15 - 0.10 * depth)
+        self.x0_lambdas.copy_(0.20 - 0.15 * depth)
+        nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
+        self.smear_lambda.fill_(0.0)
+        self.backout_lambda.fill_(0.2)
+        half = torch.arange(self.cos.size(-1), dtype=torch.float32, device=self.get_device()) / self.cos.size(-1)
+        positions = torch.arange(self.config.sequence_len, dtype=torch.float32, device=self.get_device())
+        angles = torch.outer(positions, self.config.rotary_base**-half)[None, :, None, :]
+        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def get_device(self) -> torch.device:
+        return self.transformer.wte.weight.device
+
+    # -------------------------------------------------------------------------
+    # Forward
+
+    def hidden(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor:
+        """What the head reads: idx (B, T) -> (B, T, n_embd), normed.
+
+        With a cache, idx are the tokens after those that the cache has seen, and the cache
+        is advanced. Raises ValueError when the tokens do not fit the context.
+        """
+        B, T = idx.shape
+        if kv_cache is None:
+            if T > self.config.sequence_len:
+                raise ValueError(f"{T} tokens do not fit the model's context of {self.config.sequence_len}")
+            cos, sin = self.cos[:, :T], self.sin[:, :T]
+        else:
+            positions = kv_cache.cache_seqlens[:, None] + torch.arange(T, device=idx.device)  # (B, T)
+            cos, sin = self.cos[0, positions], self.sin[0, positions]  # (B, T, 1, D/2)
+
+        x = norm(self.transformer.wte(idx))
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0))  # each token's left neighbour; the first has none
+        if kv_cache is not None:
+            if kv_cache.prev_embedding is not None:
+                previous = torch.cat([kv_cache.prev_embedding.to(x.dtype), x[:, :-1]], dim=1)
+            kv_cache.prev_embedding = x[:, -1:]
+        smear = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        x = x0 = x + smear * previous
+
+        middle = self.config.n_layer // 2
+        resid_lambdas, x0_lambdas = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
+        for layer, block in enumerate(self.transformer.h):
+            if layer == middle:
+                x_middle = x
+            x = resid_lambdas[layer] * x + x0_lambdas[layer] * x0
+            value_embed = self.value_embeds[str(layer)](idx) if str(layer) in self.value_embeds else None
+            x = block(x, value_embed, cos, sin, self.window_sizes[layer], kv_cache)
+        if kv_cache is not None:
+            kv_cache.advance(T)
+        return norm(x - self.backout_lambda.to(x.dtype) * x_middle)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Soft-capped float32 logits of any number of positions: (..., n_embd) -> (..., vocab_size)."""
+        return softcapped_logits(hidden, self._head())
+
+    def _head(self) -> torch.Tensor:
+        return self.lm_head.weight[: self.config.vocab_size]
+
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
+        """Logits (B, T, vocab_size) in float32, or, with targets (B, T), the loss in nats.
+
+        Targets of -1 are ignored. `loss_reduction`: "mean" over the targets that count (0 if
+        none does), "sum" over them, or "none" for (B, T) with zeros where ignored.
+        """
+        hidden = self.hidden(idx, kv_cache)
+        if targets is None:
+            return self.logits(hidden)
+        hidden, flat = hidden.flatten(0, 1), targets.flatten()
+        if loss_reduction == "none":
+            return token_losses(hidden, self._head(), flat).view_as(targets)
+        loss = linear_cross_entropy(hidden, self._head(), flat)
+        return loss / (flat >= 0).sum().clamp(min=1) if loss_reduction == "mean" else loss
+
+    @torch.inference_mode()
+    def generate(
+        self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 42
+    ) -> Iterator[int]:
+        """Yield sampled token ids, one full forward pass each: slow, plain, the oracle for the engine."""
+        rng = torch.Generator(device=self.get_device()).manual_seed(seed)
+        ids = torch.tensor([tokens], device=self.get_device())
+        for _ in range(max_tokens):
+            logits = self(ids)[:, -1]  # (1, vocab_size)
+            if temperature == 0:
+                token = logits.argmax(dim=-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < smallest, -float("inf"))
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=rng)
+            ids = torch.cat([ids, token], dim=1)
+            yield token.item()
+
+    # -------------------------------------------------------------------------
+    # Sizes, and what the optimizer takes
+
+    def num_scaling_params(self) -> dict[str, int]:
+        """Parameter counts by kind. Horizons are set by "scaling" = matrices + head (see schedule.py)."""
+        counts = {
+            "wte": self.transformer.wte.weight.numel(),
+            "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
+            "lm_head": self.lm_head.weight.numel(),
+            "transformer_matrices": sum(p.numel() for p in self.transformer.h.parameters()),
+            "scalars": sum(p.numel() for p in self._scalars()),
+        }
+        counts["total"] = sum(counts.values())
+        counts["scaling"] = counts["transformer_matrices"] + counts["lm_head"]
+        return counts
+
+    def _scalars(self) -> list[nn.Parameter]:
+        return [self.resid_lambdas, self.x0_lambdas, self.smear_lambda, self.backout_lambda, self.smear_gate.weight]
+
+    def estimate_flops(self) -> int:
+        """Floating-point operations per token, forward and backward, as PaLM counts them.
+
+        6 per weight of a matrix product, and 12 * heads * head_dim * span per layer for attention, where
+        the span is the layer's window or the context (arXiv:2204.02311, appendix B). Embeddings are free.
+        """
+        counts = self.num_scaling_params()
+        spans = [min(w, self.config.sequence_len) if w >= 0 else self.config.sequence_len for w in self.window_sizes]
+        return 6 * counts["scaling"] + sum(12 * self.config.n_embd * span for span in spans)
+
+    def param_groups(
+        self,
+        embedding_lr: float = 0.3,
+        unembedding_lr: float = 0.008,
+        matrix_lr: float = 0.02,
+        scalar_lr: float = 0.5,
+        weight_decay: float = 0.28,
+    ) -> list[dict]:
+        """Groups for `MuonAdamW`: every parameter once, as (name, parameter), with its rates.
+
+        Rates of the embeddings and the head were tuned at width 768 and go with 1/sqrt(width).
+        """
+        scale = (self.config.n_embd / 768) ** -0.5
+        matrices, gates = [], []
+        for name, p in self.named_parameters():
+            if name.startswith("transformer.h."):
+                (gates if name.endswith("ve_gate.weight") else matrices).append((name, p))
+
+        def adamw(params, lr, betas, weight_decay):
+            return {"kind": "adamw", "params": params, "lr": lr, "betas": betas, "eps": 1e-10, "weight_decay": weight_decay}
+
+        value_embeds = [(f"value_embeds.{name}", p) for name, p in self.value_embeds.named_parameters()]
+        smear = [("smear_gate.weight", self.smear_gate.weight), ("smear_lambda", self.smear_lambda)]
+        return [
+            adamw([("lm_head.weight", self.lm_head.weight)], unembedding_lr * scale, (0.8, 0.96), 0.01),
+            adamw([("transformer.wte.weight", self.transformer.wte.weight)], embedding_lr * scale, (0.8, 0.995), 0.001),
+            adamw(value_embeds, embedding_lr * scale * 0.5, (0.8, 0.995), 0.01),
+            adamw([("resid_lambdas", self.resid_lambdas)], scalar_lr * 0.01, (0.8, 0.95), 0.05),
+            adamw([("x0_lambdas", self.x0_lambdas)], scalar_lr, (0.96, 0.95), 0.0),
+            adamw(smear + [("backout_lambda", self.backout_lambda)] + gates, 0.2, (0.8, 0.95), 0.0),
+            {
+                "kind": "muon",
+                "params": matrices,
+                "lr": matrix_lr,
+                "momentum": 0.95,
+                "beta2": 0.9,
+                "weight_decay": weight_decay,
+            },
+        ]
+
+
+def add_missing_weights(state: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
+    """A state dict of an older model, completed with neutral values for the extras it did not have."""
+    with torch.device("meta"):
+        model = GPT(config)
+    state = dict(state)
+    neutral_ones = {"resid_lambdas"}  # all other extras do nothing when they are zero
+    extras = ("resid_lambdas", "x0_lambdas", "smear_", "backout_lambda", "value_embeds.")
+    for name, parameter in model.state_dict().items():
+        if name not in state and (name.startswith(extras) or name.endswith("ve_gate.weight")):
+            fill = torch.ones if name in neutral_ones else torch.zeros
+            state[name] = fill(parameter.shape, dtype=torch.float32)
+    return state

@@ -1,0 +1,217 @@
+"""The Transformer: its parts against a plain twin, its sizes by hand, its extras neutral when absent."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.gpt import GPT, GPTConfig, add_missing_weights, has_value_embed, window_sizes
+
+
+def make(seed=0, noise=0.05, **changes) -> GPT:
+    config = GPTConfig(**{"sequence_len": 64, "vocab_size": 100, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 64, **changes})
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    torch.manual_seed(seed)
+    model.init_weights(torch.float32)
+    with torch.no_grad():  # the projections start at zero; noise lets every path be seen
+        for p in model.parameters():
+            p += noise * torch.randn(p.shape)
+    return model
+
+
+def ids(B=2, T=64, vocab=100, seed=1):
+    return torch.randint(0, vocab, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def twin(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """The logits by the formulas, one position and one head at a time where it matters, in float64."""
+    c, w = model.config, {name: p.detach().double() for name, p in model.state_dict().items()}
+    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    B, T = idx.shape
+    D, windows = c.n_embd // c.n_head, window_sizes(c)
+    x = rms(w["transformer.wte.weight"][idx])
+    gate = torch.sigmoid(x[..., :24] @ w["smear_gate.weight"].T)
+    left = torch.zeros_like(x)
+    left[:, 1:] = x[:, :-1]
+    x = x0 = x + w["smear_lambda"] * gate * left
+    freqs = c.rotary_base ** (-torch.arange(D // 2, dtype=torch.float64) / (D // 2))
+
+    def rotate(v, t):  # (B, H, D) at position t, as complex numbers turned backwards
+        turned = torch.complex(v[..., : D // 2], v[..., D // 2 :]) * torch.polar(torch.ones_like(freqs), -t * freqs)
+        return torch.cat([turned.real, turned.imag], -1)
+
+    for i in range(c.n_layer):
+        if i == c.n_layer // 2:
+            middle = x
+        x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * x0
+        h, pre = rms(x), f"transformer.h.{i}."
+        q, k, v = ((h @ w[pre + f"attn.c_{n}.weight"].T).view(B, T, -1, D) for n in "qkv")
+        if f"value_embeds.{i}.weight" in w:
+            g = 3 * torch.sigmoid(h[..., :12] @ w[pre + "attn.ve_gate.weight"].T)
+            v = v + g[..., None] * w[f"value_embeds.{i}.weight"][idx].view_as(v)
+        q, k = (torch.stack([rms(rotate(n[:, t], t)) for t in range(T)], 1) * c.qk_scale for n in (q, k))
+        y = torch.zeros(B, T, c.n_head, D, dtype=torch.float64)
+        for t in range(T):
+            first = 0 if windows[i] < 0 else max(0, t - windows[i])
+            for head in range(c.n_head):
+                kv = head // (c.n_head // c.n_kv_head)
+                scores = torch.einsum("bd,bsd->bs", q[:, t, head], k[:, first : t + 1, kv]) / D**0.5
+                y[:, t, head] = torch.einsum("bs,bsd->bd", scores.softmax(-1), v[:, first : t + 1, kv])
+        x = x + y.reshape(B, T, -1) @ w[pre + "attn.c_proj.weight"].T
+        x = x + (rms(x) @ w[pre + "mlp.c_fc.weight"].T).clamp(min=0).square() @ w[pre + "mlp.c_proj.weight"].T
+    x = rms(x - w["backout_lambda"] * middle)
+    return 15 * torch.tanh(x @ w["lm_head.weight"][: c.vocab_size].T / 15)
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 4, "n_layer": 4}, {"n_layer": 1}])
+def test_forward_is_the_formulas(changes):
+    model = make(**changes)
+    logits = model(ids())
+    assert logits.shape == (2, 64, 100) and logits.dtype == torch.float32
+    assert torch.allclose(logits.double(), twin(model, ids()), atol=2e-4)
+
+
+def test_a_window_inside_a_longer_context():
+    model = make(sequence_len=300, window_pattern="QL", n_layer=2)
+    assert model.window_sizes == [128, -1]
+    x = ids(B=1, T=150)
+    assert torch.allclose(model(x).double(), twin(model, x), atol=2e-4)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_and_every_gradient(reduction):
+    model, x, y = make(), ids(), ids(seed=2)
+    y[0, :40] = -1
+    model(x, y, loss_reduction=reduction).backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1, reduction=reduction)
+    expected.backward()
+    assert torch.allclose(model(x, y, loss_reduction=reduction), expected, rtol=1e-5)
+    for name, p in model.named_parameters():
+        assert got[name].any(), f"{name} gets no gradient"
+        assert torch.allclose(got[name], p.grad, atol=1e-4 * p.grad.abs().max()), name
+
+
+def test_losses_of_single_tokens():
+    model, x, y = make(), ids(), ids(seed=2)
+    y[1, 5] = -1
+    losses = model(x, y, loss_reduction="none")
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none").view_as(y)
+    assert torch.allclose(losses, expected, atol=1e-5) and losses[1, 5] == 0
+
+
+def test_no_target_gives_zero_not_nan():
+    model, x = make(), ids()
+    loss = model(x, torch.full_like(x, -1))
+    loss.backward()
+    assert loss == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_the_past_does_not_depend_on_the_future():
+    model, x = make(), ids(B=1)
+    changed = x.clone()
+    changed[0, 30:] = 7
+    assert torch.equal(model(x)[:, :30], model(changed)[:, :30])
+
+
+def test_windows():
+    def sizes(pattern, n_layer=5, sequence_len=2048):
+        return window_sizes(GPTConfig(window_pattern=pattern, n_layer=n_layer, sequence_len=sequence_len))
+
+    assert sizes("QQQL") == [512, 512, 512, -1, -1]
+    assert sizes("SSSL") == [1024, 1024, 1024, -1, -1]
+    assert sizes("L") == [-1] * 5
+    assert sizes("Q", sequence_len=600) == [256] * 4 + [-1]  # a quarter is 150, rounded up to a multiple of 128
+    assert sizes("S", sequence_len=100) == [-1] * 5  # a window wider than the context is the context
+    with pytest.raises(ValueError, match="L, S and Q"):
+        sizes("QX")
+
+
+def test_initial_weights():
+    model = make(noise=0.0, n_layer=4, n_embd=256, vocab_size=1000)
+    w = model.state_dict()
+    assert w["transformer.wte.weight"].std().item() == pytest.approx(0.8, rel=0.02)
+    assert w["lm_head.weight"].std().item() == pytest.approx(0.001, rel=0.02)
+    assert w["transformer.h.0.attn.c_q.weight"].std().item() == pytest.approx(1 / 16, rel=0.02)
+    assert w["transformer.h.1.mlp.c_fc.weight"].std().item() == pytest.approx(0.4 / 16, rel=0.02)
+    assert not w["transformer.h.2.attn.c_proj.weight"].any() and not w["transformer.h.2.mlp.c_proj.weight"].any()
+    assert torch.allclose(w["resid_lambdas"], torch.tensor([1.15, 1.15 - 0.1 / 3, 1.15 - 0.2 / 3, 1.05]))
+    assert torch.allclose(w["x0_lambdas"], torch.tensor([0.20, 0.15, 0.10, 0.05]))
+    assert w["smear_lambda"] == 0 and w["backout_lambda"] == pytest.approx(0.2)
+    assert 0 <= w["smear_gate.weight"].min() and w["smear_gate.weight"].max() <= 0.02
+    assert [name for name in w if name.startswith("value_embeds")] == ["value_embeds.1.weight", "value_embeds.3.weight"]
+    assert has_value_embed(0, 1) and not has_value_embed(0, 2) and has_value_embed(1, 2)
+
+
+def test_counts_and_flops():
+    config = GPTConfig(sequence_len=512, vocab_size=32768, n_layer=4, n_head=2, n_kv_head=2, n_embd=256)
+    with torch.device("meta"):
+        model = GPT(config)
+    counts = model.num_scaling_params()
+    gates = 2 * 2 * 12
+    assert counts["transformer_matrices"] == 4 * 12 * 256**2 + gates
+    assert counts["lm_head"] == 32768 * 256 and counts["value_embeds"] == 2 * 32768 * 256
+    assert counts["total"] == sum(p.numel() for p in model.parameters())
+    attention = 12 * 256 * (128 + 128 + 128 + 512)
+    assert model.estimate_flops() == 6 * (4 * 12 * 256**2 + gates + 32768 * 256) + attention
+
+
+def test_every_parameter_is_in_one_group():
+    model = make()
+    named = [name for group in model.param_groups() for name, _ in group["params"]]
+    assert sorted(named) == sorted(name for name, _ in model.named_parameters())
+    assert all(p.ndim == 2 for g in model.param_groups() if g["kind"] == "muon" for _, p in g["params"])
+    head = next(g for g in model.param_groups() if g["params"][0][0] == "lm_head.weight")
+    assert head["lr"] == pytest.approx(0.008 * (64 / 768) ** -0.5)
+
+
+def test_extras_that_an_older_checkpoint_lacks_are_neutral():
+    """Without them the model is the plain Transformer: its own weights with the extras switched off."""
+    model = make()
+    extras = ("resid_lambdas", "x0_lambdas", "smear", "backout", "value_embeds")
+    old = {n: t.clone() for n, t in model.state_dict().items() if not n.startswith(extras) and "ve_gate" not in n}
+    loaded = make(seed=5)
+    loaded.load_state_dict(add_missing_weights(old, model.config))
+    with torch.no_grad():
+        model.resid_lambdas.fill_(1.0)
+        for p in (model.x0_lambdas, model.smear_lambda, model.backout_lambda, *model.value_embeds.parameters()):
+            p.zero_()
+    assert torch.allclose(loaded(ids()), model(ids()), atol=1e-5)
+
+
+def test_vocabulary_is_padded_inside_only():
+    model = make(vocab_size=101)
+    assert model.lm_head.weight.shape[0] == 128
+    assert model(ids()).shape[-1] == 101
+    model(ids(), ids(seed=2)).backward()
+    assert not model.lm_head.weight.grad[101:].any()
+
+
+def test_too_long_and_ill_shaped_are_refused():
+    with pytest.raises(ValueError, match="context of 64"):
+        make()(ids(T=65))
+    with pytest.raises(ValueError, match="multiple"):
+        GPT(GPTConfig(n_embd=100, n_head=3))
+    with pytest.raises(ValueError, match="n_kv_head"):
+        GPT(GPTConfig(n_embd=128, n_head=4, n_kv_head=3))
+
+
+def test_generate():
+    model = make()
+    greedy = list(model.generate([1, 2, 3], 5, temperature=0))
+    assert greedy[0] == model(torch.tensor([[1, 2, 3]]))[0, -1].argmax()
+    assert greedy == list(model.generate([1, 2, 3], 5, temperature=1.0, top_k=1))
+    assert list(model.generate([1], 8, seed=1)) == list(model.generate([1], 8, seed=1))
+    assert list(model.generate([1], 8, seed=1)) != list(model.generate([1], 8, seed=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_follows_float32(dtype):
+    full, low = make(), make()
+    low.init_weights(dtype)
+    low.load_state_dict(full.state_dict())
+    assert low.transformer.wte.weight.dtype == dtype and low.lm_head.weight.dtype == torch.float32
+    difference = (full(ids()) - low(ids())).abs().max()
+    assert difference < 0.15, f"logits move by {difference}"
