@@ -1,0 +1,173 @@
+"""Programs that end well, end badly, never end, take too much, or look where they should not."""
+
+import os
+import time
+
+import psutil
+import pytest
+
+from nanochat.execution import MAX_OUTPUT_BYTES, execute_code
+
+
+def test_success():
+    result = execute_code("import sys\nprint(6 * 7)\nprint('oops', file=sys.stderr)")
+    assert result.success and result.stdout == "42\n" and result.stderr == "oops\n"
+    assert result.error is None and not result.timeout and not result.memory_exceeded
+
+
+def test_it_is_a_main_program_that_can_use_the_standard_library():
+    code = """
+from dataclasses import dataclass
+from typing import List
+import collections, math, re, threading
+
+@dataclass
+class Point:
+    x: int
+
+if __name__ == "__main__":
+    thread = threading.Thread(target=lambda: print(Point(1), "草莓"))
+    thread.start()
+"""
+    result = execute_code(code)
+    assert result.success and result.stdout == "Point(x=1) 草莓\n", result
+
+
+@pytest.mark.parametrize(
+    "code, error",
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("assert 1 == 2, 'no'", "AssertionError: no"),
+        ("def f(:", "SyntaxError"),
+        ("a\0b", "SyntaxError"),
+        ("raise KeyError('k')", "KeyError: 'k'"),
+        ("def f(): f()\nf()", "RecursionError"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("class Quiet(Exception):\n    def __len__(self): return 0\nraise Quiet", "Quiet"),
+        ("class Mute(Exception):\n    def __str__(self): 1 / 0\nraise Mute", "Mute"),
+        ("raise ValueError('\\ud800' + 'x' * 10**7)", "ValueError: \\ud800xxx"),
+        ("import ctypes; ctypes.string_at(0)", "killed by signal 11"),
+        ("import os; os.kill(os.getpid(), 40)", "killed by signal 40"),
+    ],
+)
+def test_exceptions(code, error):
+    result = execute_code(code)
+    assert not result.success and result.error.startswith(error) and len(result.error) < 600
+    assert not result.timeout and not result.memory_exceeded
+
+
+def test_the_traceback_shows_the_programs_own_frames():
+    assert execute_code("def f():\n    1 / 0\nf()").stderr.splitlines()[:4] == [
+        "Traceback (most recent call last):",
+        '  File "program.py", line 3, in <module>',
+        '  File "program.py", line 2, in f',
+        "ZeroDivisionError: division by zero",
+    ]
+
+
+@pytest.mark.parametrize("leave", ["import sys; sys.exit(0)", "exit()", "raise SystemExit", "import os; os._exit(0)"])
+def test_leaving_early_is_no_success_whatever_the_exit_code(leave):
+    result = execute_code(f"print('all tests passed')\n{leave}\n1 / 0")
+    assert not result.success and result.error and result.stdout in ("", "all tests passed\n")
+
+
+def test_a_report_of_the_programs_own_does_not_count():
+    code = """
+import os
+for fd in range(3, 64):
+    try:
+        os.write(fd, b" ")
+        os.write(fd, b"success")
+    except OSError:
+        pass
+os._exit(0)
+"""
+    assert not execute_code(code).success
+
+
+def test_timeout_ends_the_program_and_keeps_what_it_said():
+    result = execute_code("print('started', flush=True)\nwhile True: pass", timeout=0.5)
+    assert not result.success and result.timeout and result.stdout == "started\n"
+    assert result.error == "timed out after 0.5 seconds"
+
+
+@pytest.mark.parametrize("ending", ["", "import time; time.sleep(60)"])
+def test_children_end_with_the_program(ending):
+    code = f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+{ending}
+"""
+    result = execute_code(code, timeout=1)
+    assert result.timeout == bool(ending)
+    assert gone(int(result.stdout))
+
+
+def gone(pid: int) -> bool:
+    """Whether the process ends soon; a killed one may stay as a zombie where nobody collects it."""
+    for _ in range(100):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="only Linux limits a process's memory")
+@pytest.mark.parametrize("code", ["x = [0] * 10**9", "x = []\nwhile True: x.append([])", "x = bytearray(200 * 2**20)"])
+def test_memory(code):
+    result = execute_code(code, maximum_memory_bytes=128 * 1024 * 1024)
+    assert not result.success and result.memory_exceeded and not result.timeout
+
+
+def test_a_flood_of_output_is_cut():
+    result = execute_code("print('x' * (3 * 2**20))")
+    assert result.success and result.stdout == "x" * MAX_OUTPUT_BYTES
+    result = execute_code("while True: print('x' * 1000)")
+    assert not result.success and not result.timeout and "File too large" in result.error
+    assert len(result.stdout) == MAX_OUTPUT_BYTES
+
+
+def test_output_that_is_no_utf8():
+    assert execute_code("import sys; sys.stdout.buffer.write(b'a\\xffb')").stdout == "a\ufffdb"
+
+
+def test_there_is_no_stdin():
+    assert execute_code("input()").error.startswith("EOFError")
+    assert execute_code("import sys; print(repr(sys.stdin.read()))").stdout == "''\n"
+
+
+def test_the_environment_is_scrubbed(monkeypatch):
+    monkeypatch.setenv("API_KEY", "hush")
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    result = execute_code("import os, sys\nprint(sorted(os.environ), sys.argv[1:])\nimport nanochat")
+    assert result.stdout == "['HOME', 'LANG', 'PATH', 'TMPDIR'] []\n"
+    assert result.error == "ModuleNotFoundError: No module named 'nanochat'"
+
+
+def test_it_lives_in_an_empty_folder_that_vanishes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = """
+import os, tempfile
+print(os.getcwd(), os.listdir("."), tempfile.mkdtemp())
+open("note", "w").write("x")
+os.chmod(".", 0o500)
+"""
+    result = execute_code(code)
+    assert result.success, result
+    folder, rest = result.stdout.split(" ", 1)
+    assert rest.startswith(f"[] {folder}/") and not os.path.exists(folder)
+    assert os.listdir(tmp_path) == []
+
+
+def test_limits_hold_for_files_and_descriptors():
+    assert "File too large" in execute_code("f = open('f', 'wb')\nwhile True: f.write(bytes(2**20))").error
+    assert "Too many open files" in execute_code("fs = [open('f', 'w') for _ in range(100)]").error
+
+
+def test_the_parent_leaks_nothing():
+    execute_code("print(1)")
+    before = psutil.Process().num_fds()
+    for code in ("print(1)", "1 / 0", "import os; os._exit(1)"):
+        execute_code(code)
+    assert psutil.Process().num_fds() == before and psutil.Process().children() == []
