@@ -12,7 +12,6 @@ keys and those of the block before. That is exact and costs O(T * window).
 
 from __future__ import annotations
 
-from functools import lru_cache
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -34,7 +33,6 @@ def _sdpa(q, k, v, mask=None, causal=False):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
 
 
-@lru_cache(maxsize=8)
 def _band_mask(window: int, device: torch.device) -> torch.Tensor:
     """Which of the 2w keys of (previous block, own block) the w queries of a block see: (w, 2w) bool.
 

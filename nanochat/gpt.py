@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.common import compute_dtype
+from nanochat.common import UserError, compute_dtype
 from nanochat.cross_entropy import linear_cross_entropy, softcapped_logits, token_losses
 from nanochat.flash_attention import flash_attn
 
@@ -57,6 +57,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+class Embedding(nn.Embedding):
+    """A table that stays unfilled until `init_weights`: filling it on the meta device makes torch import its compiler (3 s)."""
+
+    def reset_parameters(self):
+        pass
+
+
 def has_value_embed(layer: int, n_layer: int) -> bool:
     """Value embeddings stand on every other layer, the last one included."""
     return layer % 2 == (n_layer - 1) % 2
@@ -71,7 +78,7 @@ def window_sizes(config: GPTConfig) -> list[int]:
     share = {"L": 1, "S": 2, "Q": 4}
     pattern = config.window_pattern.upper()
     if not pattern or set(pattern) - set(share):
-        raise ValueError(f"window pattern {config.window_pattern!r} may hold only the letters L, S and Q")
+        raise UserError(f"window pattern {config.window_pattern!r} may hold only the letters L, S and Q")
     sizes = []
     for layer in range(config.n_layer):
         letter = "L" if layer == config.n_layer - 1 else pattern[layer % len(pattern)]
@@ -151,7 +158,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.n_embd % config.n_head or config.n_head % config.n_kv_head:
-            raise ValueError(
+            raise UserError(
                 f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}, and n_head of n_kv_head {config.n_kv_head}"
             )
         self.config = config
@@ -160,7 +167,7 @@ class GPT(nn.Module):
         head_dim = config.n_embd // config.n_head
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(vocab, config.n_embd),
+                "wte": Embedding(vocab, config.n_embd),
                 "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
             }
         )
@@ -172,7 +179,7 @@ class GPT(nn.Module):
         self.backout_lambda = nn.Parameter(torch.empty(1))
         self.value_embeds = nn.ModuleDict(
             {
-                str(layer): nn.Embedding(vocab, config.n_kv_head * head_dim)
+                str(layer): Embedding(vocab, config.n_kv_head * head_dim)
                 for layer in range(config.n_layer)
                 if has_value_embed(layer, config.n_layer)
             }
@@ -180,14 +187,16 @@ class GPT(nn.Module):
         self.register_buffer("cos", torch.empty(1, config.sequence_len, 1, head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(1, config.sequence_len, 1, head_dim // 2), persistent=False)
 
+    def to_empty(self, *, device):
+        """Give the model memory. `nn.Module`'s own way from the meta device makes torch import its compiler (3 s)."""
+        return self._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+
     @torch.no_grad()
     def init_weights(self, dtype: torch.dtype | None = None) -> None:
         """Fill all weights. `dtype` is the compute dtype; by default what suits the model's device."""
-        dtype = dtype or compute_dtype(self.get_device().type)
+        self.set_compute_dtype(dtype or compute_dtype(self.get_device().type))
         width, n_layer = self.config.n_embd, self.config.n_layer
         bound = (3 / width) ** 0.5  # uniform(-bound, bound) has standard deviation 1/sqrt(width)
-        self.transformer.wte.to(dtype)
-        self.value_embeds.to(dtype)
         nn.init.normal_(self.transformer.wte.weight, std=0.8)
         nn.init.normal_(self.lm_head.weight, std=0.001)
         for block in self.transformer.h:
@@ -206,6 +215,12 @@ class GPT(nn.Module):
         nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
         self.smear_lambda.fill_(0.0)
         self.backout_lambda.fill_(0.2)
+
+    @torch.no_grad()
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Put the embeddings and the rotary tables, which decide what everything runs in, into `dtype`."""
+        self.transformer.wte.to(dtype)
+        self.value_embeds.to(dtype)
         half = torch.arange(self.cos.size(-1), dtype=torch.float32, device=self.get_device()) / self.cos.size(-1)
         positions = torch.arange(self.config.sequence_len, dtype=torch.float32, device=self.get_device())
         angles = torch.outer(positions, self.config.rotary_base**-half)[None, :, None, :]
@@ -221,12 +236,12 @@ class GPT(nn.Module):
         """What the head reads: idx (B, T) -> (B, T, n_embd), normed.
 
         With a cache, idx are the tokens after those that the cache has seen, and the cache
-        is advanced. Raises ValueError when the tokens do not fit the context.
+        is advanced. Raises UserError when the tokens do not fit the context.
         """
         B, T = idx.shape
         if kv_cache is None:
             if T > self.config.sequence_len:
-                raise ValueError(f"{T} tokens do not fit the model's context of {self.config.sequence_len}")
+                raise UserError(f"{T} tokens do not fit the model's context of {self.config.sequence_len}")
             cos, sin = self.cos[:, :T], self.sin[:, :T]
         else:
             positions = kv_cache.cache_seqlens[:, None] + torch.arange(T, device=idx.device)  # (B, T)
