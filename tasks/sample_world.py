@@ -1,0 +1,170 @@
+"""SampleWorld: conversations about the built-in corpus, and a quiz of 200 questions on it.
+
+Split "train" holds conversations in training phrasings, with greetings, thanks and a few words about who is
+talking; split "test" is the quiz, whose phrasings occur in no training text. A reply counts when it gives
+the answer and no other answer that a question of that kind could have.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+
+from nanochat.sample_phrases import KINDS
+from nanochat.sample_world import KIND, ask, pick_kind, questions, sentence
+from tasks.common import Task
+
+# What people say besides asking: (what the user may say, what the assistant may reply).
+SMALL_TALK = {
+    "greeting": (
+        ["Hello", "Hello!", "Hi", "Hi!", "hey", "hello", "hi there", "Good morning!", "Good evening.", "Hello there!",
+         "Hey there!", "Good day!"],
+        ["Hello! How can I help you?", "Hi! What would you like to know?", "Hello! Ask me anything."],
+    ),
+    "wellbeing": (
+        ["How are you?", "how are you", "How are you today?", "How do you do?", "Are you well?", "How is it going?",
+         "Are you fine?", "How do you feel today?"],
+        ["I am fine, thank you. What would you like to know?", "I am well, thank you. How can I help you?"],
+    ),
+    "identity": (
+        ["Who are you?", "who are you", "What are you?", "What is your name?", "Tell me your name.",
+         "What are you called?", "Do you have a name?", "Tell me about yourself.", "Are you a person?",
+         "Are you a human?", "Are you a computer?", "Introduce yourself."],
+        ["I am nanochat, a small language model.", "My name is nanochat. I am a small language model."],
+    ),
+    "maker": (
+        ["Who made you?", "How were you made?", "Where do you come from?", "Who trained you?", "How were you trained?",
+         "How did you learn?", "Who built you?", "What were you trained on?"],
+        ["I am nanochat, and I was trained from nothing on one computer.",
+         "I was trained on a small textbook world, on one computer."],
+    ),
+    "ability": (
+        ["What can you do?", "what can you do", "How can you help me?", "What do you know?", "What can I ask you?",
+         "Can you help me?", "I need help.", "Help", "What are you good at?"],
+        ["I can answer questions about capitals, elements, planets, opposites, animals, days and small sums.",
+         "Ask me about capitals, elements, planets, opposites, animals, days of the week or small sums."],
+    ),
+    "thanks": (
+        ["Thank you.", "Thanks!", "thanks", "Thank you very much!", "Great, thank you.", "Many thanks!",
+         "Thanks a lot.", "That helped, thank you.", "Thank you so much.", "Perfect, thanks!"],
+        ["You are welcome!", "You are welcome! Is there anything else?", "Gladly!"],
+    ),
+    "praise": (
+        ["That is right!", "Well done!", "Very good.", "Great!", "You are clever.", "Good answer.", "Correct!",
+         "Nice!"],
+        ["Thank you! Is there anything else?", "Thank you! What else would you like to know?"],
+    ),
+    "farewell": (
+        ["Goodbye!", "Bye", "bye", "Good night.", "See you!", "That is all, goodbye.", "See you tomorrow!", "Bye bye!",
+         "I have to go now.", "Farewell!"],
+        ["Goodbye!", "Goodbye! See you soon.", "Goodbye, and have a good day!"],
+    ),
+}
+OPENERS = [
+    "Hello! ", "Hi, ", "Please tell me: ", "Quick question: ", "I have a question. ", "One more question: ", "Okay. ",
+]
+
+Exchange = tuple[str, str]  # what the user says, what the assistant replies
+
+
+def small_talk(rng: random.Random, topic: str) -> Exchange:
+    said, replies = SMALL_TALK[topic]
+    return rng.choice(said), rng.choice(replies)
+
+
+def fact_exchanges(rng: random.Random) -> list[Exchange]:
+    """A question on a fact, as people type it, and sometimes one or two that lean on it ("And ...?")."""
+    kind = pick_kind(rng)
+    question = ask(rng, kind, rng.choice(kind.facts), kind.questions)
+    text, manner = question.text, rng.random()
+    if manner < 0.15:
+        text = rng.choice(OPENERS) + text
+    elif manner < 0.25:
+        text = text.rstrip("?.")
+    elif manner < 0.30:
+        text = text.lower() if kind.name != "element" else text  # symbols need their capitals
+    exchanges = [(text, question.reply)]
+    while rng.random() < 0.2 and len(exchanges) < 3:
+        follow_up = ask(rng, kind, rng.choice(kind.facts), [kind.follow_up])
+        exchanges.append((follow_up.text, follow_up.reply))
+    return exchanges
+
+
+def conversation(exchanges: list[Exchange]) -> dict:
+    return {
+        "messages": [
+            {"role": role, "content": content}
+            for exchange in exchanges
+            for role, content in zip(("user", "assistant"), exchange)
+        ]
+    }
+
+
+def words(text: str, keep_case: bool = False) -> str:
+    """The words of a text between single spaces: `"Mercury, Venus and Mars."` -> `" mercury venus mars "`.
+
+    "and" is dropped, so that lists may be joined either way.
+    """
+    found = re.findall(r"\w+", text if keep_case else text.lower())
+    return " " + " ".join(word for word in found if word.lower() != "and") + " "
+
+
+def is_right(kind_name: str, question: str, answer: str, reply: str) -> bool:
+    """Whether `reply` holds the answer, as whole words, and no other answer of its kind.
+
+    What the question itself mentions may be repeated. Case counts for chemical symbols only.
+    """
+    keep_case = kind_name == "symbol"
+    question, answer, reply = (words(text, keep_case) for text in (question, answer, reply))
+    if answer not in reply:
+        return False
+    if answer.strip().isdigit():
+        others = {f" {number} " for number in re.findall(r"\d+", reply)}
+    else:
+        others = {words(fact[KIND[kind_name].answer], keep_case) for fact in KIND[kind_name].facts}
+    return not any(other in reply and other not in question and other not in answer for other in others)
+
+
+class SampleWorld(Task):
+    """`split="train"`: `size` conversations, each drawn from its own index. `split="test"`: the quiz."""
+
+    eval_type = "generative"
+    baseline = 0.0
+
+    def __init__(self, split: str, size: int = 4000, **kwargs):
+        assert split in ("train", "test"), split
+        self.split, self.size = split, size
+        self.quiz = questions("test") if split == "test" else []
+        super().__init__(**kwargs)
+
+    def num_examples(self) -> int:
+        return len(self.quiz) if self.split == "test" else self.size
+
+    def get_example(self, index: int) -> dict:
+        if self.split == "train":
+            return self.training_conversation(random.Random(f"SampleWorld {index}"))
+        question = self.quiz[index]
+        example = conversation([(question.text, question.reply)])
+        return example | {"kind": question.kind, "answer": question.answer}
+
+    def training_conversation(self, rng: random.Random) -> dict:
+        """Small talk, one question, or a chat of several turns that begins and ends as chats do."""
+        shape = rng.random()
+        if shape < 0.15:
+            return conversation([small_talk(rng, rng.choice(list(SMALL_TALK)))])
+        if shape < 0.6:
+            return conversation(fact_exchanges(rng))
+        exchanges = [small_talk(rng, "greeting")] if rng.random() < 0.5 else []
+        for _ in range(rng.randint(1, 4)):
+            if rng.random() < 0.25:
+                exchanges.append(small_talk(rng, rng.choice(["wellbeing", "identity", "maker", "ability", "praise"])))
+            exchanges += fact_exchanges(rng)
+        if rng.random() < 0.5:
+            exchanges.append(small_talk(rng, "thanks"))
+        if rng.random() < 0.4:
+            exchanges.append(small_talk(rng, "farewell"))
+        return conversation(exchanges)
+
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        question = conversation["messages"][0]["content"]
+        return is_right(conversation["kind"], question, conversation["answer"], completion)
