@@ -1,0 +1,24 @@
+"""SmolTalk: general conversations, the bulk of what the model learns to chat from.
+
+The "smol" selection, for models as small as ours. Allal et al. 2025, https://arxiv.org/abs/2502.02737.
+Hub: HuggingFaceTB/smol-smoltalk.
+"""
+
+from __future__ import annotations
+
+from tasks.common import Task, check_conversation, load_hub_dataset
+
+
+class SmolTalk(Task):
+    """`split` is "train" or "test". A conversation may begin with a system message."""
+
+    def __init__(self, split: str, **view):
+        super().__init__(**view)
+        assert split in ("train", "test"), split
+        self.rows = load_hub_dataset("HuggingFaceTB/smol-smoltalk", None, split)
+
+    def num_examples(self) -> int:
+        return len(self.rows)
+
+    def get_example(self, index: int) -> dict:
+        return check_conversation({"messages": self.rows[index]["messages"]})

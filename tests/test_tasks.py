@@ -1,0 +1,313 @@
+"""Tasks: views and mixtures, the real data sets through the stand-in hub, and what counts as right."""
+
+import json
+from collections import Counter
+from decimal import Decimal
+
+import pytest
+import regex
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dev.gen_identity import conversations
+from dev.gen_identity import main as gen_identity
+from nanochat.calculator import use_calculator
+from nanochat.common import UserError
+from tasks import common
+from tasks.arc import ARC
+from tasks.common import Task, TaskMixture, TaskSequence, check_conversation, final_number, load_hub_dataset, render_mc
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K, answer_parts
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+
+
+class Numbers(Task):
+    """The conversation at index i says i."""
+
+    def __init__(self, size, name="n", **view):
+        super().__init__(**view)
+        self.size, self.name = size, name
+
+    def num_examples(self):
+        return self.size
+
+    def get_example(self, index):
+        return f"{self.name}{index}"
+
+
+def text_of(conversation) -> str:
+    """All that the assistant says last."""
+    content = conversation["messages"][-1]["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+# -----------------------------------------------------------------------------
+# Views
+
+
+@given(st.integers(0, 30), st.integers(0, 40), st.none() | st.integers(0, 40), st.integers(1, 7))
+def test_a_view_is_a_slice_and_iterating_ends(size, start, stop, step):
+    task = Numbers(size, start=start, stop=stop, step=step)
+    expected = [f"n{i}" for i in list(range(size))[start:stop:step]]
+    assert list(task) == expected and len(task) == len(expected)
+    with pytest.raises(IndexError):
+        task[len(expected)]
+
+
+def test_mixture_holds_everything_once_shuffled_the_same_way_every_time():
+    parts = [Numbers(50, "a"), Numbers(30, "b", start=10), Numbers(5, "c")]
+    mixture = TaskMixture(parts)
+    assert Counter(mixture) == Counter(item for part in parts for item in part)
+    assert list(mixture) == list(TaskMixture(parts)) != list(TaskMixture(parts, seed=43))
+    assert list(mixture) != list(TaskSequence(parts))
+    assert {item[0] for item in list(mixture)[:20]} >= {"a", "b"}
+    assert list(TaskMixture(parts, stop=7)) == list(mixture)[:7]
+
+
+def test_mixture_oversamples_a_task_named_twice():
+    task = Numbers(5)
+    assert Counter(TaskMixture([task, task])) == Counter(list(task) * 2)
+
+
+def test_sequence_keeps_the_order():
+    sequence = TaskSequence([Numbers(3, "a"), Numbers(0, "b"), Numbers(2, "c")])
+    assert list(sequence) == ["a0", "a1", "a2", "c0", "c1"]
+    with pytest.raises(IndexError):
+        sequence[5]
+
+
+# -----------------------------------------------------------------------------
+# Wording
+
+
+def test_render_mc():
+    text = render_mc("What is ice?", ["A", "B", "C"], ["Water", "Iron", "A gas"])
+    assert text.index("What is ice?") < text.index("Water (A)") < text.index("Iron (B)") < text.index("A gas (C)")
+
+
+@given(st.lists(st.text(max_size=8), min_size=1, max_size=5))
+def test_render_mc_keeps_each_letter_a_piece_of_its_own(choices):
+    """So that the token that names a choice is the token that answers. The pattern is SPEC's, run by `regex`."""
+    pattern = (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+        r"|\s*[\r\n]|\s+(?!\S)|\s+"
+    )
+    letters = list("QXZJK")[: len(choices)]
+    choices = ["".join(c for c in choice if c not in letters) for choice in choices]
+    pieces = regex.findall(pattern, render_mc("Which?", letters, choices))
+    assert [piece for piece in pieces if set(piece) & set(letters)] == letters
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("#### 72", 72),
+        ("so it is 5.\n#### -3", -3),
+        ("####1,234,567", 1234567),
+        ("#### $1,250.50", Decimal("1250.5")),
+        ("#### -$5.00", -5),
+        ("#### 18.", 18),
+        ("#### .5", Decimal("0.5")),
+        ("#### 7 apples\n#### 8", 7),
+        ("#### seven", None),
+        ("72", None),
+        ("### 72", None),
+        ("", None),
+    ],
+)
+def test_final_number(text, number):
+    assert final_number(text) == number
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("a"), assistant("b")],
+        [{"role": "system", "content": "s"}, user("a"), assistant("b"), user("c"), assistant("d")],
+        [user("a"), assistant([{"type": "text", "text": "b"}, {"type": "python", "text": "1+1"}])],
+    ],
+)
+def test_conversations_that_are_well_formed(messages):
+    assert check_conversation({"messages": messages}) == {"messages": messages}
+
+
+BAD_MESSAGES = [
+    None,
+    [],
+    "hi",
+    [user("a")],
+    [{"role": "system", "content": "s"}, user("a")],
+    [assistant("a"), user("b")],
+    [user("a"), user("b")],
+    [user("a"), {"role": "system", "content": "s"}, assistant("b")],
+    [user("a"), assistant("b"), assistant("c")],
+    [user("a"), {"role": "assistant"}],
+    [user(3), assistant("b")],
+    [user("a"), assistant(None)],
+    [user("a"), assistant([{"type": "image", "text": "b"}])],
+]
+
+
+@pytest.mark.parametrize("messages", BAD_MESSAGES)
+def test_conversations_that_are_not(messages):
+    with pytest.raises(ValueError):
+        check_conversation({"messages": messages})
+
+
+# -----------------------------------------------------------------------------
+# Files of one's own
+
+
+def test_customjson_reads_both_forms(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    first, second = [user("Wer bist du?"), assistant("Käthe 🌼")], [user("a"), assistant("b")]
+    lines = [json.dumps(first, ensure_ascii=False), "", json.dumps({"messages": second})]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    task = CustomJSON(path)
+    assert list(task) == [{"messages": first}, {"messages": second}] and task.eval_type is None
+    assert list(CustomJSON(str(path), start=1)) == [{"messages": second}]
+
+
+@pytest.mark.parametrize("line", ["{", "5", '{"text": "a"}', *map(json.dumps, BAD_MESSAGES), b'[{"role": "\xff"}]'])
+def test_customjson_names_the_line_that_is_wrong(tmp_path, line):
+    path = tmp_path / "mine.jsonl"
+    good = json.dumps([user("a"), assistant("b")])
+    path.write_bytes(f"{good}\n".encode() + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(UserError, match=r"mine\.jsonl, line 2: "):
+        CustomJSON(path)
+
+
+def test_customjson_without_a_file_or_a_conversation(tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        CustomJSON(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="no conversation"):
+        CustomJSON(tmp_path / "empty.jsonl")
+
+
+def test_identity_conversations(base_dir, capsys):
+    gen_identity([])
+    task = CustomJSON(base_dir / "identity_conversations.jsonl")
+    assert len(task) == 500 and str(base_dir) in capsys.readouterr().out
+    assert len({json.dumps(conversation) for conversation in task}) == 500
+    assert [conversation["messages"] for conversation in task] == conversations(500, 42) != conversations(500, 43)
+    assert sum("nanochat" in text_of(conversation) for conversation in task) > 100
+    multi_turn = [len(conversation["messages"]) for conversation in task if len(conversation["messages"]) > 2]
+    assert len(multi_turn) > 100
+
+
+# -----------------------------------------------------------------------------
+# The real data sets
+
+
+def test_arc(hub):
+    task = ARC("ARC-Easy", "test")
+    assert len(task) == 2376 and (task.eval_type, task.baseline) == ("categorical", 0.25)
+    assert len(ARC("ARC-Challenge", "test")) == 1172
+    for conversation in task:
+        check_conversation(conversation)
+        question, answer = (message["content"] for message in conversation["messages"])
+        assert all(f" ({letter})" in question for letter in conversation["letters"])
+        assert [task.evaluate(conversation, letter) for letter in conversation["letters"]].count(True) == 1
+        assert task.evaluate(conversation, answer)
+    with pytest.raises(AssertionError):
+        task.evaluate(task[0], "a word")
+
+
+def test_the_order_is_that_of_a_shuffle_with_seed_42(hub):
+    import datasets
+
+    rows = datasets.load_dataset("allenai/ai2_arc", "ARC-Easy", split="test").shuffle(seed=42)
+    assert [rows[i]["question"] in ARC("ARC-Easy", "test")[i]["messages"][0]["content"] for i in range(5)] == [True] * 5
+
+
+@pytest.mark.parametrize(
+    "subset, split, size", [("all", "test", 14042), ("all", "validation", 1531), ("auxiliary_train", "train", None)]
+)
+def test_mmlu(hub, subset, split, size):
+    task = MMLU(subset, split)
+    assert len(task) == size or size is None
+    for conversation in MMLU(subset, split, stop=500):
+        check_conversation(conversation)
+        assert conversation["letters"] == ["A", "B", "C", "D"] and text_of(conversation) in conversation["letters"]
+        assert (conversation["subject"] == "") == (subset == "auxiliary_train")
+
+
+def test_gsm8k_marks_become_tool_calls():
+    assert answer_parts("He has 48/2 = <<48/2=24>>24.\n#### 24") == [
+        {"type": "text", "text": "He has 48/2 = "},
+        {"type": "python", "text": "48/2"},
+        {"type": "python_output", "text": "24"},
+        {"type": "text", "text": "24.\n#### 24"},
+    ]
+    assert answer_parts("#### 5") == [{"type": "text", "text": "#### 5"}]
+    assert [part["text"] for part in answer_parts("<<1+1=2>><<2+2=4>>")] == ["1+1", "2", "2+2", "4"]
+
+
+def test_gsm8k(hub):
+    task = GSM8K("main", "test")
+    assert len(task) == 1319 and (task.eval_type, task.baseline) == ("generative", 0.0)
+    assert len(GSM8K("main", "train")) == 7473
+    calls = agree = 0
+    for conversation in task:
+        check_conversation(conversation)
+        answer = text_of(conversation)
+        assert "<<" not in answer and ">>" not in answer and task.evaluate(conversation, answer)
+        right = final_number(answer)
+        assert task.evaluate(conversation, f"#### {right:,}") and task.reward(conversation, f"#### ${right}.00") == 1
+        assert not task.evaluate(conversation, f"#### {right + 1}") and task.reward(conversation, f"{right}") == 0
+        parts = conversation["messages"][-1]["content"]
+        for call, output in zip(parts, parts[1:]):
+            if call["type"] == "python":
+                assert output["type"] == "python_output"
+                calls += 1
+                agree += str(use_calculator(call["text"])) == output["text"]
+    assert calls > 4000 and agree / calls > 0.95  # the rest are written with trailing zeros or rounded
+
+
+def test_smoltalk(hub):
+    for split in ("train", "test"):
+        task = SmolTalk(split, stop=500)
+        assert len(task) == 500 and task.eval_type is None
+        assert all(conversation["messages"][-1]["role"] == "assistant" for conversation in task)
+
+
+def test_a_hub_that_is_down_is_named_at_once(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"some/set \(small, test\) from http://127.0.0.1:9: nothing answers there"):
+        load_hub_dataset("some/set", "small", "test")
+
+
+def test_a_data_set_that_is_not_there_is_named(hub):
+    with pytest.raises(UserError, match="cannot load the data set some/set .*doesn't exist"):
+        load_hub_dataset("some/set", None, "test")
+    with pytest.raises(UserError, match="cannot load the data set openai/gsm8k .*test"):
+        load_hub_dataset("openai/gsm8k", "main", "validation")
+
+
+def test_a_hub_in_trouble_is_named(start_hub, request, tmp_path):
+    data = tmp_path / "datasets" / "own" / "trouble"
+    data.mkdir(parents=True)
+    (data / "README.md").write_text("# A set\n")
+    (data / "test.jsonl").write_text('{"a": 1}\n')
+    start_hub("--fail-first", "100000", root=tmp_path, port=request.config.hub_port)
+    with pytest.raises(UserError, match="cannot load the data set own/trouble .*503"):
+        load_hub_dataset("own/trouble", None, "test")
+
+
+def test_what_was_fetched_once_needs_no_hub(hub, monkeypatch):
+    import datasets
+
+    fetched = list(GSM8K("main", "test", stop=3))
+    monkeypatch.setattr(common, "hub_answers", lambda: False)
+    assert list(GSM8K("main", "test", stop=3)) == fetched
+    assert datasets.config.HF_HUB_OFFLINE is False
