@@ -13,6 +13,7 @@ becomes U+FFFD.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import os
 import re
 import threading
@@ -128,6 +129,11 @@ class RustBPETokenizer:
 
     def get_vocab_size(self) -> int:
         return self.encoding.n_vocab
+
+    def fingerprint(self) -> str:
+        """A checksum of tokens and their ids: models are kept together with the tokenizer that they were trained with."""
+        tokens = sorted(self.ranks, key=self.ranks.get)
+        return hashlib.sha256(repr((tokens, self.pattern, sorted(self.special_tokens.items()))).encode()).hexdigest()
 
     def get_special_tokens(self) -> set[str]:
         return set(self.special_tokens)
