@@ -1,0 +1,150 @@
+"""Measure a chat model on tasks with answers that can be checked.
+
+    python -m scripts.chat_eval -i sft                       # the six of ChatCORE
+    python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K"   # some of them
+    torchrun --nproc_per_node=8 -m scripts.chat_eval -- -i mid -x 500
+
+ChatCORE is the mean over six tasks of (accuracy - baseline) / (1 - baseline), where the
+baseline is what guessing gives: 0 for a model that guesses, 1 for one that is always right.
+It is printed only when all six ran. Accuracies are shown with their standard error.
+"""
+
+import argparse
+import json
+
+from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, print0, run_script
+
+CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
+TASK_NAMES = (*CHATCORE, "SampleWorld")
+
+
+def parse_args(argv):
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    parser.add_argument("-i", "--source", default="sft", choices=["base", "mid", "sft", "rl"], help="the model's stage")
+    task_help = f"a task, or several joined by |; may be repeated; None: ChatCORE's six; of {', '.join(TASK_NAMES)}"
+    parser.add_argument("-a", "--task-name", action="append", metavar="NAME", help=task_help)
+    parser.add_argument("-t", "--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument("-m", "--max-new-tokens", type=int, default=512, help="length of a written answer")
+    parser.add_argument("-n", "--num-samples", type=int, default=1, help="answers per problem; one right one solves it")
+    parser.add_argument("-k", "--top-k", type=int, default=50, help="sample among the k likeliest tokens; 0 for all")
+    parser.add_argument("-b", "--batch-size", type=int, default=8, help="problems with letters per forward pass")
+    parser.add_argument("-g", "--model-tag", help="which model of that stage; None: the newest")
+    parser.add_argument("-s", "--step", type=int, help="which checkpoint; None: the last")
+    parser.add_argument("-x", "--max-problems", type=int, help="the first so many problems of each task; None: all")
+    parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
+    return parser.parse_args(argv)
+
+
+def chosen_tasks(task_name: list[str] | None) -> tuple[str, ...]:
+    """The names asked for with -a, in order and without repeats; the six of ChatCORE if none was."""
+    if not task_name:
+        return CHATCORE
+    names = tuple(dict.fromkeys(name.strip() for value in task_name for name in value.split("|") if name.strip()))
+    unknown = [name for name in names if name not in TASK_NAMES]
+    if unknown or not names:
+        raise UserError(f"no task is called {', '.join(unknown) or 'that'}; known: {', '.join(TASK_NAMES)}")
+    return names
+
+
+def make_task(name: str):
+    """The task of that name with the questions it is measured on. Its data comes from the hub, so this may fail."""
+    from tasks.arc import ARC
+    from tasks.gsm8k import GSM8K
+    from tasks.humaneval import HumanEval
+    from tasks.mmlu import MMLU
+    from tasks.sample_world import SampleWorld
+    from tasks.spellingbee import SpellingBee
+
+    makers = {
+        "ARC-Easy": lambda: ARC(subset="ARC-Easy", split="test"),
+        "ARC-Challenge": lambda: ARC(subset="ARC-Challenge", split="test"),
+        "MMLU": lambda: MMLU(subset="all", split="test"),
+        "GSM8K": lambda: GSM8K(subset="main", split="test"),
+        "HumanEval": lambda: HumanEval(),
+        "SpellingBee": lambda: SpellingBee(size=256, split="test"),
+        "SampleWorld": lambda: SampleWorld(split="test"),
+    }
+    return makers[name]()
+
+
+def reachable_task(name: str, compute):
+    """The task, or (None, why) where its data is out of reach of any rank: all ranks must agree on what they run."""
+    import torch
+
+    task, why = None, "another rank could not load it"
+    try:
+        task = make_task(name)
+    except UserError as error:
+        why = str(error)
+    loaded = int(compute.sum(torch.tensor(int(task is not None), device=compute.device)))
+    return (task, "") if loaded == compute.world_size else (None, why)
+
+
+def chat_core(results: dict[str, dict]) -> float | None:
+    """Mean centred accuracy of the six tasks; None unless all of them are in `results`."""
+    if not all(name in results for name in CHATCORE):
+        return None
+    scored = [(results[name]["accuracy"], results[name]["baseline"]) for name in CHATCORE]
+    centred = [(accuracy - baseline) / (1 - baseline) for accuracy, baseline in scored]
+    return sum(centred) / len(centred)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    names = chosen_tasks(args.task_name)
+    for flag, value in (("-x", args.max_problems), ("-b", args.batch_size), ("-n", args.num_samples)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} is {value}; it must be 1 or more")
+    if args.num_samples > 1 and args.temperature == 0:
+        raise UserError(f"-n {args.num_samples} samples at temperature 0 would all be equal; add for instance -t 1.0")
+
+    from nanochat import report
+    from nanochat.checkpoint_manager import load_model
+    from nanochat.engine import Engine
+    from nanochat.task_eval import run_task, standard_error
+
+    compute = compute_init(args.device_type)
+    model, tokenizer, meta = load_model(args.source, compute, model_tag=args.model_tag, step=args.step)
+    engine = Engine(model, tokenizer)
+
+    results = {}
+    for name in names:
+        task, why = reachable_task(name, compute)
+        if task is None:
+            if args.task_name:  # asked for by name: going on without it would be a silently different result
+                raise UserError(why)
+            print0(f"{name:14s} skipped: {why}")
+            continue
+        accuracy, n = run_task(
+            task, model, tokenizer, engine, compute,
+            max_problems=args.max_problems, batch_size=args.batch_size, num_samples=args.num_samples,
+            max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k or None, name=name,
+        )  # fmt: skip
+        error = standard_error(accuracy, n)
+        results[name] = {"accuracy": accuracy, "stderr": error, "n": n, "baseline": task.baseline}
+        score = f"{100 * accuracy:6.2f}% +- {100 * error:.2f}"
+        print0(f"{name:14s} {score}  ({n} problems, guessing gives {100 * task.baseline:.0f}%)")
+    if not results:
+        raise UserError("none of the tasks could be run; see above, or try -a SampleWorld, which needs no data hub")
+
+    core = chat_core(results)
+    if core is not None:
+        print0(f"ChatCORE {core:.4f}")
+    elif not args.task_name:
+        print0(f"ChatCORE is not given: it needs all of {', '.join(CHATCORE)}")
+    if compute.is_main:
+        scores = {name: result["accuracy"] for name, result in results.items()}
+        if core is not None:
+            scores["ChatCORE"] = core
+        data = {"stage": args.source, "step": meta["step"], "flags": vars(args), "tasks": results, "scores": scores}
+        path = get_base_dir() / "report" / f"chat_eval_{args.source}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(data, indent=2) + "\n")
+        report.log(f"Chat evaluation ({args.source})", data)
+        print0(f"Results: {path}")
+    compute_cleanup(compute)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,403 @@
+"""The engine against the model's naive `generate`, against hand-written scripts, and against statistics."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.common import UserError
+from nanochat.engine import Engine, KVCache, make_row, sample
+from nanochat.gpt import GPT, GPTConfig
+
+SPECIALS = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
+
+
+class ByteTokenizer:
+    """A byte is a token; special tokens come after the 256 bytes."""
+
+    def encode_special(self, name):
+        return 256 + SPECIALS.index(name.strip("<|>"))
+
+    def get_bos_token_id(self):
+        return self.encode_special("<|bos|>")
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        parts = (bytes([i]) if i < 256 else f"<|{SPECIALS[i - 256]}|>".encode() for i in ids)
+        return b"".join(parts).decode(errors="replace")
+
+
+TOKENIZER = ByteTokenizer()
+BOS, END, CALL, CALL_END, OUT, OUT_END = (TOKENIZER.encode_special(f"<|{name}|>") for name in SPECIALS)
+
+
+def make_model(seed=0, **changes):
+    """A small model whose every learnt part does something: fresh weights leave many of them at zero."""
+    config = GPTConfig(**{
+        "sequence_len": 512, "vocab_size": 262, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 64,
+        "window_pattern": "QQSL", **changes,
+    })  # fmt: skip
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    model.init_weights(dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("c_proj.weight") or name == "lm_head.weight":
+                p.normal_(std=p.size(-1) ** -0.5 * (4 if name == "lm_head.weight" else 1))
+        model.smear_lambda.fill_(0.7)
+    return model.eval()
+
+
+class Script:
+    """A stand-in for a model: after each position it is all but certain of the token that `say` names.
+
+    `say(tokens)` gets one row's tokens so far and gives the next token.
+    """
+
+    def __init__(self, say, sequence_len=64):
+        self.config = SimpleNamespace(sequence_len=sequence_len, n_layer=1, n_head=1, n_kv_head=1, n_embd=4)
+        self.say = say
+        self.calls = []  # shape of the ids of every call
+        self.rows = None
+
+    def get_device(self):
+        return torch.device("cpu")
+
+    def __call__(self, ids, kv_cache):
+        self.calls.append(tuple(ids.shape))
+        new = ids.tolist()
+        if kv_cache.get_pos() == 0:
+            self.rows = new
+        else:
+            before = self.rows * len(new) if len(self.rows) == 1 else self.rows
+            self.rows = [old + more for old, more in zip(before, new)]
+        kv_cache.advance(ids.size(1))
+        logits = torch.full((*ids.shape, 262), -1e9)
+        for b, row in enumerate(self.rows):
+            logits[b, -1, self.say(row)] = 0.0
+        return logits
+
+
+def recite(text_tokens, prompt_length):
+    """A `say` that recites fixed tokens after a prompt and then ends; what was forced in between is skipped over."""
+
+    def say(tokens):
+        spoken = strip_output(tokens[prompt_length:])
+        return text_tokens[len(spoken)] if len(spoken) < len(text_tokens) else END
+
+    return say
+
+
+def strip_output(tokens):
+    kept, inside = [], False
+    for token in tokens:
+        inside = inside or token == OUT
+        if not inside:
+            kept.append(token)
+        inside = inside and token != OUT_END
+    return kept
+
+
+def run(engine, tokens, **options):
+    """All columns of one generation, its masks, and why the rows ended."""
+    columns, masks = [], []
+
+    def drain():
+        return (yield from engine.generate(tokens, **options))
+
+    generator = drain()
+    while True:
+        try:
+            column, mask = next(generator)
+        except StopIteration as stop:
+            return columns, masks, stop.value
+        columns.append(column)
+        masks.append(mask)
+
+
+def until_terminal(tokens):
+    """Tokens up to the first that ends a reply, which is kept."""
+    ends = [i for i, token in enumerate(tokens) if token in (BOS, END)]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+# -----------------------------------------------------------------------------
+# KV cache
+
+
+def test_cache_shapes_and_bookkeeping():
+    cache = KVCache(batch_size=3, num_heads=2, seq_len=10, head_dim=4, num_layers=5, device="cpu", dtype=torch.bfloat16)
+    assert cache.k_cache.shape == cache.v_cache.shape == (5, 3, 10, 2, 4)
+    assert cache.k_cache.dtype == torch.bfloat16
+    assert cache.cache_seqlens.tolist() == [0, 0, 0] and cache.cache_seqlens.dtype == torch.int32
+    k, v = cache.get_layer_cache(2)
+    k.fill_(1.0), v.fill_(2.0)
+    assert cache.k_cache[2].eq(1).all() and cache.v_cache[2].eq(2).all() and not cache.k_cache[3].any()
+    cache.advance(4)
+    assert cache.get_pos() == 4 and cache.cache_seqlens.tolist() == [4, 4, 4]
+    cache.prev_embedding = torch.ones(3, 1, 4)
+    cache.reset()
+    assert cache.get_pos() == 0 and cache.prev_embedding is None
+
+
+def test_prefill_copies_one_row_into_all():
+    one = KVCache(1, 2, 3, 4, 2, "cpu", torch.float32)
+    one.k_cache.normal_(), one.v_cache.normal_()
+    one.advance(3)
+    one.prev_embedding = torch.randn(1, 1, 8)
+    many = KVCache(2, 2, 7, 4, 2, "cpu", torch.float32)
+    many.prefill(one)
+    for row in range(2):
+        assert torch.equal(many.k_cache[:, row, :3], one.k_cache[:, 0])
+        assert torch.equal(many.v_cache[:, row, :3], one.v_cache[:, 0])
+        assert torch.equal(many.prev_embedding[row], one.prev_embedding[0])
+    assert many.cache_seqlens.tolist() == [3, 3]
+    assert not many.k_cache[:, :, 3:].any()
+    with pytest.raises(AssertionError):
+        many.prefill(one)  # no longer empty
+    with pytest.raises(AssertionError):
+        KVCache(1, 2, 2, 4, 2, "cpu", torch.float32).prefill(one)  # too short
+
+
+# -----------------------------------------------------------------------------
+# Greedy output equals the naive one
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"n_kv_head": 1},
+    {"n_kv_head": 4, "window_pattern": "L"},
+    {"window_pattern": "SSSL", "n_layer": 3},
+    {"window_pattern": "QQQL", "n_layer": 1},
+])  # fmt: skip
+@pytest.mark.parametrize("prompt_length", [1, 7, 150])
+def test_greedy_equals_naive_generate(changes, prompt_length):
+    model = make_model(**changes)
+    prompt = [BOS] + torch.randint(256, (prompt_length - 1,), generator=torch.Generator().manual_seed(1)).tolist()
+    # 30 tokens from 150 on cross the quarter window of 128.
+    naive = list(model.generate(prompt, max_tokens=30, temperature=0.0))
+    columns, masks, reasons = run(Engine(model, TOKENIZER), prompt, num_samples=3, max_tokens=30, temperature=0.0)
+    expected = until_terminal(naive)
+    for row in range(3):
+        tokens = until_terminal([column[row] for column in columns])
+        assert tokens == expected
+    assert len(set(expected)) > 5 or len(expected) < 10, "a model that repeats itself would test little"
+    assert reasons == (["stop"] * 3 if expected[-1] in (BOS, END) else ["length"] * 3)
+    assert all(mask == [1, 1, 1] for mask in masks)
+
+
+def test_greedy_equals_naive_generate_up_to_a_full_context():
+    model = make_model(sequence_len=160)
+    prompt = list(range(100, 110))
+    naive = list(model.generate(prompt, max_tokens=150, temperature=0.0))
+    columns, _, reasons = run(Engine(model, TOKENIZER), prompt, temperature=0.0)
+    expected = until_terminal(naive)
+    assert [token for (token,) in columns] == expected
+    assert reasons == (["stop"] if expected[-1] in (BOS, END) else ["context"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cache_takes_the_compute_dtype_of_the_model(dtype):
+    model = make_model()
+    model.init_weights(dtype=dtype)
+    assert Engine(model, TOKENIZER)._make_cache(1, 8).k_cache.dtype == dtype
+    assert len(Engine(model, TOKENIZER).generate_batch([BOS], max_tokens=3)[0][0]) >= 1
+
+
+# -----------------------------------------------------------------------------
+# Sampling
+
+
+def test_sample_follows_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]])
+    n, temperature = 40_000, 0.8
+    draws = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    counts = sample(logits.expand(n, -1), temperature, None, draws).bincount(minlength=5)
+    expected = F.softmax(logits[0].double() / temperature, dim=-1)
+    deviation = (counts / n - expected).abs() / (expected * (1 - expected) / n).sqrt()
+    assert deviation.max() < 4  # standard errors
+
+
+def test_sample_top_k_keeps_exactly_the_k_likeliest():
+    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(3))
+    draws = torch.rand(5000, generator=torch.Generator().manual_seed(4))
+    tokens = sample(logits.expand(5000, -1), 5.0, 7, draws)
+    assert set(tokens.tolist()) == set(logits[0].topk(7).indices.tolist())
+    assert sample(logits, 1.0, 1, torch.tensor([0.99])).tolist() == [int(logits.argmax())]
+    everything = sample(logits.expand(5000, -1), 5.0, 2000, draws)  # a k beyond the vocabulary cuts nothing
+    assert torch.equal(everything, sample(logits.expand(5000, -1), 5.0, None, draws))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sample_at_its_edges(dtype):
+    logits = torch.tensor([[0.0, 15.0, -15.0, -float("inf")]], dtype=dtype)
+    largest = 1 - 2**-23
+    for temperature in (1e-30, 1e-3, 1.0, 1e3):
+        for draw in (0.0, 0.5, largest):
+            assert sample(logits, temperature, None, torch.tensor([draw])).item() in (0, 1, 2)
+    assert sample(logits, 1e-30, None, torch.tensor([largest])).item() == 1
+    assert sample(logits, 0, None, torch.tensor([0.5])).item() == 1
+
+
+def test_draws_stay_below_the_total_in_float32():
+    """The largest draw times any total near one rounds to less than the total, so a token is always found."""
+    totals = 1 + torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 1e-4
+    assert (totals * torch.tensor(1 - 2**-23) < totals).all()
+    draws = [make_row(0, i).draw() for i in range(500)]
+    assert 0 <= min(draws) and max(draws) <= 1 - 2**-23 and 0.4 < sum(draws) / 500 < 0.6
+
+
+def test_a_row_depends_on_its_seed_and_not_on_its_neighbours():
+    model = make_model()
+    engine = Engine(model, TOKENIZER)
+    options = {"max_tokens": 12, "temperature": 1.0, "top_k": 50}
+    four, _ = engine.generate_batch([BOS, 65, 66], num_samples=4, seed=7, **options)
+    two, _ = engine.generate_batch([BOS, 65, 66], num_samples=2, seed=7, **options)
+    other, _ = engine.generate_batch([BOS, 65, 66], num_samples=4, seed=8, **options)
+    assert two == four[:2]
+    assert len({tuple(row) for row in four + other}) == 8  # neighbouring seeds do not share rows either
+    assert len({row[3] for row in four + other}) > 1  # the first token is drawn per row too
+
+
+# -----------------------------------------------------------------------------
+# Tool use
+
+
+def test_calculator_result_is_forced_with_mask_zero():
+    spoken = [*b"=", CALL, *b"12*7", CALL_END, *b"!"]
+    prompt = [BOS, *b"12*7?"]
+    engine = Engine(Script(recite(spoken, len(prompt))), TOKENIZER)
+    (sequence,), (mask,) = engine.generate_batch(prompt, temperature=0.0)
+    forced = [OUT, *b"84", OUT_END]
+    assert sequence == [*prompt, *spoken[:-1], *forced, *b"!"]
+    assert mask == [0] * len(prompt) + [1] * (len(spoken) - 1) + [0] * len(forced) + [1]
+
+
+@pytest.mark.parametrize(
+    "text, result", [("'strawberry'.count('r')", "3"), ("0.1 + 0.2", "0.3"), ("2**0.5 if", None), ("", None)]
+)
+def test_what_the_calculator_says_and_refuses(text, result):
+    spoken = [CALL, *text.encode(), CALL_END, *b"ok"]
+    engine = Engine(Script(recite(spoken, 1)), TOKENIZER)
+    (sequence,), (mask,) = engine.generate_batch([BOS], temperature=0.0)
+    forced = [OUT, *result.encode(), OUT_END] if result is not None else []
+    assert sequence == [BOS, *spoken[:-2], *forced, *b"ok"]
+    assert mask.count(0) == 1 + len(forced)
+
+
+def test_rows_call_tools_on_their_own():
+    """Two rows of one batch, one in a call while the other is not: only the caller is forced."""
+    start = {0: [CALL, *b"1+1", CALL_END, *b"x"], 1: [*b"abcdefghij"]}
+
+    def say(tokens):
+        spoken = strip_output(tokens[1:])
+        if not spoken:
+            return CALL if not say.called else ord("a")
+        script = start[0] if spoken[0] == CALL else start[1]
+        return script[len(spoken)] if len(spoken) < len(script) else END
+
+    class TwoWays(Script):
+        """Both ways to begin are equally likely, so that the seed decides."""
+
+        def __call__(self, ids, kv_cache):
+            logits = super().__call__(ids, kv_cache)
+            if ids.tolist() == [[BOS]]:
+                logits[0, -1, ord("a")] = logits[0, -1, CALL]
+            return logits
+
+    say.called = False
+    sequences, masks = Engine(TwoWays(say), TOKENIZER).generate_batch([BOS], num_samples=8, temperature=1.0)
+    calling = [BOS, CALL, *b"1+1", CALL_END, OUT, *b"2", OUT_END, *b"x"]
+    plain = [BOS, *b"abcdefghij"]
+    assert all(sequence in (calling, plain) for sequence in sequences)
+    assert calling in sequences and plain in sequences
+    assert [mask.count(0) for mask in masks] == [4 if sequence == calling else 1 for sequence in sequences]
+
+
+def test_a_call_that_is_never_closed_and_an_end_without_a_start_force_nothing():
+    for spoken in ([CALL, *b"1+1"], [*b"1+1", CALL_END, *b"x"], [CALL, *b"1+", CALL, *b"2", CALL_END]):
+        (sequence,), (mask,) = Engine(Script(recite(spoken, 1)), TOKENIZER).generate_batch([BOS], temperature=0.0)
+        if spoken.count(CALL) == 2:  # a second start begins the call anew: "2" is what is computed
+            assert sequence == [BOS, *spoken, OUT, *b"2", OUT_END]
+        else:
+            assert sequence == [BOS, *spoken] and mask == [0] + [1] * len(spoken)
+
+
+# -----------------------------------------------------------------------------
+# How rows end
+
+
+@pytest.mark.parametrize("terminal", [END, BOS])
+def test_terminal_tokens_are_yielded_by_generate_and_left_out_by_generate_batch(terminal):
+    script = Script(lambda tokens: terminal if len(tokens) == 4 else 65)
+    columns, masks, reasons = run(Engine(script, TOKENIZER), [BOS, 66], temperature=0.0)
+    assert columns == [[65], [65], [terminal]] and masks == [[1], [1], [1]] and reasons == ["stop"]
+    (sequence,), (mask,) = Engine(script, TOKENIZER).generate_batch([BOS, 66], temperature=0.0)
+    assert sequence == [BOS, 66, 65, 65] and mask == [0, 0, 1, 1]
+
+
+def test_a_finished_row_repeats_its_end_while_others_go_on():
+    model = make_model()
+    options = {"num_samples": 40, "max_tokens": 60, "temperature": 3.0, "seed": 1}
+    columns, masks, reasons = run(Engine(model, TOKENIZER), [BOS], **options)
+    assert set(reasons) == {"stop", "length"}, "the seed should give both kinds"
+    for row, reason in enumerate(reasons):
+        tokens = [column[row] for column in columns]
+        length = len(until_terminal(tokens))
+        assert [mask[row] for mask in masks] == [1] * length + [0] * (len(columns) - length)
+        assert set(tokens[length:]) <= {tokens[length - 1]}
+        assert (reason == "stop") == (tokens[length - 1] in (BOS, END))
+
+
+def test_generation_stops_when_every_row_has_ended():
+    script = Script(lambda tokens: END)
+    columns, _, _ = run(Engine(script, TOKENIZER), [BOS], num_samples=3, temperature=0.0)
+    assert columns == [[END] * 3]
+    assert script.calls == [(1, 1)]  # the prompt was read once, for all rows, and nothing after the end
+
+
+def test_max_tokens_and_context_bound_the_length():
+    chatter = Script(lambda tokens: 65, sequence_len=20)
+    engine = Engine(chatter, TOKENIZER)
+    cases = ((5, 5, "length"), (None, 17, "context"), (100, 17, "context"), (17, 17, "length"))
+    for max_tokens, length, reason in cases:
+        columns, _, reasons = run(engine, [BOS, 65, 66], max_tokens=max_tokens, temperature=0.0)
+        assert len(columns) == length and reasons == [reason]
+
+
+def test_forced_tokens_count_and_stop_at_the_limit():
+    spoken = [CALL, *b"9*9", CALL_END]
+    engine = Engine(Script(recite(spoken, 1)), TOKENIZER)
+    (sequence,), (mask,) = engine.generate_batch([BOS], max_tokens=6, temperature=0.0)
+    assert sequence == [BOS, *spoken, OUT] and mask == [0, 1, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ({"tokens": []}, "empty"),
+    ({"tokens": [1] * 64}, "64 tokens"),
+    ({"tokens": [1] * 900}, "900 tokens"),
+    ({"tokens": [1], "num_samples": 0}, "num_samples is 0"),
+    ({"tokens": [1], "max_tokens": 0}, "max_tokens is 0"),
+    ({"tokens": [1], "temperature": -1.0}, "temperature is -1"),
+    ({"tokens": [1], "temperature": float("nan")}, "temperature is nan"),
+    ({"tokens": [1], "top_k": 0}, "top_k is 0"),
+])  # fmt: skip
+def test_arguments_that_cannot_work_are_refused_at_once(arguments, says):
+    engine = Engine(Script(lambda tokens: 65), TOKENIZER)
+    with pytest.raises(UserError, match=says):
+        engine.generate(**arguments)  # before the first step
+    with pytest.raises(UserError, match=says):
+        engine.generate_batch(**arguments)
+
+
+def test_the_readers_of_a_generator_keep_their_gradients():
+    """No mode of the engine's leaks out between two tokens: training may go on in between."""
+    model = make_model()
+    for _ in Engine(model, TOKENIZER).generate([BOS], max_tokens=2):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    model(torch.tensor([[1, 2]]), targets=torch.tensor([[2, 3]])).backward()
