@@ -1,0 +1,355 @@
+"""CORE: how well a base model, never taught to chat, answers the 22 tasks of the DCLM paper.
+
+The one idea to know: every question of every task becomes a few *options*, each a list of token
+ids with a mark where scoring starts. Multiple choice has one context and several continuations,
+a schema several contexts and one continuation, language modelling just one of each. The first
+two are answered by the option whose scored tokens have the lowest mean loss, the last is right
+when each scored token is what the model itself would have said.
+
+Prompts, few-shot examples and order of the rows follow the published scores to the letter (see
+`read_rows`, `fewshot_text`, `mark_question`). Nothing is sampled here, and nothing is trained.
+
+DCLM: Li et al. 2024, arXiv:2406.11794, section 3.5 and appendix G.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import time
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+import yaml
+from filelock import FileLock
+
+from nanochat.common import Compute, UserError, file_url, get_base_dir
+from nanochat.download import download_file
+
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+BUNDLE_LIMIT = 2**31  # bytes unpacked; the true bundle has 41 million
+CHUNK = 64  # questions rendered, sorted and scored together: small enough to share among ranks
+BATCH_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 32768}  # a CPU is fastest while a batch stays in its cache
+LOGIT_ROWS = 1024  # positions whose logits exist at the same time
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    label: str
+    kind: str  # "multiple_choice", "schema" or "language_modeling"
+    path: Path  # JSON lines
+    num_fewshot: int
+    delimiter: str  # between a query and its answer
+    baseline: float  # accuracy of a random guess, 0..1
+
+
+@dataclass(frozen=True)
+class Question:
+    options: list[tuple[list[int], int]]  # token ids, and the index of the first scored one
+    kind: str
+    gold: int
+
+    def grade(self, scores: list[Score]) -> tuple[object, bool]:
+        """(the model's answer, whether it is right). Options that tie: the first wins."""
+        if self.kind == "language_modeling":
+            ids, start = self.options[0]
+            return scores[0].greedy, scores[0].greedy == ids[start:]
+        losses = [score.loss for score in scores]
+        answer = losses.index(min(losses))
+        return answer, answer == self.gold
+
+
+@dataclass(frozen=True)
+class Score:
+    loss: float  # mean nats of the scored tokens
+    greedy: list[int]  # the likeliest token at each scored place
+
+
+# -----------------------------------------------------------------------------
+# The bundle
+
+
+def fetch_bundle(compute: Compute) -> Path:
+    """The unpacked evaluation bundle, downloaded once by one rank of each node.
+
+    Raises UserError, on all ranks or on none, when it is out of reach.
+    """
+    folder, failure = get_base_dir() / "eval_bundle", None
+    if compute.local_rank == 0:
+        try:
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    archive = folder.with_suffix(".zip")
+                    download_file(file_url(BUNDLE_URL), archive, check=lambda part: unpack(part, folder))
+                    if not folder.exists():  # the zip was there already, put there by hand
+                        unpack(archive, folder)
+                    archive.unlink()
+        except UserError as error:
+            failure = error
+    # All ranks must agree, or those that went on would wait for ever for those that did not.
+    failed = torch.tensor(int(failure is not None), device=compute.device)
+    if int(compute.sum(failed)) > 0:
+        raise failure or UserError("the CORE bundle could not be fetched by another rank; its message says why")
+    return folder
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack `eval_bundle/...` of a zip as `folder`, which appears whole or not at all.
+
+    Raises UserError for what is not a whole zip file, not the bundle, or would write elsewhere.
+    """
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        with zipfile.ZipFile(archive) as bundle:
+            members = bundle.infolist()
+            for member in members:
+                if not (aside / member.filename).resolve().is_relative_to(aside.resolve()):
+                    raise UserError(f"{archive} was not unpacked: it holds {member.filename!r}, which lies outside")
+            if sum(member.file_size for member in members) > BUNDLE_LIMIT:
+                raise UserError(f"{archive} unpacks to more than {BUNDLE_LIMIT >> 30} GiB; it is not the CORE bundle")
+            bundle.extractall(aside)  # checks each member's checksum
+        if not (aside / "eval_bundle" / "core.yaml").exists():
+            raise UserError(f"{archive} is not the CORE bundle: it has no eval_bundle/core.yaml. Delete it.")
+        os.replace(aside / "eval_bundle", folder)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{archive} is not a whole zip file ({error}). Delete it and run this again.") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_tasks(bundle: Path) -> list[CoreTask]:
+    """The tasks of core.yaml, with the random baselines of eval_meta_data.csv (there in percent)."""
+    try:
+        entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+        with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
+            baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+        return [
+            CoreTask(
+                label=entry["label"],
+                kind=entry["icl_task_type"],
+                path=bundle / "eval_data" / entry["dataset_uri"],
+                num_fewshot=entry["num_fewshot"][0],
+                delimiter=entry.get("continuation_delimiter", " "),
+                baseline=baselines[entry["label"]],
+            )
+            for entry in entries
+        ]
+    except (OSError, KeyError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"the CORE bundle is damaged ({error!r}). Delete {bundle} and run this again.") from None
+
+
+def read_rows(task: CoreTask, max_rows: int = -1) -> list[dict]:
+    """The rows of a task, shuffled as in published scores and only then cut to `max_rows` (-1: all)."""
+    try:
+        lines = [line for line in task.path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        random.Random(1337).shuffle(lines)
+        return [json.loads(line) for line in (lines if max_rows < 0 else lines[:max_rows])]
+    except (OSError, ValueError) as error:
+        bundle = task.path.parents[2]
+        raise UserError(f"CORE's {task.label} is damaged ({error}). Delete {bundle} and run this again.") from None
+
+
+# -----------------------------------------------------------------------------
+# From rows to token ids
+
+
+def row_options(row: dict, kind: str) -> list[tuple[str, str]]:
+    """The (query, answer) pairs to choose from: `{"query": "2+2=", "choices": ["3", "4"]}` has two."""
+    if kind == "multiple_choice":
+        return [(row["query"], choice) for choice in row["choices"]]
+    if kind == "schema":
+        return [(context, row["continuation"]) for context in row["context_options"]]
+    assert kind == "language_modeling", kind
+    return [(row["context"].strip(), row["continuation"])]
+
+
+def fewshot_text(rows: list[dict], i: int, task: CoreTask) -> str:
+    """The solved examples that precede row i, each followed by a blank line.
+
+    They are drawn from all other rows; a task with too few of them gives those it has.
+    """
+    others = [j for j in range(len(rows)) if j != i]
+    shots = random.Random(1234 + i).sample(others, min(task.num_fewshot, len(others)))
+    solved = [row_options(rows[j], task.kind)[rows[j].get("gold", 0)] for j in shots]
+    return "".join(f"{query}{task.delimiter}{answer}\n\n" for query, answer in solved)
+
+
+def shared_length(sequences: list[list[int]], from_end: bool = False) -> int:
+    """How many first (or last) tokens all have in common: [[1, 2, 3], [1, 2, 4]] -> 2 (from the end 0)."""
+    columns = zip(*(reversed(ids) for ids in sequences)) if from_end else zip(*sequences)
+    for length, column in enumerate(columns):
+        if len(set(column)) > 1:
+            return length
+    return min(len(ids) for ids in sequences)
+
+
+def render_prompts(rows: list[dict], i: int, task: CoreTask) -> list[str]:
+    """Row i with its few-shot examples: one text per option, and for language modelling the bare query after it.
+
+    The bare query ends before the delimiter's blank, which belongs to the answer's first token.
+    """
+    shots = fewshot_text(rows, i, task)
+    prompts = [shots + query + task.delimiter + answer for query, answer in row_options(rows[i], task.kind)]
+    if task.kind == "language_modeling":
+        query, _ = row_options(rows[i], task.kind)[0]
+        prompts.append((shots + query + task.delimiter).rstrip())
+    return prompts
+
+
+def mark_question(sequences: list[list[int]], task: CoreTask, gold: int, context: int) -> Question:
+    """The question of `render_prompts`'s texts as token ids: finds where scoring starts, and cuts to the context.
+
+    Multiple choice and language modelling score what follows the tokens in common at the
+    beginning, a schema the tokens in common at the end. An option of more than `context` tokens
+    loses its left end.
+    """
+    if task.kind == "schema":
+        shared = shared_length(sequences, from_end=True)
+        starts = [len(ids) - shared for ids in sequences]
+    else:
+        starts = [shared_length(sequences)] * len(sequences)
+    options = []
+    for ids, start in zip(sequences[:1] if task.kind == "language_modeling" else sequences, starts):
+        start = min(start, len(ids) - 1)  # an option that is the beginning of all others still scores its last token
+        cut = max(0, len(ids) - context)
+        options.append((ids[cut:], max(1, start - cut)))  # nothing comes before token 0 to predict it from
+    return Question(options, task.kind, gold)
+
+
+# -----------------------------------------------------------------------------
+# Scoring
+
+
+def plan_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Group indices so that each group, padded to its longest, has at most `budget` tokens (but one member at least).
+
+    >>> plan_batches([3, 9, 4, 2], budget=9)
+    [[1], [2, 0], [3]]
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+@torch.inference_mode()
+def score_options(model, options: list[tuple[list[int], int]], batch_tokens: int) -> list[Score]:
+    """Score each (ids, start): what the model makes of ids[start:] given all that precedes.
+
+    The model reads ids[:-1], padded on the right, which a causal model cannot see. Options that
+    differ in their last token only ("A", "B", "C", "D") are therefore one row to read, and equal
+    ones tie exactly.
+    """
+    readers: dict[tuple[int, ...], list[int]] = {}  # what is read -> the options that need it
+    for i, (ids, start) in enumerate(options):
+        assert 0 < start < len(ids)
+        readers.setdefault(tuple(ids[:-1]), []).append(i)
+    rows, scores = list(readers), [None] * len(options)
+    for batch in plan_batches([len(row) for row in rows], batch_tokens):
+        width = len(rows[batch[0]])
+        inputs = torch.tensor([rows[r] + (0,) * (width - len(rows[r])) for r in batch])  # (B, T)
+        hidden = model.hidden(inputs.to(model.get_device())).flatten(0, 1)  # (B*T, d)
+        wanted = [(b, i) for b, r in enumerate(batch) for i in readers[rows[r]]]
+        spans = [range(b * width + options[i][1] - 1, b * width + len(options[i][0]) - 1) for b, i in wanted]
+        targets = [token for _, i in wanted for token in options[i][0][options[i][1] :]]
+        losses, greedy = score_positions(model, hidden, [p for span in spans for p in span], targets)
+        end = 0
+        for (_, i), span in zip(wanted, spans):
+            start, end = end, end + len(span)
+            scores[i] = Score(float(losses[start:end].mean()), greedy[start:end].tolist())
+    return scores
+
+
+def score_positions(model, hidden, positions: list[int], targets: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses in nats float64, greedy tokens) of the targets, each (N,) on the CPU, from rows of hidden (M, d).
+
+    Only the rows that are scored go through the head, which would otherwise be most of the work.
+    """
+    losses, greedy = [], []
+    places, targets = torch.tensor(positions), torch.tensor(targets)
+    for some, want in zip(places.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
+        logits = model.logits(hidden[some.to(hidden.device)])  # (n, vocab_size) float32
+        losses.append(F.cross_entropy(logits, want.to(logits.device), reduction="none").cpu().double())
+        greedy.append(logits.argmax(dim=-1).cpu())
+    return torch.cat(losses), torch.cat(greedy)
+
+
+# -----------------------------------------------------------------------------
+# Tasks and CORE
+
+
+def answer_rows(model, tokenizer, task: CoreTask, rows: list[dict], which: range, batch_tokens: int) -> Iterator[tuple]:
+    """Yield (answer, right) for the rows of `which`: the option chosen, or the tokens said instead."""
+    prompts = [render_prompts(rows, i, task) for i in which]
+    texts = [text for texts in prompts for text in texts]
+    ids = iter(tokenizer.encode(texts, prepend=tokenizer.get_bos_token_id()))
+    questions = [
+        mark_question([next(ids) for _ in texts], task, rows[i].get("gold", 0), model.config.sequence_len)
+        for i, texts in zip(which, prompts)
+    ]
+    scores = iter(score_options(model, [option for q in questions for option in q.options], batch_tokens))
+    for question in questions:
+        yield question.grade([next(scores) for _ in question.options])
+
+
+def evaluate_core(
+    model,
+    tokenizer,
+    compute: Compute,
+    bundle: Path,
+    max_per_task: int = -1,
+    batch_tokens: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict:
+    """CORE and its tasks: {"core", "stderr", "tasks": {label: {"accuracy", "centered", "stderr", "examples"}}}.
+
+    `model` has `hidden`, `logits`, `get_device` and `config.sequence_len`. Chunks of questions are
+    dealt to the ranks in turn; a chunk is scored alike wherever it lands, so the numbers do not
+    depend on the number of ranks. `stderr` is one standard error of the centred value, from the
+    questions being a sample (binomial); it says nothing of the spread between training runs.
+    """
+    batch_tokens = BATCH_TOKENS[compute.device.type] if batch_tokens is None else batch_tokens
+    tasks = load_tasks(bundle)
+    counts = torch.zeros(len(tasks), 2, dtype=torch.int64)  # right answers, questions
+    turn = 0
+    for t, task in enumerate(tasks):
+        began = time.monotonic()
+        rows = read_rows(task, max_per_task)
+        for first in range(0, len(rows), CHUNK):
+            if turn % compute.world_size == compute.rank:
+                which = range(first, min(first + CHUNK, len(rows)))
+                right = [right for _, right in answer_rows(model, tokenizer, task, rows, which, batch_tokens)]
+                counts[t] += torch.tensor([sum(right), len(right)])
+            turn += 1
+        say(f"{t + 1:2d}/{len(tasks)} {task.label}: {len(rows)} questions, {time.monotonic() - began:.1f} s")
+    counts = compute.sum(counts.to(compute.device)).cpu()
+    return summarize(tasks, counts.tolist())
+
+
+def summarize(tasks: list[CoreTask], counts: list[list[int]]) -> dict:
+    """Accuracies from (right, questions) per task; centred so that guessing gives 0 and knowing gives 1."""
+    results = {}
+    for task, (right, total) in zip(tasks, counts):
+        if total == 0:
+            raise UserError(f"CORE's {task.label} had no question: the most per task must be -1 (all) or at least 1")
+        accuracy, room = right / total, 1 - task.baseline
+        results[task.label] = {
+            "accuracy": accuracy,
+            "centered": (accuracy - task.baseline) / room,
+            "stderr": (accuracy * (1 - accuracy) / total) ** 0.5 / room,
+            "examples": total,
+        }
+    core = sum(result["centered"] for result in results.values()) / len(results)
+    stderr = sum(result["stderr"] ** 2 for result in results.values()) ** 0.5 / len(results)
+    return {"core": core, "stderr": stderr, "tasks": results}

@@ -1,0 +1,128 @@
+"""Any causal language model of the `transformers` library behind the few names that our evaluations use.
+
+The one idea to know: CORE and bits per byte ask a model only for `hidden`, `logits`, losses,
+`config.sequence_len` and its device, and a tokenizer only for `encode`, `decode`, its bos and its
+bytes per token. Giving a foreign model those names measures it on the very same yardstick.
+It does not train, export or convert anything.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.common import Compute, UserError
+
+LOGIT_ROWS = 1024  # positions whose logits exist at the same time: vocabularies reach 250,000
+DEFAULT_CONTEXT = 2048  # where a model's configuration names no limit
+
+
+def load_hf_model(path: str, compute: Compute) -> tuple[HFModel, HFTokenizer]:
+    """A model and its tokenizer from a folder or a hub id such as "openai-community/gpt2".
+
+    Raises UserError when `transformers` is missing or `path` cannot be loaded.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise UserError("--hf-path needs the transformers library: uv pip install transformers") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        advice = "Give a folder, or an id that the hub has."
+        raise UserError(f"--hf-path {path} could not be loaded: {reason}\n{advice}") from None
+    return HFModel(model.to(device=compute.device, dtype=compute.dtype).eval()), HFTokenizer(tokenizer, path)
+
+
+class HFModel:
+    def __init__(self, model):
+        self.model = model
+        config = model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+        self.config = SimpleNamespace(sequence_len=context, vocab_size=config.vocab_size)
+        # Some families scale or cap their logits after the head. Where head(hidden) is not what the
+        # model itself says, its own logits take the place of the hidden states.
+        self.whole = False
+        probe = torch.arange(4, device=self.get_device())[None]
+        with torch.inference_mode():
+            self.whole = not torch.allclose(self.logits(self.hidden(probe)), model(probe).logits.float(), atol=1e-3)
+
+    def get_device(self) -> torch.device:
+        return self.model.device
+
+    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+        """idx (B, T) -> what `logits` takes: (B, T, d), or (B, T, vocab_size) for the families named above."""
+        if self.whole:
+            return self.model(idx, use_cache=False).logits
+        return self.model.base_model(idx, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> float32 logits (..., vocab_size)."""
+        return (hidden if self.whole else self.model.get_output_embeddings()(hidden)).float()
+
+    def __call__(self, idx: torch.Tensor, targets: torch.Tensor, loss_reduction: str = "none") -> torch.Tensor:
+        """Loss in nats of each target, (B, T) float32, 0 where a target is -1."""
+        assert loss_reduction == "none", "a foreign model is measured here, not trained"
+        pieces = zip(self.hidden(idx).flatten(0, 1).split(LOGIT_ROWS), targets.flatten().split(LOGIT_ROWS))
+        losses = [F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none") for h, t in pieces]
+        return torch.cat(losses).view_as(targets)
+
+
+class HFTokenizer:
+    def __init__(self, tokenizer, name: str):
+        self.tokenizer, self.name = tokenizer, name
+
+    def get_vocab_size(self) -> int:
+        return len(self.tokenizer)
+
+    def get_bos_token_id(self) -> int:
+        """What a document starts with: bos, or eos where (as in GPT-2's kin) one token is both."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise UserError(f"the tokenizer of {self.name} has neither a bos nor an eos token to start a document with")
+
+    def encode(self, text: str | list[str], prepend: int | None = None, num_threads: int = 8) -> list:
+        """Ids of a text, or of each text of a list. Special tokens written out in a text stay text.
+
+        `num_threads` is there for our own tokenizer's sake; the library picks its own.
+        """
+        if isinstance(text, str):
+            return self.encode([text], prepend)[0]
+        if not text:
+            return []
+        first = [] if prepend is None else [prepend]
+        many = self.tokenizer(list(text), add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return [first + ids for ids in many["input_ids"]]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def token_bytes(self) -> torch.Tensor:
+        """(vocab_size,) int32: bytes of text behind each id, 0 for special tokens.
+
+        Read off the vocabulary's own spelling, since decoding a lone id turns part of a character
+        into U+FFFD. Byte-level vocabularies write one character per byte; SentencePiece writes a
+        blank as "▁" and a byte as "<0x0A>". Raises UserError for any other kind.
+        """
+        vocab = self.tokenizer.get_vocab()
+        byte_level = "Ġ" in vocab  # how such vocabularies write the blank
+        if not byte_level and "▁" not in vocab and "<0x0A>" not in vocab:
+            raise UserError(f"the tokenizer of {self.name} is of an unknown kind; its bits per byte cannot be told")
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}  # spelt as plain text
+        special = set(self.tokenizer.all_special_ids)
+        counts = torch.zeros(max(vocab.values()) + 1, dtype=torch.int32)
+        for token, i in vocab.items():
+            if i in special:
+                continue
+            if byte_level and token not in added:
+                counts[i] = len(token)
+            elif not byte_level and len(token) == 6 and token.startswith("<0x"):
+                counts[i] = 1
+            else:
+                counts[i] = len(token.replace("▁", " ").encode())
+        return counts

@@ -1,0 +1,64 @@
+"""How well a model predicts text: bits per byte, and what it says when left to go on.
+
+The one idea to know: loss per token depends on the vocabulary (longer tokens are harder to
+guess, and fewer), bits per byte does not. It is the loss of all target tokens in nats, divided
+by ln 2 and by the bytes of text that those tokens stand for. Special tokens stand for no text
+and count on neither side.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Iterable
+
+import torch
+
+from nanochat.common import Compute
+
+# What a base model is asked to go on with, so that a person sees what a loss means.
+SAMPLE_PROMPTS = [
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "If 5*x + 3 = 13, then x is",
+    "My favorite color is",
+    "Once upon a time",
+]
+
+
+@torch.no_grad()
+def evaluate_bpb(model, batches: Iterable[tuple], steps: int, token_bytes: torch.Tensor, compute: Compute) -> float:
+    """Bits per byte over `steps` batches on each rank: the same number on every rank.
+
+    `batches` yields (inputs, targets, ...), both (B, T), targets of -1 ignored. `token_bytes`
+    (vocab_size,) is the bytes of text behind each id, 0 for special tokens. Infinite when the
+    targets hold no text at all.
+    """
+    token_bytes = token_bytes.to(compute.device)
+    # MPS knows no float64; float32 is good to about 1e-6 here, since each addend is a batch's whole sum.
+    exact = torch.float32 if compute.device.type == "mps" else torch.float64
+    nats = torch.zeros((), dtype=exact, device=compute.device)
+    n_bytes = torch.zeros((), dtype=torch.int64, device=compute.device)
+    for _, (inputs, targets, *_) in zip(range(steps), batches):
+        losses = model(inputs, targets, loss_reduction="none")  # (B, T) nats
+        target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
+        nats += torch.where(target_bytes > 0, losses, 0).to(exact).sum()
+        n_bytes += target_bytes.sum()
+    nats, n_bytes = compute.sum(nats).item(), compute.sum(n_bytes).item()
+    return nats / (math.log(2) * n_bytes) if n_bytes > 0 else math.inf
+
+
+@torch.inference_mode()
+def complete(model, tokenizer, prompt: str, max_tokens: int = 16) -> str:
+    """The prompt and what the model finds likeliest to follow, up to the end of the document."""
+    bos = tokenizer.get_bos_token_id()
+    ids = tokenizer.encode(prompt, prepend=bos)
+    for _ in range(max_tokens):
+        window = torch.tensor([ids[-model.config.sequence_len :]], device=model.get_device())
+        token = int(model.logits(model.hidden(window)[:, -1]).argmax())
+        if token == bos:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids[1:])

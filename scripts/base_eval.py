@@ -1,0 +1,71 @@
+"""Measure a base model, ours or any of Hugging Face's, on CORE: 22 tasks answered from examples alone.
+
+    python -m scripts.base_eval
+    torchrun --nproc_per_node=8 -m scripts.base_eval -- --max-per-task=500
+    python -m scripts.base_eval --hf-path openai-community/gpt2
+
+Prints a table, writes it to base_eval/NAME.csv in the base folder and adds it to the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, print0, run_script
+
+
+def main(argv=None):
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="CORE of a base model.", formatter_class=formatter)
+    parser.add_argument("--hf-path", default="", help="measure this Hugging Face model (folder or id) instead of ours")
+    parser.add_argument("--model-tag", default=None, help="which model (newest if not given)")
+    parser.add_argument("--step", "--model-step", type=int, default=None, help="which step of it (last if not given)")
+    parser.add_argument("--max-per-task", type=int, default=-1, help="questions per task (-1: all)")
+    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (empty: the best there is)")
+    args = parser.parse_args(argv)
+
+    from nanochat import report
+    from nanochat.checkpoint_manager import load_model, resolve_checkpoint
+    from nanochat.core_eval import evaluate_core, fetch_bundle
+    from nanochat.hf_model import load_hf_model
+
+    compute = compute_init(args.device_type)
+    if args.hf_path:
+        model, tokenizer = load_hf_model(args.hf_path, compute)
+        name = args.hf_path.strip("/").replace("/", "-")
+    else:
+        directory, step = resolve_checkpoint("base", args.model_tag, args.step)
+        model, tokenizer, _ = load_model("base", compute, directory.name, step)
+        name = f"{directory.name}_{step:06d}"
+    try:
+        bundle = fetch_bundle(compute)
+    except UserError as error:
+        print0(f"CORE skipped: {error}")
+        compute_cleanup(compute)
+        return
+
+    result = evaluate_core(model, tokenizer, compute, bundle, args.max_per_task, say=print0)
+    if compute.is_main:
+        path = get_base_dir() / "base_eval" / f"{name}.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(as_csv(result), encoding="utf-8")
+        print(as_csv(result), end="")
+        print(f"CORE {result['core']:.4f} +- {result['stderr']:.4f} (one standard error); written to {path}")
+        centered = {label: round(task["centered"], 4) for label, task in result["tasks"].items()}
+        data = {"model": name, "CORE": result["core"], "CORE standard error": result["stderr"], **centered}
+        if not args.hf_path:  # only our own models have a column in the report's final table
+            data |= {"stage": "base", "scores": {"CORE": result["core"]}}
+        report.log("Base model evaluation", data)
+    compute_cleanup(compute)
+
+
+def as_csv(result: dict) -> str:
+    """One line per task and a last one for CORE; stderr is that of the centred value."""
+    lines = ["label,accuracy,centered,stderr,examples"]
+    for label, task in result["tasks"].items():
+        lines.append(f"{label},{task['accuracy']:.6f},{task['centered']:.6f},{task['stderr']:.6f},{task['examples']}")
+    return "\n".join([*lines, f"CORE,,{result['core']:.6f},{result['stderr']:.6f},"]) + "\n"
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,76 @@
+"""Bits per byte of a base model, ours or any of Hugging Face's, on train and val text, and what it says.
+
+    python -m scripts.base_loss
+    torchrun --nproc_per_node=8 -m scripts.base_loss -- --split-tokens=20971520
+    python -m scripts.base_loss --hf-path openai-community/gpt2 --source climbmix
+
+Bits per byte do not depend on the vocabulary, so models with different tokenizers compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from nanochat.common import UserError, compute_cleanup, compute_init, print0, run_script
+
+
+def main(argv=None):
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Loss of a base model.", formatter_class=formatter)
+    parser.add_argument("--hf-path", default="", help="measure this Hugging Face model (folder or id) instead of ours")
+    parser.add_argument("--model-tag", default=None, help="which model (newest if not given)")
+    parser.add_argument("--model-step", "--step", type=int, default=None, help="which step of it (last if not given)")
+    parser.add_argument("--source", default="", help="the text (empty: as in training; for --hf-path climbmix)")
+    parser.add_argument("--split-tokens", type=int, default=-1, help="tokens per split (-1: 20971520, on a CPU 262144)")
+    parser.add_argument("--device-batch-size", type=int, default=32, help="rows per forward pass and rank")
+    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (empty: the best there is)")
+    args = parser.parse_args(argv)
+
+    from nanochat import report
+    from nanochat.checkpoint_manager import load_model, resolve_checkpoint
+    from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit
+    from nanochat.hf_model import load_hf_model
+    from nanochat.loss_eval import SAMPLE_PROMPTS, complete, evaluate_bpb
+    from nanochat.tokenizer import get_token_bytes
+
+    compute = compute_init(args.device_type)
+    if args.hf_path:
+        model, tokenizer = load_hf_model(args.hf_path, compute)
+        token_bytes, source, name = tokenizer.token_bytes(), args.source or "climbmix", args.hf_path
+    else:
+        directory, step = resolve_checkpoint("base", args.model_tag, args.model_step)
+        model, tokenizer, meta = load_model("base", compute, directory.name, step)
+        token_bytes, source = get_token_bytes(), args.source or meta.get("user_config", {}).get("source", "climbmix")
+        name = f"{directory.name} step {step}"
+
+    T = min(model.config.sequence_len, 2048)
+    batch_tokens = args.device_batch_size * T * compute.world_size
+    split_tokens = args.split_tokens if args.split_tokens > 0 else 2**18 if compute.device.type == "cpu" else 20 * 2**20
+    if split_tokens < batch_tokens:
+        raise UserError(
+            f"--split-tokens {split_tokens} is less than one batch of {batch_tokens} (--device-batch-size "
+            f"{args.device_batch_size} x {T} tokens x {compute.world_size} ranks). Ask for more or a smaller batch."
+        )
+    steps = split_tokens // batch_tokens
+
+    results = {"model": name, "source": source, "tokens per split": steps * batch_tokens}
+    for split in ("train", "val"):
+        batches = tokenizing_distributed_data_loader_bos_bestfit(
+            tokenizer, args.device_batch_size, T, split, device=compute.device, source=source
+        )
+        results[f"{split} bpb"] = evaluate_bpb(model, batches, steps, token_bytes, compute)
+        batches.close()
+        print0(f"{split} bpb {results[f'{split} bpb']:.4f} over {steps * batch_tokens} tokens of {source}")
+
+    if compute.is_main:
+        samples = [complete(model, tokenizer, prompt) for prompt in SAMPLE_PROMPTS]
+        print("\n".join(samples))
+        data = {**results, "samples": samples}
+        if not args.hf_path:  # only our own models have a column in the report's final table
+            data |= {"stage": "base", "scores": {"train bpb": results["train bpb"], "val bpb": results["val bpb"]}}
+        report.log("Base model loss", data)
+    compute_cleanup(compute)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,207 @@
+"""A foreign model measured with our yardstick: tiny random ones, made here, saved and loaded again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.common import Compute, UserError
+from nanochat.hf_model import HFTokenizer, load_hf_model
+from nanochat.loss_eval import complete, evaluate_bpb
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+TEXT = "The café sells naïve tea, 東京 style: 3.50 €. 🙂 Once upon a time there was a tea pot; it said \"no\".\n"
+
+
+def tokenizer_of(path, tokens, blank, normalizer, pre_tokenizer, decoder, **special):
+    """A BPE tokenizer that joins t+e, te+a and blank+tea, from a tokenizer.json written here."""
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: i for i, token in enumerate([*tokens, "te", "tea", blank + "tea"])}
+    mark = {"id": 0, "content": tokens[0], "special": True}
+    mark |= {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    merges = ["t e", "te a", f"{blank} tea"]
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": "<0x00>" in vocab, "fuse_unk": False}
+    model |= {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    parts = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder, "post_processor": None}
+    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [mark], **parts, "model": model}
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
+
+
+def byte_level_tokenizer(folder):
+    """As GPT-2's: BPE over bytes, each written as one character. Most characters beyond ASCII are several tokens."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [chr(256 + n) for n in range(256 - len(printable))]  # "Ġ", the blank, is the 33rd of them
+    tokens = ["<|endoftext|>", *map(chr, printable), *others]
+    part = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    path = folder / "bytes.json"
+    return tokenizer_of(path, tokens, "Ġ", None, part, part, eos_token="<|endoftext|>")
+
+
+def sentencepiece_tokenizer(folder):
+    """As Llama 2's: BPE over characters with "▁" for the blank, falling back to bytes."""
+    tokens = ["<s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyzT", "é"]
+    to_mark = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    to_blank = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    decoder = {"type": "Sequence", "decoders": [to_blank, {"type": "ByteFallback"}, {"type": "Fuse"}]}
+    return tokenizer_of(folder / "pieces.json", tokens, "▁", to_mark, None, decoder, bos_token="<s>")
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = byte_level_tokenizer(folder)
+    torch.manual_seed(0)
+    # initializer_range: large enough that the model has opinions
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=48, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(gpt2_folder):
+    return load_hf_model(str(gpt2_folder), CPU)
+
+
+def test_logits_and_losses_are_those_of_the_library(gpt2):
+    model, tokenizer = gpt2
+    assert model.config.sequence_len == 48 and not model.whole
+    ids = torch.randint(0, len(tokenizer.tokenizer), (2, 20))
+    targets = ids.roll(-1, dims=1)
+    targets[0, 3] = -1
+    with torch.no_grad():
+        expected = model.model(ids).logits
+        assert torch.allclose(model.logits(model.hidden(ids)), expected, atol=1e-5)
+        losses = model(ids.int(), targets, loss_reduction="none")
+    assert losses[0, 3] == 0
+    expected = F.cross_entropy(expected.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+    assert losses.sum().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_family_that_caps_its_logits_is_measured_with_the_cap():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from nanochat.hf_model import HFModel
+
+    config = Gemma2Config(
+        vocab_size=90, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=32, final_logit_softcapping=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = HFModel(Gemma2ForCausalLM(config).eval())
+    assert model.whole
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.allclose(model.logits(model.hidden(ids)), model.model(ids).logits)
+        assert model.logits(model.hidden(ids)).abs().max() <= 0.1
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, sentencepiece_tokenizer])
+def test_token_bytes_add_up_to_the_bytes_of_the_text(make, tmp_path):
+    tokenizer = HFTokenizer(make(tmp_path), "here")
+    ids = tokenizer.encode(TEXT, prepend=tokenizer.get_bos_token_id())
+    assert ids[0] == tokenizer.get_bos_token_id()
+    assert tokenizer.encode([TEXT, "tea"], prepend=ids[0])[0] == ids and tokenizer.encode([]) == []
+    special = tokenizer.tokenizer.decode(ids[:1])
+    assert tokenizer.decode(tokenizer.encode("a " + special)) == "a " + special
+    assert ids[0] not in tokenizer.encode("a " + special)
+    assert tokenizer.decode(ids[1:]) == TEXT
+    counts = tokenizer.token_bytes()
+    assert counts[ids[0]] == 0
+    assert counts[ids].sum().item() == len(TEXT.encode())
+    assert len(ids) < len(TEXT.encode())  # there are merges among them
+
+
+def test_bits_per_byte_and_samples_run_on_a_foreign_model(gpt2):
+    model, tokenizer = gpt2
+    ids = torch.tensor([tokenizer.encode(TEXT, prepend=tokenizer.get_bos_token_id())[:41]])
+    bpb = evaluate_bpb(model, [(ids[:, :-1].int(), ids[:, 1:])], 1, tokenizer.token_bytes(), CPU)
+    with torch.no_grad():
+        log_probabilities = model.model(ids[:, :-1]).logits.double().log_softmax(-1)[0]
+    nats = -sum(log_probabilities[t, token].item() for t, token in enumerate(ids[0, 1:].tolist()))
+    n_bytes = tokenizer.token_bytes()[ids[0, 1:]].sum().item()
+    assert bpb == pytest.approx(nats / n_bytes / 0.6931471805599453, rel=1e-6)
+    assert complete(model, tokenizer, "the tea", max_tokens=3).startswith("the tea")
+
+
+def test_mistakes_are_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_hf_model(str(tmp_path), CPU)  # a folder without a model
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="needs the transformers library"):
+        load_hf_model("openai-community/gpt2", CPU)
+
+
+def test_a_tokenizer_of_an_unknown_kind_has_no_bytes():
+    class Words:
+        def get_vocab(self):
+            return {"a": 0}
+
+    with pytest.raises(UserError, match="unknown kind"):
+        HFTokenizer(Words(), "words").token_bytes()
+
+
+def write_bundle(folder):
+    """The smallest bundle: one task of two questions."""
+    (folder / "eval_data").mkdir(parents=True)
+    (folder / "core.yaml").write_text(
+        "icl_tasks: [{label: tea, dataset_uri: tea.jsonl, num_fewshot: [1], icl_task_type: multiple_choice}]"
+    )
+    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\ntea,50\n")
+    row = '{"query": "the pot has", "choices": ["tea", "no"], "gold": 0}\n'
+    (folder / "eval_data" / "tea.jsonl").write_text(row * 2)
+
+
+def test_base_eval_writes_a_csv_and_a_section(gpt2_folder, base_dir, capsys):
+    from nanochat.report import read_jsonl
+    from scripts.base_eval import main
+
+    write_bundle(base_dir / "eval_bundle")
+    main(["--hf-path", str(gpt2_folder), "--device-type", "cpu"])
+    [path] = (base_dir / "base_eval").iterdir()
+    with open(path, newline="") as file:
+        task, core = csv.DictReader(file)
+    assert task["label"] == "tea" and task["examples"] == "2"
+    assert float(task["centered"]) == pytest.approx(2 * float(task["accuracy"]) - 1)
+    assert core["label"] == "CORE" and core["centered"] == task["centered"]
+    assert "CORE" in capsys.readouterr().out
+    [entry] = read_jsonl(base_dir / "report" / "report.jsonl")
+    assert entry["section"] == "Base model evaluation" and entry["data"]["tea"] == float(task["centered"])
+
+
+def test_base_eval_says_that_the_bundle_is_out_of_reach(gpt2_folder, base_dir, capsys, monkeypatch):
+    from nanochat import download
+    from scripts.base_eval import main
+
+    monkeypatch.setattr(download, "FIRST_WAIT", 0.0)
+    main(["--hf-path", str(gpt2_folder), "--device-type", "cpu"])
+    assert "CORE skipped: cannot fetch eval_bundle.zip" in capsys.readouterr().out
+
+
+def test_base_loss_measures_a_folder_of_parquet_files(gpt2_folder, base_dir, tmp_path, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from scripts.base_loss import main
+
+    data = tmp_path / "texts"
+    data.mkdir()
+    for i in range(2):
+        pq.write_table(pa.table({"text": [TEXT * 3] * 40}), data / f"shard_{i:05d}.parquet")
+    flags = ["--hf-path", str(gpt2_folder), "--device-type", "cpu", "--source", str(data), "--device-batch-size", "4"]
+    main([*flags, "--split-tokens", "400"])
+    said = capsys.readouterr().out
+    assert "train bpb" in said and "val bpb" in said and "The capital of France is" in said
+    with pytest.raises(UserError, match="less than one batch of 192"):
+        main([*flags, "--split-tokens", "100"])

@@ -1,0 +1,131 @@
+"""Bits per byte against brute force in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.common import Compute
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import complete, evaluate_bpb
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+V = 40
+# Ids 38 and 39 are special; the others stand for 1 to 5 bytes.
+TOKEN_BYTES = torch.tensor([1 + i % 5 for i in range(38)] + [0, 0], dtype=torch.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(sequence_len=32, vocab_size=V, n_layer=2, n_head=2, n_kv_head=2, n_embd=64))
+    model.to_empty(device="cpu")
+    model.init_weights()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    return model
+
+
+def make_batches(n, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        ids = torch.randint(0, V, (3, 33), generator=generator)
+        targets = ids[:, 1:].clone()
+        targets[torch.rand(targets.shape, generator=generator) < 0.1] = -1
+        yield ids[:, :-1].int(), targets, {"epoch": 1}  # as a loader with state
+
+
+def brute_force(model, batches):
+    nats, n_bytes = 0.0, 0
+    for inputs, targets, _ in batches:
+        with torch.no_grad():
+            log_probabilities = F.log_softmax(model(inputs).double(), dim=-1)
+        for b in range(targets.size(0)):
+            for t in range(targets.size(1)):
+                target = targets[b, t].item()
+                if target >= 0 and TOKEN_BYTES[target] > 0:
+                    nats -= log_probabilities[b, t, target].item()
+                    n_bytes += TOKEN_BYTES[target].item()
+    return nats / n_bytes / math.log(2)
+
+
+def test_bpb_equals_brute_force(model):
+    expected = brute_force(model, make_batches(4))
+    assert evaluate_bpb(model, make_batches(4), 4, TOKEN_BYTES, CPU) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_uniform_model_over_single_bytes_needs_eight_bits():
+    def uniform(inputs, targets, loss_reduction):
+        return torch.full(targets.shape, math.log(256))
+
+    targets = torch.randint(0, 256, (2, 8))
+    batches = [(targets, targets)]
+    assert evaluate_bpb(uniform, batches, 1, torch.ones(256, dtype=torch.int32), CPU) == pytest.approx(8.0)
+    # Tokens of two bytes at the same loss: half the bits.
+    assert evaluate_bpb(uniform, batches, 1, torch.full((256,), 2), CPU) == pytest.approx(4.0)
+
+
+def test_only_the_asked_number_of_batches_is_taken(model):
+    batches = make_batches(5)
+    expected = brute_force(model, make_batches(2))
+    assert evaluate_bpb(model, batches, 2, TOKEN_BYTES, CPU) == pytest.approx(expected, rel=1e-6)
+    assert len(list(batches)) == 3
+
+
+def test_bytes_and_nats_are_summed_over_ranks_before_they_are_divided(model):
+    class OtherRank:
+        """Adds what another rank, which saw one million bytes without any loss, would report."""
+
+        device = torch.device("cpu")
+
+        def sum(self, x):
+            return x + (0 if x.is_floating_point() else 1_000_000)
+
+    alone = evaluate_bpb(model, make_batches(2), 2, TOKEN_BYTES, CPU)
+    n_bytes = sum(TOKEN_BYTES[t[t >= 0]].sum().item() for _, t, _ in make_batches(2))
+    together = evaluate_bpb(model, make_batches(2), 2, TOKEN_BYTES, OtherRank())
+    assert together == pytest.approx(alone * n_bytes / (n_bytes + 1_000_000))
+
+
+def test_no_text_at_all_is_infinite(model):
+    special = torch.full((1, 4), 39)
+    assert evaluate_bpb(model, [(special, special)], 1, TOKEN_BYTES, CPU) == math.inf
+
+
+class Letters:
+    """Characters as tokens; bos is 0."""
+
+    def get_bos_token_id(self):
+        return 0
+
+    def encode(self, text, prepend):
+        return [prepend, *map(ord, text)]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+class Alphabet:
+    """After each letter the next one is likeliest, after z the end of the document."""
+
+    class config:
+        sequence_len = 3
+
+    def get_device(self):
+        return torch.device("cpu")
+
+    def hidden(self, idx):
+        assert idx.size(1) <= 3
+        return idx[..., None]
+
+    def logits(self, hidden):
+        last = hidden[..., 0]
+        return F.one_hot(torch.where(last == ord("z"), 0, last + 1), 128).float()
+
+
+def test_complete_goes_on_greedily_and_stops_at_the_end_of_the_document():
+    assert complete(Alphabet(), Letters(), "abc", max_tokens=4) == "abcdefg"
+    assert complete(Alphabet(), Letters(), "x", max_tokens=9) == "xyz"
