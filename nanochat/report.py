@@ -1,0 +1,264 @@
+"""The report card of a run: JSON lines in, one page of markdown and its plots out.
+
+    python -m nanochat.report reset       # begin: notes the environment; an earlier report is kept beside
+    python -m nanochat.report generate    # write report/report.md from what the stages have logged
+
+The one idea to know: numbers stay numbers. A stage calls `log(section, data)`, which appends one
+line of JSON to report/report.jsonl; everything that wants a number reads it there. The page is
+made from those lines alone, as often as one likes. Four keys of `data` mean something here:
+
+    "stage"    "base", "mid", "sft" or "rl": the column of the final table
+    "scores"   {metric: number}: that column's rows
+    "metrics"  path of the run's metrics.jsonl: becomes a plot and the training time
+    "samples"  list of texts, or of conversations (lists of {"role", "content"}): shown as they are
+
+All other keys are shown as a table. Only the main rank may call `log`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from nanochat.common import UserError, base_dir_path, get_base_dir, run_script
+
+STAGES = ("base", "mid", "sft", "rl")
+SPECIAL_KEYS = ("stage", "scores", "metrics", "samples")
+
+
+def report_dir() -> Path:
+    return base_dir_path() / "report"
+
+
+def log(section: str, data: dict) -> None:
+    """Append one section: {"section", "time" (seconds since the epoch), "data"}."""
+    line = json.dumps({"section": section, "time": time.time(), "data": data}, default=str)
+    path = get_base_dir() / "report" / "report.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects in a file of JSON lines. A line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def environment() -> dict:
+    """What this run stands on: source, versions, machine."""
+    import psutil
+
+    root = Path(__file__).resolve().parent.parent
+
+    def output_of(*command):
+        try:
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=20)
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        return done.stdout.strip()
+
+    def version_of(package):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    cpu = re.search(r"model name\s*: (.*)", output_of("cat", "/proc/cpuinfo"))  # Linux only
+    return {
+        "git commit": output_of("git", "rev-parse", "HEAD") or "not in git",
+        "changed files": len(output_of("git", "status", "--porcelain").splitlines()),
+        "python": platform.python_version(),
+        **{name: version_of(name) for name in ("torch", "tiktoken", "rustbpe", "datasets")},
+        "system": platform.platform(),
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "cpu cores": psutil.cpu_count(),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "gpus": output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader") or "none",
+    }
+
+
+# -----------------------------------------------------------------------------
+# Markdown
+
+
+def cell(value) -> str:
+    """One value in a table."""
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4f}" if 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {cell(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(cell, value))
+    return str(value).replace("|", "\\|").replace("\n", "<br>")
+
+
+def table(header: list, rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines) + "\n"
+
+
+def fenced(text: str) -> str:
+    """`text` as a code block, by a fence longer than any within it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}\n"
+
+
+def sample_text(sample) -> str:
+    """A sample is a text, or a conversation of which each message gets a line."""
+    if isinstance(sample, str):
+        return sample
+    return "\n".join(f"{message['role']}: {message['content']}" for message in sample)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m {seconds:02d}s" if hours else f"{minutes}m {seconds:02d}s"
+
+
+def section_text(section: str, data: dict, plot: str | None) -> str:
+    """One stage's part of the page: its values, one table per value that is a table itself, plot, samples."""
+    tables = {key: value for key, value in data.items() if is_table(value) and key not in SPECIAL_KEYS}
+    plain = {key: value for key, value in data.items() if key not in tables and key not in SPECIAL_KEYS}
+    parts = [f"## {section}\n"]
+    plain.update(data.get("scores", {}))
+    if plain:
+        parts.append(table(["", "value"], [[key, value] for key, value in plain.items()]))
+    for name, rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        parts.append(table([name, *columns], [[key, *(row.get(c, "") for c in columns)] for key, row in rows.items()]))
+    if plot:
+        parts.append(f"![{section}]({plot})\n")
+    parts += [fenced(sample_text(sample)) for sample in data.get("samples", [])]
+    return "\n".join(parts)
+
+
+def is_table(value) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(row, dict) for row in value.values())
+
+
+def final_table(entries: list[dict]) -> str:
+    """Metrics down, stages across; where a stage was measured twice the later number stands."""
+    scores = {stage: {} for stage in STAGES}
+    for entry in entries:
+        scores.setdefault(entry["data"].get("stage"), {}).update(entry["data"].get("scores", {}))
+    stages = [stage for stage in scores if scores[stage]]
+    metrics = list(dict.fromkeys(metric for stage in stages for metric in scores[stage]))
+    if not metrics:
+        return "No stage has been measured yet.\n"
+    return table(["metric", *stages], [[m, *(scores[stage].get(m, "-") for stage in stages)] for m in metrics])
+
+
+def clock_table(entries: list[dict], training_time: dict[int, float]) -> str:
+    """When each section was logged, and how long its training took, its evaluations left out."""
+    start = entries[0]["time"]
+    rows = [
+        [e["section"], duration(e["time"] - start), duration(training_time[i]) if i in training_time else ""]
+        for i, e in enumerate(entries)
+    ]
+    return table(["section", "done after", "of which training"], rows)
+
+
+# -----------------------------------------------------------------------------
+# Plots
+
+
+def draw(rows: list[dict], title: str, path: Path) -> None:
+    """Training loss by step on the left, validation bits per byte by training time on the right, as a PNG."""
+    from matplotlib.figure import Figure  # no pyplot: no window system, no global state
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    loss = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    bpb = [(row["total_time"] / 60, row["val_bpb"]) for row in rows if row.get("val_bpb") is not None]
+    for axes, points, style, labels in (
+        (left, loss, {"linewidth": 1.2}, ("step", "training loss (nats per token)")),
+        (right, bpb, {"marker": "o", "markersize": 4}, ("training time (minutes)", "validation bits per byte")),
+    ):
+        if points:
+            axes.plot(*zip(*points), color="#2a6f97", **style)
+            x, y = points[-1]
+            axes.annotate(f"{y:.3f}", (x, y), xytext=(0, 6), textcoords="offset points", ha="right")
+        else:
+            axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="gray")
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+# -----------------------------------------------------------------------------
+# The two commands
+
+
+def reset() -> None:
+    """Begin a report. One that is there already moves to report-DATE-TIME."""
+    folder = report_dir()
+    if (folder / "report.jsonl").exists():
+        folder.rename(folder.with_name(time.strftime("report-%Y%m%d-%H%M%S")))
+    log("Environment", environment())
+
+
+def generate() -> Path:
+    """Write report.md and its plots, and return the page's path. UserError when nothing has been logged."""
+    folder = report_dir()
+    source = folder / "report.jsonl"
+    entries = read_jsonl(source) if source.exists() else []
+    if not entries:
+        raise UserError(f"nothing has been logged in {source} yet; run a stage first, for instance scripts.base_train")
+    if not any(entry["section"] == "Environment" for entry in entries):
+        entries.insert(0, {"section": "Environment", "time": entries[0]["time"], "data": environment()})
+    sections, training_time = [], {}
+    for number, entry in enumerate(entries):
+        plot, metrics = None, entry["data"].get("metrics")
+        if metrics and Path(metrics).exists() and (rows := read_jsonl(Path(metrics))):
+            plot = f"{number:02d}-{re.sub('[^a-z0-9]+', '-', entry['section'].lower())}.png"
+            draw(rows, entry["section"], folder / plot)
+            training_time[number] = rows[-1].get("total_time", 0.0)
+        sections.append(section_text(entry["section"], entry["data"], plot))
+    begin = time.strftime("%Y-%m-%d %H:%M", time.localtime(entries[0]["time"]))
+    page = [
+        "# nanochat report\n",
+        f"Begun {begin}, {duration(entries[-1]['time'] - entries[0]['time'])} to the last stage.\n",
+        "## Results\n",
+        final_table(entries),
+        "## Wall clock\n",
+        clock_table(entries, training_time),
+        *sections,
+    ]
+    path = folder / "report.md"
+    path.write_text("\n".join(page), encoding="utf-8")
+    return path
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["reset", "generate"], nargs="?", default="generate")
+    if parser.parse_args(argv).command == "reset":
+        reset()
+        print(f"report begun: {report_dir() / 'report.jsonl'}")
+    else:
+        path = generate()
+        results, _, _ = path.read_text(encoding="utf-8").partition("## Wall clock")
+        print(f"{results}\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)

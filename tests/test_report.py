@@ -1,0 +1,121 @@
+"""The report: JSON lines in, markdown and plots out, from nothing but what was logged."""
+
+import json
+
+import pytest
+
+from nanochat import report
+from nanochat.common import UserError
+
+
+def write_metrics(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def table_after(text, heading):
+    """The first markdown table after a heading, as a list of lists of cells."""
+    lines = text.split(f"## {heading}\n", 1)[1].split("\n")
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[first:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [rows[0], *rows[2:]]
+
+
+def test_log_appends_numbers_as_numbers(base_dir):
+    report.log("one", {"x": 0.1 + 0.2, "n": 3, "path": base_dir})
+    report.log("two", {"text": "line\nbreak | pipe"})
+    rows = [json.loads(line) for line in (base_dir / "report" / "report.jsonl").read_text().splitlines()]
+    assert [row["section"] for row in rows] == ["one", "two"]
+    assert rows[0]["data"] == {"x": 0.1 + 0.2, "n": 3, "path": str(base_dir)}
+    assert rows[0]["time"] <= rows[1]["time"]
+
+
+def test_the_final_table_has_stages_across_and_the_latest_number_of_each(base_dir):
+    report.log("a", {"stage": "sft", "scores": {"MMLU": 0.25}})
+    report.log("b", {"stage": "base", "scores": {"CORE": 0.1, "val_bpb": 1.5}})
+    report.log("c", {"stage": "base", "scores": {"CORE": 0.125}})
+    text = report.generate().read_text()
+    assert table_after(text, "Results") == [
+        ["metric", "base", "sft"],
+        ["CORE", "0.1250", "-"],
+        ["val_bpb", "1.5000", "-"],
+        ["MMLU", "-", "0.2500"],
+    ]
+
+
+def test_a_section_shows_values_tables_and_samples(base_dir):
+    report.log("Base", {"parameters": 1234567, "lr": 2e-5, "flags": {"depth": 4}, "pipe": "a|b\nc", "nothing": None})
+    report.log("Chat", {"tasks": {"ARC": {"accuracy": 0.5, "n": 10}, "GSM8K": {"accuracy": 0.0}}})
+    conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "```code```"}]
+    report.log("Samples", {"samples": ["The sky is blue", conversation]})
+    text = report.generate().read_text()
+    assert table_after(text, "Base")[1:4] == [["parameters", "1,234,567"], ["lr", "2e-05"], ["flags", "depth: 4"]]
+    assert "| pipe | a\\|b<br>c |" in text
+    assert table_after(text, "Chat") == [["tasks", "accuracy", "n"], ["ARC", "0.5000", "10"], ["GSM8K", "0", ""]]
+    assert "```text\nThe sky is blue\n```\n" in text
+    assert "````text\nuser: hi\nassistant: ```code```\n````\n" in text
+
+
+def test_metrics_become_a_plot_and_the_training_time(base_dir):
+    rows = [{"step": i, "loss": 5 - i / 10, "total_time": i * 60.0} for i in range(10)]
+    rows.insert(5, {"step": 5, "val_bpb": 1.5, "total_time": 290.0})
+    report.log("Base model training", {"metrics": write_metrics(base_dir / "metrics.jsonl", rows)})
+    text = report.generate().read_text()
+    plots = list((base_dir / "report").glob("*.png"))
+    assert len(plots) == 1 and f"![Base model training]({plots[0].name})" in text
+    assert plots[0].read_bytes().startswith(b"\x89PNG") and plots[0].stat().st_size > 5000
+    assert ["Base model training", "0m 00s", "9m 00s"] in table_after(text, "Wall clock")
+
+
+@pytest.mark.parametrize("rows", [[], [{"step": 0, "loss": 3.0, "total_time": 1.0}], [{"step": 0, "val_bpb": None}]])
+def test_a_run_with_hardly_any_metrics_is_no_trouble(base_dir, rows):
+    report.log("run", {"metrics": write_metrics(base_dir / "metrics.jsonl", rows)})
+    report.log("moved away", {"metrics": str(base_dir / "none.jsonl")})
+    assert "## moved away" in report.generate().read_text()
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out(base_dir):
+    report.log("before", {"x": 1})
+    with open(base_dir / "report" / "report.jsonl", "a") as file:
+        file.write('{"section": "torn", "da\n')
+    report.log("after", {"x": 2})
+    text = report.generate().read_text()
+    assert "## before" in text and "## after" in text and "torn" not in text
+
+
+def test_reset_notes_the_environment_and_keeps_the_report_before_it(base_dir):
+    report.log("old", {"x": 1})
+    report.main(["reset"])
+    report.log("new", {"x": 2})
+    text = report.generate().read_text()
+    assert "## new" in text and "## old" not in text
+    environment = dict(table_after(text, "Environment")[1:])
+    assert environment["torch"].startswith("2.") and int(environment["cpu cores"]) >= 1
+    kept = [path for path in base_dir.iterdir() if path.name.startswith("report-")]
+    assert len(kept) == 1 and "old" in (kept[0] / "report.jsonl").read_text()
+
+
+def test_the_environment_is_shown_even_when_nobody_called_reset(base_dir):
+    report.log("stage", {"x": 1})
+    assert table_after(report.generate().read_text(), "Environment")
+
+
+def test_generate_prints_the_results_and_where_the_page_is(base_dir, capsys):
+    report.log("b", {"stage": "base", "scores": {"CORE": 0.1}})
+    report.main([])
+    out = capsys.readouterr().out
+    assert "| CORE | 0.1000 |" in out and str(base_dir / "report" / "report.md") in out and "Wall clock" not in out
+
+
+def test_generate_with_nothing_logged_says_so(base_dir):
+    with pytest.raises(UserError, match="nothing has been logged"):
+        report.generate()
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0m 00s"), (59.6, "1m 00s"), (3600, "1h 00m 00s"), (7384, "2h 03m 04s")])
+def test_duration(seconds, text):
+    assert report.duration(seconds) == text
