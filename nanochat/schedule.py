@@ -50,6 +50,15 @@ def batch_lr_scale(total_batch_size: int) -> float:
     return (total_batch_size / D12_BATCH) ** 0.5
 
 
+def short_run_lr_scale(tokens: int, scaling_params: int) -> float:
+    """A run shorter than 12 tokens per scaling parameter wants higher rates: (full horizon / tokens)^0.32.
+
+    The exponent is that of "Scaling Optimal LR Across Token Horizons" (arXiv:2409.19913); its effect on
+    runs of minutes is in dev/LOG.md. 1 for a full horizon and beyond.
+    """
+    return max(1.0, 12 * scaling_params / tokens) ** 0.32
+
+
 def weight_decay_scale(total_batch_size: int, tokens: int) -> float:
     """Weight decay goes with sqrt(batch) / horizon: what is forgotten per run stays the same."""
     return batch_lr_scale(total_batch_size) * D12_TOKENS / tokens

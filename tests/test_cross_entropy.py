@@ -1,5 +1,7 @@
 """The chunked loss against `F.cross_entropy` on whole float64 logits, gradients included."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,3 +80,19 @@ def test_logits_stay_within_the_cap():
     hidden, weight, _ = problem(scale=100.0)
     logits = softcapped_logits(hidden.bfloat16(), weight)
     assert logits.dtype == torch.float32 and logits.abs().max() <= 15
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+def test_compiled_inside_a_compiled_model():
+    """In one graph without a break, and the numbers of the uncompiled loss."""
+    hidden, weight, targets = problem(N=200, V=64)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    model = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    loss = model(h, w, targets)
+    loss.backward()
+    h2, w2 = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = linear_cross_entropy(h2, w2, targets)
+    expected.backward()
+    assert cross_entropy._compiled_exp_and_slope.cache_info().currsize == 1
+    assert torch.allclose(loss, expected, rtol=1e-6)
+    assert torch.allclose(h.grad, h2.grad, atol=1e-5) and torch.allclose(w.grad, w2.grad, atol=1e-5)

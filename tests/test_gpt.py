@@ -215,3 +215,14 @@ def test_lower_precision_follows_float32(dtype):
     assert low.transformer.wte.weight.dtype == dtype and low.lm_head.weight.dtype == torch.float32
     difference = (full(ids()) - low(ids())).abs().max()
     assert difference < 0.15, f"logits move by {difference}"
+
+
+def test_the_training_step_is_one_graph():
+    """No graph break in forward or loss, and the same loss and gradients as without the compiler."""
+    model, x, y = make(), ids(), ids(seed=2)
+    model(x, y).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)(x, y).backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, expected[name], atol=1e-4 * expected[name].abs().max()), name

@@ -20,6 +20,12 @@ def test_batch_grows_with_the_horizon():
     assert schedule.weight_decay_scale(2**17, 2 * schedule.D12_TOKENS) == 0.25
 
 
+def test_short_runs_learn_faster():
+    assert schedule.short_run_lr_scale(12 * 1000, scaling_params=1000) == 1.0
+    assert schedule.short_run_lr_scale(50 * 1000, scaling_params=1000) == 1.0
+    assert schedule.short_run_lr_scale(12, scaling_params=1000) == pytest.approx(1000**0.32)
+
+
 def test_horizon_is_the_first_that_is_set():
     assert schedule.horizon_tokens(6e9, 12, flops_per_token=6000, scaling_params=10) == 1_000_000
     assert schedule.horizon_tokens(-1, 12, flops_per_token=6000, scaling_params=10) == 120

@@ -1,0 +1,283 @@
+"""The verbs of every training script: one gradient step, one meter, one way to save and resume.
+
+The sentence they form (data, model, the `while` loop, what is evaluated when) is the stage
+itself and stands in its script. There is no Trainer here.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import platform
+import shutil
+import signal
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+
+from nanochat.checkpoint_manager import checkpoint_dir, find_last_step, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from nanochat.common import Compute, UserError, print0
+from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
+
+# Dense bf16 peak in FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first match counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's bf16 peak in FLOP/s; None where it is not known, so that no MFU is made up."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def compile_model(model: torch.nn.Module, compute: Compute) -> torch.nn.Module:
+    """The model compiled for one static shape, or itself, with a word why, where nothing can compile it."""
+    if compute.device.type == "mps":
+        return model
+    if compute.device.type == "cpu":
+        headers = Path(sysconfig.get_path("include")) / "Python.h"
+        if not shutil.which("g++") and not shutil.which("clang++") or not headers.exists():
+            print0("no C++ compiler or no Python headers here: training runs uncompiled, about a third slower")
+            return model
+    return torch.compile(model, dynamic=False)
+
+
+def require_one_rank(compute: Compute) -> None:
+    if compute.world_size > 1:
+        raise UserError(f"training on {compute.world_size} ranks is not supported yet; run `python -m scripts.NAME` without torchrun")
+
+
+# -----------------------------------------------------------------------------
+# One step
+
+
+class LossScale:
+    """Dynamic loss scaling for float16 (arXiv:1710.03740, section 3.2): halved on overflow, doubled after 1000 good steps."""
+
+    def __init__(self):
+        self.scale, self.good_steps = 2.0**15, 0
+
+    def unscale(self, params: list[torch.Tensor]) -> bool:
+        """Divide the gradients by the scale. False when they overflowed: the step is to be skipped."""
+        grads = [p.grad for p in params if p.grad is not None]
+        finite = all(bool(torch.isfinite(g).all()) for g in grads)
+        if finite:
+            torch._foreach_div_(grads, self.scale)
+            self.good_steps += 1
+            if self.good_steps % 1000 == 0:
+                self.scale *= 2
+        else:
+            self.scale, self.good_steps = self.scale / 2, 0
+        return finite
+
+
+def train_step(model, optimizer, batches: list[tuple[torch.Tensor, torch.Tensor]], loss_scale: LossScale | None = None) -> torch.Tensor:
+    """One update from the micro-batches of a step; returns the mean loss of their targets, in nats.
+
+    Every target token weighs the same, whichever micro-batch it came in: losses are summed
+    and divided by the number of targets in all of `batches` (inputs and targets (B, T), -1
+    ignored). Where there are none the step changes nothing and the loss is 0.
+    """
+    count = sum((targets >= 0).sum() for _, targets in batches)
+    if count == 0:
+        return torch.zeros((), device=batches[0][0].device)
+    total = 0.0
+    for inputs, targets in batches:
+        loss = model(inputs, targets, loss_reduction="sum") / count
+        total = total + loss.detach()
+        (loss * loss_scale.scale if loss_scale else loss).backward()
+    if loss_scale is None or loss_scale.unscale([p for group in optimizer.param_groups for _, p in group["params"]]):
+        optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def set_rates(optimizer, step: int, progress: float, warmup_steps: int, warmdown: float, final: float) -> float:
+    """Put the rates of step `step` into the groups; returns the learning-rate multiplier.
+
+    `progress` in [0, 1] is the share of the run that is done; `warmdown` the share of the run
+    over which the learning rate falls to `final` of its value.
+    """
+    lrm = lr_multiplier(step, progress, warmup_steps, warmdown, final)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * lrm
+        if group["kind"] == "muon":
+            group["momentum"] = muon_momentum(step, progress, warmdown)
+            group["weight_decay"] = group["initial_weight_decay"] * weight_decay_multiplier(progress)
+    return lrm
+
+
+def due(step: int, every: int, last: bool = False) -> bool:
+    """Whether something done `every` so many steps, and at the end, is due now; -1 is at the end only, 0 never."""
+    return every != 0 and (last or (every > 0 and step > 0 and step % every == 0))
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask the loop to stop after this step; a second SIGINT stops at once.
+
+    >>> stop = StopSignal()
+    >>> while not stop.asked: ...
+    """
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        print0(f"\n{signal.Signals(number).name}: finishing this step, then saving")
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Meter:
+    """Smooths the loss, keeps time, and tells each step to the terminal, `metrics.jsonl` and wandb.
+
+    `state` is what a resumed run hands back: the smoothed loss goes on where it was.
+    """
+
+    SMOOTHING = 0.9
+
+    def __init__(self, compute: Compute, directory: Path, tokens_per_step: int, flops_per_token: int, wandb_run=None, state: dict | None = None):
+        self.compute, self.wandb_run = compute, wandb_run
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.peak = peak_flops(compute.device)
+        state = state or {"step": 0, "ema": 0.0, "weight": 0.0, "total_time": 0.0}
+        self.ema, self.weight, self.total_time = state["ema"], state["weight"], state["total_time"]
+        self.recent: list[float] = []  # the last step times, for the ETA
+        self.path = directory / "metrics.jsonl"
+        if compute.is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._keep_lines_until(state["step"])
+
+    def _keep_lines_until(self, step: int) -> None:
+        """Forget what a run logged after the checkpoint that it is resumed from."""
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and step else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(kept))
+
+    def state(self, step: int) -> dict:
+        return {"step": step, "ema": self.ema, "weight": self.weight, "total_time": self.total_time}
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self, step: int, progress: float, loss: torch.Tensor, lrm: float, epoch: int) -> None:
+        """Tell of step number `step`, just done. Raises UserError when the loss is not finite."""
+        loss = loss.item()  # waits for the device, so the time below is the whole step's
+        dt = time.perf_counter() - self.started
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} at step {step} (learning-rate multiplier {lrm:.3f}); nothing was saved after the "
+                "last good checkpoint. Resume from it with --resume-from-step latest and a lower learning rate"
+            )
+        self.total_time += dt
+        self.recent = self.recent[-19:] + [dt]
+        self.ema = self.SMOOTHING * self.ema + (1 - self.SMOOTHING) * loss
+        self.weight = self.SMOOTHING * self.weight + (1 - self.SMOOTHING)  # 1 in the long run; divides the start's bias out
+        smooth = self.ema / self.weight
+        tok_per_sec = self.tokens_per_step / dt
+        mfu = tok_per_sec * self.flops_per_token / (self.peak * self.compute.world_size) if self.peak else None
+        typical = sorted(self.recent)[len(self.recent) // 2]
+        eta = typical * step * (1 - progress) / progress if progress > 0 else 0.0
+        self.log(step, loss=smooth, raw_loss=loss, lrm=lrm, dt=dt, tok_per_sec=tok_per_sec, mfu=mfu, epoch=epoch)
+        print0(
+            f"step {step:05d} ({100 * progress:.1f}%) | loss {smooth:.4f} | lrm {lrm:.2f} | dt {1000 * dt:.0f} ms | "
+            f"{tok_per_sec:,.0f} tok/s | mfu {'-' if mfu is None else f'{100 * mfu:.1f}%'} | epoch {epoch} | "
+            f"total {self.total_time / 60:.1f} min | eta {eta / 60:.1f} min"
+        )
+
+    def log(self, step: int, **values) -> None:
+        """One line of metrics.jsonl, and the same to wandb."""
+        if self.compute.is_main:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values, "total_time": self.total_time}) + "\n")
+        if self.wandb_run:
+            self.wandb_run.log({**values, "total_time": self.total_time}, step=step)
+
+
+# -----------------------------------------------------------------------------
+# Saving and resuming
+
+
+def save_training(directory, step, model, optimizer, tokenizer, args, meter, val_bpb, compute: Compute, **loop) -> None:
+    """Save all that a resumed run needs; `loop` is what the script's own loop remembers, the loader's state among it."""
+    from dataclasses import asdict
+
+    meta = {
+        "model_config": asdict(model.config),
+        "model_tag": directory.name,
+        "tokenizer": tokenizer.fingerprint(),
+        "user_config": vars(args),
+        "val_bpb": val_bpb,
+        "loader_state": loop.pop("loader_state"),
+        "loop_state": {"meter": meter.state(step), **loop},
+        "rng_state": rng_state(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    save_checkpoint(directory, step, model.state_dict(), optimizer.state_dict(), meta, compute)
+    print0(f"saved step {step} in {directory}")
+
+
+def resume_training(directory, step: str, model, optimizer, compute: Compute) -> dict | None:
+    """Load what `--resume-from-step` names ("-1" none, "latest", or a number) into model and optimizer.
+
+    Returns its meta, or None for a fresh start. UserError when the checkpoint is of another model.
+    """
+    from dataclasses import asdict
+
+    if step == "-1":
+        return None
+    if step != "latest" and not step.isdigit():
+        raise UserError(f"--resume-from-step {step!r} is neither a step nor 'latest'")
+    number = find_last_step(directory) if step == "latest" else int(step)
+    model_state, optimizer_state, meta = load_checkpoint(directory, number, compute, load_optimizer=True)
+    ours, theirs = asdict(model.config), meta["model_config"]
+    if ours != theirs:
+        odd = ", ".join(f"{k} {theirs.get(k)} -> {v}" for k, v in ours.items() if theirs.get(k) != v)
+        raise UserError(f"step {number} in {directory} is of another model ({odd}); give the same flags, or another --model-tag")
+    model.load_state_dict(model_state)
+    optimizer.load_state_dict(optimizer_state)
+    set_rng_state(meta["rng_state"])
+    print0(f"resumed from step {number} in {directory}")
+    return meta
+
+
+def inherit(args, origin: dict) -> None:
+    """Take every flag that was not given (None) from the run that made the model, whose meta is `origin`."""
+    theirs = origin.get("user_config", {})
+    for name, value in vars(args).items():
+        if value is None and name not in ("model_tag", "model_step"):
+            if theirs.get(name) is None:
+                raise UserError(f"the model's checkpoint does not tell its {name}; give --{name.replace('_', '-')}")
+            setattr(args, name, theirs[name])
+
+
+def warm_start(optimizer, stage: str, origin: dict, compute: Compute) -> None:
+    """Begin with the moments of the run that made the model, where it saved them: the first steps then know their scale."""
+    try:
+        _, state, _ = load_checkpoint(checkpoint_dir(stage, origin["model_tag"]), origin["step"], compute, load_optimizer=True)
+    except UserError as error:
+        print0(f"the optimizer starts cold: {error}")
+        return
+    optimizer.load_state_dict(state)
+
+
+def tame_garbage_collector() -> None:
+    """Leave what exists now out of later collections: a full one in mid-step costs up to half a second."""
+    gc.collect()
+    gc.freeze()

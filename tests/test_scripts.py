@@ -1,0 +1,239 @@
+"""Every stage, run for real at depth 2 in a temporary base folder, and what happens when it is interrupted."""
+
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanochat import training
+from nanochat.common import UserError
+
+ROOT = Path(__file__).parent.parent
+BASE = ["--depth=2", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=64", "--device-batch-size=4", "--total-batch-size=512",
+        "--num-iterations=8", "--core-metric-every=-1", "--eval-every=4", "--eval-tokens=1024", "--save-every=4", "--sample-every=-1"]
+CHAT = ["--tasks=SampleWorld", "--num-iterations=8", "--eval-every=4", "--eval-tokens=1024", "--save-every=4"]
+
+
+def run(script, *argv):
+    importlib.import_module(f"scripts.{script}").main(list(argv))
+
+
+@pytest.fixture(autouse=True)
+def quiet_process(monkeypatch):
+    """Uncompiled, and with the signal handlers put back that a script replaces."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A base folder in which text, tokenizer, base, mid and sft models have been made, eight steps each."""
+    from nanochat.sample_world import documents
+
+    base = tmp_path_factory.mktemp("nanochat")
+    source = base / "text"
+    source.mkdir()
+    texts = [text for _, text in zip(range(900), documents())]
+    for shard in range(3):
+        pq.write_table(pa.table({"text": texts[shard * 300 : (shard + 1) * 300]}), source / f"shard_{shard}.parquet", row_group_size=100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        patch.setattr(torch, "compile", lambda model, **options: model)
+        run("tok_train", f"--source={source}", "--vocab-size=600")
+        run("base_train", *BASE, f"--source={source}")
+        run("mid_train", *CHAT)
+        run("chat_sft", *CHAT)
+    return base, source
+
+
+@pytest.fixture
+def base_dir(pipeline, tmp_path, monkeypatch):
+    """A copy of the pipeline's folder that the test may change."""
+    folder = tmp_path / "base"
+    shutil.copytree(pipeline[0], folder)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    return folder
+
+
+FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints"}
+
+
+def stage_command(stage, source):
+    return {"base": ("base_train", *BASE, f"--source={source}"), "mid": ("mid_train", *CHAT), "sft": ("chat_sft", *CHAT)}[stage]
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("raw_loss"), line.get("loss"), line.get("val_bpb")) for line in lines]
+
+
+def assert_same_run(one, other):
+    assert losses(one) == losses(other)
+    for name in ("model.safetensors", "optimizer_rank0.safetensors"):
+        a, b = load_file(one / "step_000008" / name), load_file(other / "step_000008" / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+
+
+@pytest.mark.parametrize("stage", FOLDERS)
+def test_checkpoints_are_whole(pipeline, stage):
+    folder = pipeline[0] / FOLDERS[stage] / "d2"
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "step_000004", "step_000008"]
+    meta = json.loads((folder / "step_000008" / "meta.json").read_text())
+    base_meta = json.loads((pipeline[0] / "base_checkpoints/d2/step_000008/meta.json").read_text())
+    assert meta["model_config"] == base_meta["model_config"] and meta["model_config"]["window_pattern"] == "QQQL"
+    assert meta["user_config"]["matrix_lr"] == 0.02 and 0 < meta["val_bpb"] < 10
+    seen = [value for _, value, _, _ in losses(folder) if value is not None]
+    assert len(seen) == 8 and all(math.isfinite(value) for value in seen)
+
+
+@pytest.mark.parametrize("stage", FOLDERS)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(base_dir, pipeline, stage):
+    folder = base_dir / FOLDERS[stage] / "d2"
+    shutil.rmtree(folder / "step_000008")
+    run(*stage_command(stage, pipeline[1]), "--resume-from-step=latest")
+    assert_same_run(folder, pipeline[0] / FOLDERS[stage] / "d2")
+
+
+@pytest.mark.parametrize("stage", FOLDERS)
+def test_sigterm_finishes_the_step_and_saves(base_dir, pipeline, stage, monkeypatch, capsys):
+    folder = base_dir / FOLDERS[stage] / "d2"
+    shutil.rmtree(folder)
+    command = stage_command(stage, pipeline[1])
+
+    class Killed(training.Meter):
+        def start(self):
+            super().start()
+            if self.recent and len(self.recent) == 2:  # in the midst of the third step
+                signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "Meter", Killed)
+        run(*command)
+    assert "--resume-from-step=latest" in capsys.readouterr().out
+    assert [path.name for path in folder.glob("step_*")] == ["step_000003"]
+    run(*command, "--resume-from-step=latest")
+    assert_same_run(folder, pipeline[0] / FOLDERS[stage] / "d2")
+
+
+def test_sigterm_from_outside(base_dir, pipeline):
+    """A real process, a real signal: it exits 0 with a line that says how to go on."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "scripts.base_train", *BASE, "--num-iterations=100000", f"--source={pipeline[1]}", "--model-tag=k"],
+        cwd=ROOT, env={**os.environ, "NANOCHAT_BASE_DIR": str(base_dir)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        if line.startswith("step 00002 ("):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0, "".join(output)
+    assert "--resume-from-step=latest" in output[-1]
+    saved = list((base_dir / "base_checkpoints" / "k").glob("step_*"))
+    assert len(saved) == 1 and (saved[0] / "model.safetensors").exists()
+
+
+def test_measuring_and_chatting(base_dir, pipeline, capsys):
+    run("tok_eval", f"--source={pipeline[1]}")
+    run("base_loss", "--split-tokens=512", "--device-batch-size=4")
+    run("chat_eval", "-i", "sft", "-a", "SampleWorld", "-x", "4", "-m", "8")
+    run("chat_cli", "-p", "What is the capital of France?", "-i", "sft")
+    out = capsys.readouterr().out
+    assert "val bpb" in out and "The capital of France is" in out and "SampleWorld" in out
+    importlib.import_module("nanochat.report").main(["generate"])
+    text = (base_dir / "report" / "report.md").read_text()
+    for title in ("Base model training", "Midtraining", "Supervised fine-tuning", "Base model loss"):
+        assert title in text
+    assert list((base_dir / "report").glob("*.png"))
+
+
+def test_a_batch_of_one_short_row_survives_long_conversations(base_dir, capsys):
+    """Context 16, conversations of hundreds of tokens: many micro-batches, no NaN, no standstill."""
+    run("chat_sft", "--tasks=SampleWorld", "--num-iterations=6", "--max-seq-len=16", "--device-batch-size=1",
+        "--total-batch-size=32", "--eval-every=-1", "--eval-tokens=64", "--model-tag=d2")
+    seen = [loss for _, loss, _, _ in losses(base_dir / "chatsft_checkpoints" / "d2") if loss is not None]
+    assert len(seen) == 6 and all(math.isfinite(loss) for loss in seen)
+
+
+MISTAKES = [
+    ("no tokenizer", ["base_train", "--source=SOURCE"], "tok_train", ["tokenizer"]),
+    ("no checkpoint", ["mid_train", *CHAT], "base_train", ["base_checkpoints"]),
+    ("no checkpoint", ["chat_sft", *CHAT], "mid_train", ["mid_checkpoints"]),
+    ("no checkpoint", ["chat_cli", "-p", "hi"], "chat_sft", ["chatsft_checkpoints"]),
+    ("wrong tag", ["chat_sft", *CHAT, "--model-tag=d9"], "d9.*d2", []),
+    ("wrong step", ["base_loss", "--model-step=77"], "77.*4, 8", []),
+    ("wrong batch", ["base_train", *BASE, "--total-batch-size=500", "--source=SOURCE"], "use 256 or 512", []),
+    ("wrong window", ["base_train", *BASE, "--window-pattern=XY", "--source=SOURCE"], "L, S and Q", []),
+    ("another model", ["base_train", *BASE, "--window-pattern=L", "--depth=3", "--model-tag=d2", "--resume-from-step=latest", "--source=SOURCE"],
+     "another model.*n_layer", []),
+    ("wrong resume", ["base_train", *BASE, "--resume-from-step=newest", "--source=SOURCE"], "neither a step nor", []),
+    ("nothing saved", ["base_train", *BASE, "--resume-from-step=latest", "--model-tag=x", "--source=SOURCE"], "no whole checkpoint", []),
+    ("no such source", ["base_train", *BASE, "--source=/nowhere/at/all"], "neither one of", []),
+    ("no such task", ["mid_train", "--tasks=Chess"], "Chess.*SampleWorld", []),
+]
+
+
+@pytest.mark.parametrize("name,command,message,missing", MISTAKES, ids=lambda value: value if isinstance(value, str) else None)
+def test_mistakes_get_one_clear_line(base_dir, pipeline, name, command, message, missing):
+    for folder in missing:
+        shutil.rmtree(base_dir / folder)
+    with pytest.raises(ValueError) as error:
+        run(*(word.replace("SOURCE", str(pipeline[1])) for word in command))
+    assert isinstance(error.value, UserError), "a UserError is shown as one line, without a stack trace"
+    assert re.search(message, str(error.value)) and str(error.value).count("\n") <= 1
+
+
+def test_one_shard_is_not_enough(base_dir, pipeline):
+    for shard in sorted(pipeline[1].glob("*.parquet"))[1:]:
+        shutil.copy(shard, base_dir)
+    with pytest.raises(UserError, match="nothing to train on"):
+        folder = base_dir / "alone"
+        folder.mkdir()
+        shutil.copy(pipeline[1] / "shard_0.parquet", folder)
+        run("base_train", *BASE, f"--source={folder}")
+
+
+def test_a_mistake_ends_the_process_with_one_line(tmp_path):
+    """From the shell: exit code 1, one line on stderr, no traceback."""
+    result = subprocess.run(
+        [sys.executable, "-m", "scripts.base_loss"], cwd=ROOT, env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path)},
+        capture_output=True, text=True, timeout=60,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") and "base_train" in result.stderr and "Traceback" not in result.stderr
+
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
+
+
+def test_help_is_there_for_every_script_and_every_command_of_the_readme():
+    """The commands that README.md and AGENTS.md quote exist and know the flags that are quoted with them."""
+    quoted = []
+    for document in ("README.md", "AGENTS.md"):
+        for match in re.finditer(r"python -m ((?:scripts|nanochat|dev)[\w.]*)([^\n`#|&]*)", (ROOT / document).read_text()):
+            quoted.append((match[1], re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", match[2])))
+    assert len(quoted) > 10
+    modules = {module for module, _ in quoted} | {f"scripts.{name}" for name in SCRIPTS}
+    help_of = {}
+    for module in sorted(modules):
+        result = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, f"{module}: {result.stderr}"
+        help_of[module] = result.stdout
+    for module, flags in quoted:
+        for flag in flags:
+            assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", help_of[module]), f"{module} knows no {flag}"

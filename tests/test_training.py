@@ -1,0 +1,158 @@
+"""The verbs of training: what a step weighs, when something is due, what the meter keeps."""
+
+import json
+import math
+import signal
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.common import Compute, UserError
+from nanochat.optim import MuonAdamW
+from nanochat.training import LossScale, Meter, StopSignal, due, inherit, set_rates, train_step
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+
+
+class TinyModel(torch.nn.Module):
+    """A bigram table: its loss has the model's interface, its gradient is easy to write down."""
+
+    def __init__(self, vocab=11):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, idx, targets, loss_reduction):
+        return F.cross_entropy(
+            self.table[idx].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=loss_reduction
+        )
+
+
+def sgd_like(model, lr=1.0):
+    """An optimizer that writes the gradient it was given into `seen`."""
+
+    class Recorder:
+        param_groups = [{"params": [("table", model.table)]}]
+
+        def step(self):
+            self.seen = model.table.grad.clone()
+
+        def zero_grad(self):
+            model.table.grad = None
+
+    return Recorder()
+
+
+def batch(B, T, supervised, seed):
+    """Random (inputs, targets) with that many supervised targets."""
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randint(0, 11, (B, T), generator=g), torch.randint(0, 11, (B, T), generator=g)
+    keep = torch.zeros(B * T, dtype=torch.bool)
+    keep[torch.randperm(B * T, generator=g)[:supervised]] = True
+    return x, torch.where(keep.view(B, T), y, -1)
+
+
+def test_every_token_weighs_the_same_whichever_micro_batch_it_came_in():
+    model = TinyModel()
+    optimizer = sgd_like(model)
+    batches = [batch(2, 6, n, seed=n) for n in (1, 12, 5, 0)]  # one of them has nothing to learn
+    loss = train_step(model, optimizer, batches)
+    x, y = (torch.cat(parts) for parts in zip(*batches))
+    expected = F.cross_entropy(model.table.double()[x].flatten(0, 1), y.flatten(), ignore_index=-1)
+    (gradient,) = torch.autograd.grad(expected, model.table)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(optimizer.seen, gradient, atol=1e-7)
+
+
+def test_a_step_without_any_target_changes_nothing():
+    model = TinyModel()
+    before = model.table.clone()
+    optimizer = MuonAdamW([{"kind": "adamw", "params": [("table", model.table)], "lr": 1.0, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0.5}])
+    loss = train_step(model, optimizer, [batch(2, 6, 0, seed=0)])
+    assert loss == 0 and torch.equal(model.table, before)
+    assert not any(state.any() for state in optimizer.state_dict().values())
+
+
+def test_loss_scaling_changes_nothing_but_skips_overflow():
+    plain, scaled = TinyModel(), TinyModel()
+    one, two = sgd_like(plain), sgd_like(scaled)
+    train_step(plain, one, [batch(2, 6, 7, seed=1)])
+    scale = LossScale()
+    train_step(scaled, two, [batch(2, 6, 7, seed=1)], scale)
+    assert torch.allclose(one.seen, two.seen, rtol=1e-5)
+    scale.scale = math.inf
+    del two.seen
+    train_step(scaled, two, [batch(2, 6, 7, seed=1)], scale)
+    assert not hasattr(two, "seen"), "an overflowing step is skipped"
+
+
+def test_due():
+    assert [step for step in range(10) if due(step, 4)] == [4, 8]
+    assert due(9, 4, last=True) and due(9, -1, last=True)
+    assert not due(8, -1) and not due(0, 4) and not due(9, 0, last=True)
+
+
+def test_rates_reach_the_groups():
+    group = {"params": [], "weight_decay": 0.4}
+    optimizer = MuonAdamW([{"kind": "muon", "lr": 0.02, **group}, {"kind": "adamw", "lr": 0.3, **group}])
+    lrm = set_rates(optimizer, step=75, progress=0.75, warmup_steps=0, warmdown=0.5, final=0.0)
+    muon, adamw = optimizer.param_groups
+    assert lrm == pytest.approx(0.5) and muon["lr"] == pytest.approx(0.01) and adamw["lr"] == pytest.approx(0.15)
+    assert muon["weight_decay"] == pytest.approx(0.4 * 0.5 * (1 + math.cos(0.75 * math.pi)))
+    assert adamw["weight_decay"] == 0.4
+
+
+def meter(path, **state):
+    return Meter(CPU, path, tokens_per_step=100, flops_per_token=10, **state)
+
+
+def test_the_smoothed_loss_is_debiased_and_resumes(tmp_path, capsys):
+    m = meter(tmp_path)
+    for step, loss in enumerate([4.0, 2.0, 3.0], start=1):
+        m.start()
+        m.stop(step, step / 6, torch.tensor(loss), 1.0, 1)
+        if step == 2:
+            saved = m.state(2)
+    weights = [0.1 * 0.9**2, 0.1 * 0.9, 0.1]
+    expected = sum(w * x for w, x in zip(weights, [4.0, 2.0, 3.0])) / sum(weights)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(4.0) and lines[2]["loss"] == pytest.approx(expected)
+    assert "step 00003 (50.0%)" in capsys.readouterr().out
+
+    resumed = meter(tmp_path, state=saved)  # step 3 is forgotten, and then said again, equally
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    resumed.start()
+    resumed.stop(3, 0.5, torch.tensor(3.0), 1.0, 1)
+    again = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in again] == [line["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, loss):
+    m = meter(tmp_path)
+    m.start()
+    with pytest.raises(UserError, match=r"step 7 .*--resume-from-step latest"):
+        m.stop(7, 0.5, torch.tensor(loss), 1.0, 1)
+
+
+def test_stop_signals_are_asked_for_politely_once():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = StopSignal()
+        assert not stop.asked
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):  # whoever presses Ctrl-C now means it
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_inherit():
+    args = Namespace(matrix_lr=None, max_seq_len=64, model_tag=None)
+    inherit(args, {"user_config": {"matrix_lr": 0.02, "max_seq_len": 512}})
+    assert args.matrix_lr == 0.02 and args.max_seq_len == 64 and args.model_tag is None
+    with pytest.raises(UserError, match="--matrix-lr"):
+        inherit(Namespace(matrix_lr=None), {"user_config": {}})
