@@ -1,0 +1,235 @@
+"""The shape of the code: imports point one way, and importing does nothing.
+
+Layers are read from the source, without running it. Effects are watched in fresh processes with
+an audit hook, which Python calls before it opens, connects or starts anything.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import lru_cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10; pytest brings its twin
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("nanochat", "tasks", "scripts")
+# Used where they happen to be installed, found with find_spec, never required.
+OPTIONAL = {"cudnn", "flash_attn", "flash_attn_interface", "kernels"}
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {module_name(p): p for top in OURS for p in sorted((ROOT / top).glob("*.py")) if p.name != "__init__.py"}
+SCRIPTS = [name for name in MODULES if name.startswith("scripts.")]
+
+
+@lru_cache(maxsize=None)
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports_of(path, top_level_only=False):
+    """Dotted names that a file imports: `from nanochat import report` gives nanochat.report."""
+    tree = tree_of(path)
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively; write the full name"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inside & set(MODULES) or {node.module}
+    return names
+
+
+def our_imports(name, **kwargs):
+    return {n for n in imports_of(MODULES[name], **kwargs) if n.split(".")[0] in OURS}
+
+
+# -----------------------------------------------------------------------------
+# Layers
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    forbidden = {"nanochat": ("tasks", "scripts"), "tasks": ("scripts",), "scripts": ("scripts",)}[name.split(".")[0]]
+    assert not [n for n in our_imports(name) if n.split(".")[0] in forbidden]
+
+
+def test_common_is_the_ground():
+    assert not our_imports("nanochat.common")
+
+
+def test_the_model_knows_nothing_of_data_files_or_scripts():
+    reached, todo = set(), ["nanochat.gpt"]
+    while todo:
+        reached |= (new := our_imports(todo.pop()) - reached)
+        todo += new
+    assert reached <= {"nanochat.common", "nanochat.flash_attention", "nanochat.cross_entropy"}
+
+
+def test_the_engine_knows_a_model_only_by_calling_it():
+    assert not our_imports("nanochat.engine") & {"nanochat.gpt", "nanochat.checkpoint_manager", "nanochat.tokenizer"}
+
+
+def test_no_cycles():
+    """Also among imports inside functions: a module that comes later in the order may import the earlier ones only."""
+    order, rest = [], set(MODULES)
+    while rest:
+        ready = {name for name in rest if not our_imports(name) & rest - {name}}
+        assert ready, f"these import one another in a circle, or wait for one that does: {sorted(rest)}"
+        order += sorted(ready)
+        rest -= ready
+
+
+def test_only_common_reads_the_environment():
+    for name, path in MODULES.items():
+        if name != "nanochat.common":
+            source = ast.unparse(tree_of(path))
+            assert not re.search(r"\bos\.(environ|getenv)|from os import .*(environ|getenv)", source), name
+
+
+# -----------------------------------------------------------------------------
+# Declared packages
+
+
+def declared_packages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    lists = [
+        project["project"]["dependencies"],
+        *project["project"]["optional-dependencies"].values(),
+        *project["dependency-groups"].values(),
+    ]
+    return {re.match(r"[\w.-]+", requirement)[0].lower() for requirements in lists for requirement in requirements}
+
+
+def imported_packages():
+    """{package: one file that imports it} for third-party imports of everything in the repository."""
+    distributions = packages_distributions()
+    found = {}
+    for path in sorted(p for folder in (*OURS, "tests", "dev") for p in (ROOT / folder).rglob("*.py")):
+        local = {p.stem for p in path.parent.glob("*.py")} | {*OURS, "dev"}
+        for name in imports_of(path):
+            top = name.split(".")[0]
+            if top not in sys.stdlib_module_names and top not in local | OPTIONAL:
+                found[distributions.get(top, [top])[0].lower().replace("_", "-")] = path.relative_to(ROOT)
+    return found
+
+
+def test_every_import_is_declared():
+    declared = declared_packages() | {"tomli"}  # which comes with pytest where Python has no tomllib
+    assert not {package: str(path) for package, path in imported_packages().items() if package not in declared}
+
+
+def test_nothing_is_declared_in_vain():
+    assert declared_packages() <= set(imported_packages()) | {"numpy"}  # without which Tensor.numpy() fails
+
+
+# -----------------------------------------------------------------------------
+# Scripts
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_is_a_main_and_nothing_else(name):
+    tree = tree_of(MODULES[name])
+    mains = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+    assert len(mains) == 1 and [argument.arg for argument in mains[0].args.args] == ["argv"]
+    assert [ast.unparse(default) for default in mains[0].args.defaults] == ["None"]
+    assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    run_script(main)"
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.Expr)
+    assert all(isinstance(node, allowed) for node in tree.body[:-1])
+    assert not [node for node in tree.body[1:] if isinstance(node, ast.Expr)]  # the docstring is the only one
+
+
+# -----------------------------------------------------------------------------
+# Effects
+
+WATCH = """
+import importlib, json, os, random, signal, sys
+
+first, modules, run_help = json.loads(sys.argv[1])
+for name in first:  # third-party packages, whose own effects are not ours
+    importlib.import_module(name)
+
+effects = []
+
+def watch(event, args):
+    if event == "open" and isinstance(args[0], str) and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+        effects.append(f"opens {args[0]} for writing")
+    elif event in ("os.mkdir", "os.rename", "os.remove", "os.putenv", "subprocess.Popen", "os.system", "os.fork",
+                   "socket.connect", "socket.getaddrinfo", "socket.bind", "_thread.start_new_thread"):
+        effects.append(f"{event} {args}")
+
+def ambient():
+    state = [dict(os.environ), os.getcwd(), sys.path[:], sys.argv[:], random.getstate()]
+    state += [repr(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    torch = sys.modules.get("torch")
+    if "torch" in first:
+        state += [torch.get_rng_state().tolist(), torch.get_num_threads(), str(torch.get_default_dtype()),
+                  torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.cuda.is_initialized()]
+    return state
+
+sys.addaudithook(watch)
+before, found = ambient(), {}
+for name in modules:
+    loaded = set(sys.modules)
+    module = importlib.import_module(name)
+    if run_help:
+        try:
+            module.main(["--help"])
+        except SystemExit as stop:
+            assert stop.code == 0
+    pulled = sorted({loaded.split(".")[0] for loaded in set(sys.modules) - loaded})
+    found[name] = {"effects": effects[:], "pulled": pulled, "changed": ambient() != before}
+    effects.clear()
+print("\\n" + json.dumps(found))
+"""
+
+HEAVY = {"torch", "datasets", "transformers", "wandb", "matplotlib", "pyarrow", "pandas", "tiktoken", "rustbpe"}
+# Modules that need no tensor must load without torch: its import alone takes seconds.
+LIGHT = "common schedule calculator execution download conversation dataset sample_world report".split()
+WITHOUT_TORCH = [name for name in MODULES if not name.startswith("nanochat.") or name.split(".")[1] in LIGHT]
+
+
+def watch_imports(modules, tmp_path, first=(), run_help=False):
+    """{module: {"effects", "pulled" packages, "changed" state}}, imported one by one in a fresh process."""
+    base = tmp_path / "base"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= {"NANOCHAT_BASE_DIR": str(base), "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", WATCH, json.dumps([list(first), modules, run_help])]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir()), "something was written"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_light_modules_import_without_effect_and_without_heavy_packages(tmp_path):
+    for name, seen in watch_imports(WITHOUT_TORCH, tmp_path).items():
+        assert not seen["effects"] and not seen["changed"] and not HEAVY & set(seen["pulled"]), (name, seen)
+
+
+def test_help_needs_nothing_heavy(tmp_path):
+    runnable = [*SCRIPTS, "nanochat.dataset", "nanochat.report"]
+    for name, seen in watch_imports(runnable, tmp_path, run_help=True).items():
+        assert not seen["effects"] and not HEAVY & set(seen["pulled"]), (name, seen)
+
+
+def test_the_others_import_without_effect_once_torch_is_there(tmp_path):
+    first = ["torch", "numpy", "tqdm"]
+    others = [name for name in MODULES if name not in WITHOUT_TORCH]
+    for name, seen in watch_imports(others, tmp_path, first=first).items():
+        optional = {"datasets", "transformers", "wandb", "matplotlib", "pandas", *OPTIONAL}
+        assert not seen["effects"] and not seen["changed"] and not optional & set(seen["pulled"]), (name, seen)
