@@ -30,7 +30,7 @@ else
     python -m scripts.tok_train --source sample --vocab-size 4096
     python -m scripts.tok_eval --source sample
     python -m scripts.base_train --source sample --depth 4 --max-seq-len 512 --device-batch-size 8 \
-        --total-batch-size 4096 --num-iterations 500 --eval-every 100 --core-metric-every -1
+        --total-batch-size 4096 --num-iterations 450 --eval-every 150 --core-metric-every -1
     python -m scripts.base_loss --split-tokens 65536 --device-batch-size 8
     python -m scripts.base_eval --max-per-task 16
     python -m scripts.mid_train --tasks SampleWorld,Identity --num-iterations 60 --eval-every -1

@@ -208,9 +208,10 @@ def main(argv=None):
         print0(f"stopped after step {step} of {num_iterations}; go on with the same flags and --resume-from-step=latest")
     elif compute.is_main:
         report.log("Base model training", {
-            **vars(args), "stage": "base", "scores": {"val bpb": val_bpb}, "model tag": tag, "parameters": counts["total"], "scaling parameters": counts["scaling"], "steps": num_iterations,
+            **vars(args), "stage": "base", "scores": {"val bpb": val_bpb}, "model tag": tag,
+            "parameters": counts["total"], "scaling parameters": counts["scaling"], "steps": num_iterations,
             "training tokens": tokens, "training FLOPs": tokens * flops_per_token,
-                        "training minutes": meter.total_time / 60, "metrics": str(meter.path),
+            "training minutes": meter.total_time / 60, "metrics": str(meter.path),
         })
     if run:
         run.finish()

@@ -182,7 +182,8 @@ def main(argv=None):
         print0(f"stopped after step {step}; go on with the same flags and --resume-from-step=latest")
     elif compute.is_main:
         report.log("Supervised fine-tuning", {
-            **vars(args), "stage": "sft", "scores": {"val bpb": val_bpb}, "model tag": tag, "steps": step, "conversations": sum(len(task) for task in train_tasks.values()),
+            **vars(args), "stage": "sft", "scores": {"val bpb": val_bpb}, "model tag": tag, "steps": step,
+            "conversations": sum(len(task) for task in train_tasks.values()),
             "training minutes": meter.total_time / 60, "metrics": str(meter.path),
         })
     if run:
