@@ -14,6 +14,7 @@ import shutil
 import signal
 import sysconfig
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -152,7 +153,9 @@ class Meter:
 
     SMOOTHING = 0.9
 
-    def __init__(self, compute: Compute, directory: Path, tokens_per_step: int, flops_per_token: int, wandb_run=None, state: dict | None = None):
+    def __init__(
+        self, compute: Compute, directory: Path, tokens_per_step: int, flops_per_token: int, wandb_run=None, state: dict | None = None
+    ):
         self.compute, self.wandb_run = compute, wandb_run
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak = peak_flops(compute.device)
@@ -214,18 +217,16 @@ class Meter:
 # Saving and resuming
 
 
-def save_training(directory, step, model, optimizer, tokenizer, args, meter, val_bpb, compute: Compute, **loop) -> None:
-    """Save all that a resumed run needs; `loop` is what the script's own loop remembers, the loader's state among it."""
-    from dataclasses import asdict
-
+def save_training(directory, step, model, optimizer, tokenizer, args, meter, val_bpb, compute: Compute, loader_state) -> None:
+    """Save all that a resumed run needs."""
     meta = {
         "model_config": asdict(model.config),
         "model_tag": directory.name,
         "tokenizer": tokenizer.fingerprint(),
         "user_config": vars(args),
         "val_bpb": val_bpb,
-        "loader_state": loop.pop("loader_state"),
-        "loop_state": {"meter": meter.state(step), **loop},
+        "loader_state": loader_state,
+        "loop_state": {"meter": meter.state(step)},
         "rng_state": rng_state(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
@@ -233,13 +234,13 @@ def save_training(directory, step, model, optimizer, tokenizer, args, meter, val
     print0(f"saved step {step} in {directory}")
 
 
-def resume_training(directory, step: str, model, optimizer, compute: Compute) -> dict | None:
+def resume_training(directory, args, model, optimizer, compute: Compute) -> dict | None:
     """Load what `--resume-from-step` names ("-1" none, "latest", or a number) into model and optimizer.
 
-    Returns its meta, or None for a fresh start. UserError when the checkpoint is of another model.
+    Returns its meta, or None for a fresh start. Says which flags are not those of the saved run, since
+    it then goes on differently. UserError when the checkpoint is of another model.
     """
-    from dataclasses import asdict
-
+    step = args.resume_from_step
     if step == "-1":
         return None
     if step != "latest" and not step.isdigit():
@@ -253,6 +254,10 @@ def resume_training(directory, step: str, model, optimizer, compute: Compute) ->
     model.load_state_dict(model_state)
     optimizer.load_state_dict(optimizer_state)
     set_rng_state(meta["rng_state"])
+    before = {**meta["user_config"], "resume_from_step": step, "run": args.run}
+    changed = [f"{name} {before[name]} -> {value}" for name, value in vars(args).items() if before.get(name, value) != value]
+    if changed:
+        print0(f"flags that differ from the saved run: {', '.join(changed)}")
     print0(f"resumed from step {number} in {directory}")
     return meta
 

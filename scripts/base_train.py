@@ -144,7 +144,7 @@ def main(argv=None):
             weight_decay=weight_decay,
         )
     )
-    meta = resume_training(directory, args.resume_from_step, model, optimizer, compute)
+    meta = resume_training(directory, args, model, optimizer, compute)
     loop = meta["loop_state"] if meta else {}
     step, val_bpb = (meta["step"], meta["val_bpb"]) if meta else (0, None)
 
@@ -191,7 +191,7 @@ def main(argv=None):
         if due(step, args.sample_every, last) and fresh and compute.is_main:
             print("\n".join(complete(model, tokenizer, prompt) for prompt in SAMPLE_PROMPTS), flush=True)
         if (due(step, args.save_every, last) or stop.asked) and fresh and step > 0:
-            save_training(directory, step, model, optimizer, tokenizer, args, meter, val_bpb, compute, loader_state=loader_state)
+            save_training(directory, step, model, optimizer, tokenizer, args, meter, val_bpb, compute, loader_state)
         if last or stop.asked:
             break
 

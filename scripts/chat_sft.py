@@ -100,7 +100,7 @@ def main(argv=None):
             weight_decay=args.weight_decay,
         )
     )
-    meta = resume_training(directory, args.resume_from_step, model, optimizer, compute)
+    meta = resume_training(directory, args, model, optimizer, compute)
     if meta is None:
         warm_start(optimizer, args.source, origin, compute)
     loop = meta["loop_state"] if meta else {}
@@ -165,7 +165,7 @@ def main(argv=None):
             meter.log(step, val_bpb=val_bpb)
             print0(f"step {step:05d} | val bpb {val_bpb:.4f}")
         if (due(step, args.save_every, last) or stop.asked) and fresh and step > 0:
-            save_training(directory, step, model, optimizer, tokenizer, args, meter, val_bpb, compute, loader_state=loader_state)
+            save_training(directory, step, model, optimizer, tokenizer, args, meter, val_bpb, compute, loader_state)
         if last or stop.asked:
             break
 
