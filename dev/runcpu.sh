@@ -21,8 +21,8 @@ if python -m nanochat.dataset -n 2 --source climbmix; then
         --total-batch-size 4096 --num-iterations 200 --eval-every 100 --core-metric-every -1
     python -m scripts.base_loss --split-tokens 65536 --device-batch-size 8
     python -m scripts.base_eval --max-per-task 16
-    python -m scripts.mid_train --num-iterations 60 --eval-every -1
-    python -m scripts.chat_sft --num-iterations 60 --eval-every -1
+    python -m scripts.mid_train --num-iterations 60 --eval-every 20 --eval-tokens 32768
+    python -m scripts.chat_sft --num-iterations 60 --eval-every 20 --eval-tokens 32768
     python -m scripts.chat_eval -i sft -x 20 -m 128
     question="Why is the sky blue?"
 else
@@ -33,8 +33,8 @@ else
         --total-batch-size 4096 --num-iterations 450 --eval-every 150 --core-metric-every -1
     python -m scripts.base_loss --split-tokens 65536 --device-batch-size 8
     python -m scripts.base_eval --max-per-task 16
-    python -m scripts.mid_train --tasks SampleWorld,Identity --num-iterations 60 --eval-every -1
-    python -m scripts.chat_sft --tasks SampleWorld,Identity --num-iterations 60 --eval-every -1
+    python -m scripts.mid_train --tasks SampleWorld,Identity --num-iterations 60 --eval-every 20 --eval-tokens 32768
+    python -m scripts.chat_sft --tasks SampleWorld,Identity --num-iterations 60 --eval-every 20 --eval-tokens 32768
     python -m scripts.chat_eval -i sft -a SampleWorld
     question="What is the capital of France?"
 fi

@@ -265,6 +265,8 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(in_base):
     chat = subprocess.Popen(
         [sys.executable, "-m", "scripts.chat_cli", "-k", "5", "-m", "100000", "--device-type", "cpu"],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # tests that run in the background of a shell ignore SIGINT, and so would their children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     watchdog = threading.Timer(120, chat.kill)
     watchdog.start()

@@ -333,7 +333,19 @@ def test_a_tokenizer_that_is_not_the_models_own_is_refused(base_dir):
     train_tokenizer(270)
     meta = {"model_config": dataclasses.asdict(TINY)}
     cm.save_checkpoint(cm.checkpoint_dir("base", "d2"), 5, make_model().state_dict(), None, meta, CPU)
-    with pytest.raises(UserError, match="tokenizer of 70 tokens, but the one here now has 270"):
+    with pytest.raises(UserError, match=r"another tokenizer \(70 tokens\) than the one here now \(270 tokens\)"):
+        cm.load_model("base", CPU)
+
+
+def test_nor_is_one_of_the_same_size(base_dir):
+    tokenizer = train_tokenizer(270)
+    config = dataclasses.replace(TINY, vocab_size=tokenizer.get_vocab_size())
+    meta = {"model_config": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint()}
+    cm.save_checkpoint(cm.checkpoint_dir("base", "d2"), 5, make_model(config).state_dict(), None, meta, CPU)
+    cm.load_model("base", CPU)
+    meta["tokenizer"] = "of other merges"
+    cm.save_checkpoint(cm.checkpoint_dir("base", "d2"), 6, make_model(config).state_dict(), None, meta, CPU)
+    with pytest.raises(UserError, match="another tokenizer"):
         cm.load_model("base", CPU)
 
 
