@@ -181,6 +181,7 @@ def download_shards(source: str, num_train: int, workers: int = 4) -> list[Path]
             except IndexError:  # another worker took the last one
                 return
             except (UserError, OSError) as error:
+                waiting.clear()  # here, so that no worker begins another file
                 results.put(error)
 
     for _ in range(min(workers, len(waiting))):
@@ -188,7 +189,6 @@ def download_shards(source: str, num_train: int, workers: int = 4) -> list[Path]
     for done in range(1, len(names) + 1):
         result = results.get()
         if isinstance(result, Exception):
-            waiting.clear()
             raise result
         print(f"{result.name}: {result.stat().st_size / 1e6:.1f} MB ({done} of {len(names)})", flush=True)
     return [data_dir(source) / name for name in names]
