@@ -10,8 +10,7 @@ from __future__ import annotations
 import random
 import re
 
-from nanochat.sample_phrases import KINDS
-from nanochat.sample_world import KIND, ask, pick_kind, questions, sentence
+from nanochat.sample_world import KIND, ask, pick_kind, questions
 from tasks.common import Task
 
 # What people say besides asking: (what the user may say, what the assistant may reply).
