@@ -1,9 +1,9 @@
-"""Checkpoints: saved whole or not at all, verified when loaded, found again by stage, tag and step.
+"""Checkpoints: verified when loaded, fitted to any number of ranks, found again by stage, tag and step.
 
 The one idea to know: a checkpoint is a folder, and its meta.json lists every other file with
-size and SHA-256 (and carries a checksum of itself). All is written into a hidden folder beside,
-flushed, read back, and published by one rename; so a folder that bears a step's name is
-complete, and whatever has happened to it since is noticed before a number of it is used.
+size and SHA-256 (and carries a checksum of itself). saver.py publishes it by one rename, so a
+folder that bears a step's name is complete, and whatever has happened to it since is noticed
+before a number of it is used.
 
     BASE_DIR/base_checkpoints/d20/step_005000/model.safetensors
                                               optimizer_rank0.safetensors ...
@@ -11,7 +11,6 @@ complete, and whatever has happened to it since is noticed before a number of it
 
 Nothing here executes what it reads: safetensors and JSON are data, and the reference's own
 layout (`model_005000.pt`, `meta_005000.json`) goes through torch's weights-only reader.
-Resharding an optimizer for another number of ranks is not done here.
 """
 
 from __future__ import annotations
@@ -19,11 +18,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
+import math
 import pickle
 import re
-import shutil
-import time
 from pathlib import Path
 
 import torch
@@ -50,109 +47,47 @@ def step_folder(directory: Path, step: int) -> Path:
     return directory / f"step_{step:06d}"
 
 
+def _reference_path(directory: Path, step: int) -> Path:
+    """The weights of a step in the reference's layout."""
+    return directory / f"model_{step:06d}.pt"
+
+
 # -----------------------------------------------------------------------------
-# Saving
+# Verifying
 
 
-def save_checkpoint(
-    directory: Path,
-    step: int,
-    model_state: State,
-    optimizer_state: State | None,
-    meta: dict,
-    compute: Compute,
-    keep_last: int | None = None,
-) -> Path:
-    """Write one checkpoint and return its folder. Every rank calls this, each with its optimizer shard.
+def verify(directory: Path, step: int, names: list[str] | None = None, sizes_only: bool = False) -> dict:
+    """The meta of a checkpoint whose files `names` (None: all) are as they were saved, else UserError.
 
-    `meta` is what JSON can hold; step, time, world size and the list of files are added to it.
-    `keep_last` removes all but that many of the checkpoints saved last. Raises OSError when the
-    disk is full or may not be written; then nothing is left behind and older checkpoints stand.
+    `sizes_only` looks at meta.json and at the sizes of the others, but does not read them.
     """
-    target = step_folder(directory, step)
-    aside = directory / f".{target.name}.partial"
-    if compute.is_main:
-        for leftover in directory.glob(".step_*"):  # of a process that died while saving
-            shutil.rmtree(leftover)
-        aside.mkdir(parents=True)
-    compute.barrier()
+    folder = step_folder(directory, step)
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint of step {step} in {directory}; there are steps {list_steps(directory)}")
+    damaged = f"checkpoint {folder} is damaged"
     try:
-        if optimizer_state is not None:
-            _write_tensors(aside / f"optimizer_rank{compute.rank}.safetensors", optimizer_state)
-        compute.barrier()
-        if compute.is_main:
-            _write_tensors(aside / "model.safetensors", model_state)
-            _write_meta(aside, {**meta, "step": step, "saved_at": time.time(), "world_size": compute.world_size})
-            _publish(aside, target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if compute.is_main and keep_last is not None:
-        for old in _newest_first(directory)[max(keep_last, 1) :]:
-            if step_folder(directory, old).is_dir():
-                _remove(step_folder(directory, old))
-    compute.barrier()
-    return target
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{damaged}: meta.json cannot be read ({error})") from error
+    if not isinstance(meta, dict) or meta.get("sha256") != meta_digest(meta):
+        raise UserError(f"{damaged}: meta.json is not as it was saved")
+    if meta["step"] != step:
+        raise UserError(f"{damaged}: what it holds was saved as step {meta['step']}")
+    for name in meta["files"] if names is None else names:
+        path, saved = folder / name, meta["files"][name]
+        try:
+            size = path.stat().st_size
+            same = size == saved["size"] and (sizes_only or file_digest(path) == saved["sha256"])
+        except OSError as error:
+            raise UserError(f"{damaged}: {name} cannot be read ({error.strerror})") from error
+        if size != saved["size"]:
+            raise UserError(f"{damaged}: {name} has {size} bytes, not {saved['size']}")
+        if not same:
+            raise UserError(f"{damaged}: the checksum of {name} is not the one saved")
+    return meta
 
 
-def _write_tensors(path: Path, state: State) -> None:
-    """Write a safetensors file, flush it to the disk, and compare what can be read back, bit for bit."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    try:
-        save_file(state, path)
-    except SafetensorError as error:  # it hides the system's own error in its text
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    _flush(path)
-    with open(path, "rb") as file:  # 8 bytes: the length of a JSON header; the header; all tensors' bytes
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        data_start = file.tell()
-        for name, tensor in state.items():
-            start, end = header[name]["data_offsets"]
-            file.seek(data_start + start)
-            # As bytes, because NaN differs from itself; read, not mapped, to hold one tensor at a time.
-            if file.read(end - start) != tensor.reshape(-1).view(torch.uint8).numpy().tobytes():
-                raise OSError(f"{path}: tensor {name} reads back changed; this disk cannot be trusted")
-
-
-def _write_meta(folder: Path, meta: dict) -> None:
-    files = sorted(folder.iterdir())
-    meta["files"] = {path.name: {"size": path.stat().st_size, "sha256": _digest(path)} for path in files}
-    meta["sha256"] = _meta_digest(meta)
-    path = folder / "meta.json"
-    path.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    _flush(path)
-
-
-def _publish(aside: Path, target: Path) -> None:
-    _flush(aside)
-    if target.exists():  # an earlier run with this tag saved the same step
-        _remove(target)
-    aside.rename(target)
-    _flush(target.parent)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint, out of sight first so that half of one is never seen."""
-    hidden = folder.with_name(f".{folder.name}.old")
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -160,7 +95,7 @@ def _digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def _meta_digest(meta: dict) -> str:
+def meta_digest(meta: dict) -> str:
     """Checksum of the content of meta.json, its own "sha256" left out."""
     # Through JSON and back first: what it changes (tuples, integer keys) must not change the checksum.
     content = {key: value for key, value in json.loads(json.dumps(meta)).items() if key != "sha256"}
@@ -172,57 +107,85 @@ def _meta_digest(meta: dict) -> str:
 
 
 def load_checkpoint(
-    directory: Path, step: int, compute: Compute, load_optimizer: bool = False
+    directory: Path, step: int, compute: Compute, wanted: State | None = None
 ) -> tuple[State, State | None, dict]:
-    """(model state, this rank's optimizer state or None, meta) of one step, verified and on the device.
+    """(model state on the device, optimizer state on the host or None, meta) of one step, verified.
 
-    `meta` is what was saved, and "model_tag" the name of the folder it lies in now.
-    UserError, in one line, when there is no such step, when anything in it is damaged, or when the
-    optimizer state is wanted and there is none that fits this rank.
+    `wanted` is the state of this rank's optimizer: names and shapes say what is to be found and comes
+    back, whatever the number of ranks that saved it. `meta` is what was saved, and "model_tag" the
+    name of the folder it lies in now. UserError, in one line, when there is no such step, when
+    anything that is read is damaged, or when the optimizer state is not all there.
     """
-    folder = step_folder(directory, step)
-    if not folder.is_dir():
-        if (directory / f"model_{step:06d}.pt").exists():
-            return _load_reference(directory, step, compute, load_optimizer)
-        raise UserError(f"no checkpoint of step {step} in {directory}; there are steps {list_steps(directory)}")
+    if not step_folder(directory, step).is_dir() and _reference_path(directory, step).exists():
+        return _load_reference(directory, step, compute, wanted is not None)
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    shard = f"optimizer_rank{compute.rank}.safetensors"
-    meta = _verify(folder, ["model.safetensors"] + [shard] * load_optimizer)
-    if load_optimizer and meta["world_size"] != compute.world_size:
-        raise UserError(f"{folder} was saved by {meta['world_size']} rank(s); resume it with as many")
-    model_state = load_file(folder / "model.safetensors", device=str(compute.device))
-    optimizer_state = load_file(folder / shard, device=str(compute.device)) if load_optimizer else None
+    meta = verify(directory, step, ["model.safetensors"])
+    try:
+        model_state = load_file(step_folder(directory, step) / "model.safetensors", device=str(compute.device))
+        optimizer_state = None if wanted is None else _load_optimizer(directory, step, meta, wanted, compute.rank)
+    except (OSError, SafetensorError) as error:
+        verify(directory, step)  # it tells best what is wrong
+        raise UserError(f"checkpoint {step_folder(directory, step)} cannot be read ({error})") from error
     return model_state, optimizer_state, {**meta, "model_tag": directory.name}
 
 
-def _verify(folder: Path, names: list[str] | None = None) -> dict:
-    """The meta of a checkpoint whose files `names` (None: all) are as they were saved, else UserError."""
-    damaged = f"checkpoint {folder} is damaged"
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{damaged}: meta.json cannot be read ({error})") from error
-    if not isinstance(meta, dict) or meta.get("sha256") != _meta_digest(meta):
-        raise UserError(f"{damaged}: meta.json is not as it was saved")
-    if step_folder(folder.parent, meta["step"]) != folder:
-        raise UserError(f"{damaged}: what it holds was saved as step {meta['step']}")
-    for name in meta["files"] if names is None else names:
-        path, saved = folder / name, meta["files"].get(name)
-        if saved is None:
-            raise UserError(f"checkpoint {folder} was saved without {name}; it has {', '.join(meta['files'])}")
-        if not path.exists():
-            raise UserError(f"{damaged}: {name} is missing")
-        if path.stat().st_size != saved["size"]:
-            raise UserError(f"{damaged}: {name} has {path.stat().st_size} bytes, not {saved['size']}")
-        if _digest(path) != saved["sha256"]:
-            raise UserError(f"{damaged}: the checksum of {name} is not the one saved")
-    return meta
+def _load_optimizer(directory: Path, step: int, meta: dict, wanted: State, rank: int) -> State:
+    """What `wanted` names, filled with the saved numbers, whichever ranks' files they are in.
+
+    A key is "lm_head.weight.exp_avg", or "lm_head.weight.exp_avg[100:200]" for those elements of the
+    flattened tensor, of which `wanted` has one range at most. Only files with something wanted are read,
+    and this rank's own first: where as many ranks have saved, it is all there.
+    """
+    from safetensors import safe_open
+
+    folder, own = step_folder(directory, step), f"optimizer_rank{rank}.safetensors"
+    files = sorted((name for name in meta["files"] if name.startswith("optimizer_")), key=lambda name: name != own)
+    if not files:
+        raise UserError(f"checkpoint {folder} was saved without an optimizer state")
+    state = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in wanted.items()}
+    missing = {key: tensor.numel() for key, tensor in state.items()}
+    places = {}  # name of a tensor -> (key, first element, end)
+    for key, tensor in state.items():
+        name, start, end = _range_of(key, tensor.shape)
+        places[name] = key, start, end
+    taken = set()  # several ranks may have saved the same
+    for file_name in files:
+        if not any(missing.values()):
+            break
+        with safe_open(folder / file_name, "pt") as file:
+            pieces = []
+            for theirs in file.keys():
+                shape = file.get_slice(theirs).get_shape()
+                name, first, last = _range_of(theirs, shape)
+                key, start, end = places.get(name, (None, 0, 0))
+                a, b = max(start, first), min(end, last)
+                reshaped = theirs == key and shape != list(state[key].shape)
+                if a < b and theirs not in taken and not reshaped:
+                    pieces.append((theirs, slice(a - first, b - first), key, slice(a - start, b - start)))
+            if pieces:
+                verify(directory, step, [file_name])
+            for theirs, there, key, here in pieces:
+                state[key].view(-1)[here] = file.get_tensor(theirs).view(-1)[there]
+                missing[key] -= here.stop - here.start
+                taken.add(theirs)
+    lacking = [key for key, count in missing.items() if count != 0]
+    if lacking:
+        verify(directory, step)  # rather damaged than another
+        raise UserError(f"the optimizer state in {folder} is of another model: {lacking[0]} is not there, or not whole")
+    return state
+
+
+def _range_of(key: str, shape) -> tuple[str, int, int]:
+    """(name, first element, end): "w.step[3:5]" -> ("w.step", 3, 5), and "w.step" of shape (2, 3) -> ("w.step", 0, 6)."""
+    match = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", key)
+    return (match[1], int(match[2]), int(match[3])) if match else (key, 0, math.prod(shape))
 
 
 def _load_reference(directory: Path, step: int, compute: Compute, load_optimizer: bool) -> tuple[State, None, dict]:
     """A model in the reference's layout. Its optimizer state belongs to another program and stays unread."""
-    path = directory / f"model_{step:06d}.pt"
+    path = _reference_path(directory, step)
     if load_optimizer:
         raise UserError(f"{path} can be used for its weights only: start a new stage from it, do not resume it")
     try:
@@ -252,30 +215,35 @@ def list_steps(directory: Path) -> list[int]:
 
 
 def _saved_at(directory: Path, step: int) -> float:
-    """When a checkpoint was saved: seconds since the epoch."""
+    """When a checkpoint was saved: seconds since the epoch; 0 when it is gone by now."""
     folder = step_folder(directory, step)
     try:
         return float(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["saved_at"])
     except (OSError, ValueError, TypeError, KeyError):  # the reference's layout, or damaged
-        return (folder if folder.is_dir() else directory / f"model_{step:06d}.pt").stat().st_mtime
+        path = folder if folder.is_dir() else _reference_path(directory, step)
+        return path.stat().st_mtime if path.exists() else 0.0
 
 
-def _newest_first(directory: Path) -> list[int]:
+def newest_first(directory: Path) -> list[int]:
+    """The steps saved in a folder, the one saved last first."""
     # By time, not by number: a new run under an old tag may be shorter than the one before it.
     return sorted(list_steps(directory), key=lambda step: (_saved_at(directory, step), step), reverse=True)
 
 
-def find_last_step(directory: Path, weights_only: bool = False) -> int:
+def find_last_step(directory: Path, weights_only: bool = False, since: float | None = None) -> int:
     """The step saved last of those that are whole; says so when it passes over damaged ones.
 
-    `weights_only` asks no more than that the weights are whole. UserError when there is none.
+    `weights_only` asks no more than that the weights are whole; `since` (as `time.time()` gives it) that it
+    was saved after that. UserError when there is none.
     """
     names = ["model.safetensors"] if weights_only else None
-    for step in _newest_first(directory):
-        if not step_folder(directory, step).is_dir():
-            return step  # the reference's layout has nothing to verify against
+    for step in newest_first(directory):
+        if since is not None and _saved_at(directory, step) <= since:
+            break
+        if not step_folder(directory, step).is_dir() and _reference_path(directory, step).exists():
+            return step  # there is nothing to verify it against
         try:
-            _verify(step_folder(directory, step), names)
+            verify(directory, step, names)
             return step
         except UserError as error:
             print0(f"passing over step {step}: {error}")
@@ -285,8 +253,8 @@ def find_last_step(directory: Path, weights_only: bool = False) -> int:
 def find_tags(stage: str) -> list[str]:
     """Tags of a stage that have a checkpoint, the one saved last first."""
     root = base_dir_path() / STAGES[stage][0]
-    folders = [path for path in root.iterdir() if list_steps(path)] if root.is_dir() else []
-    newest = {path.name: max(_saved_at(path, step) for step in list_steps(path)) for path in folders}
+    steps = {path: list_steps(path) for path in root.iterdir()} if root.is_dir() else {}
+    newest = {path.name: max(_saved_at(path, step) for step in steps[path]) for path in steps if steps[path]}
     return sorted(newest, key=newest.get, reverse=True)
 
 

@@ -78,26 +78,19 @@ class Score:
 
 
 def fetch_bundle(compute: Compute) -> Path:
-    """The unpacked evaluation bundle, downloaded once by one rank of each node.
+    """The unpacked evaluation bundle, downloaded once by the main rank. UserError on all ranks when it is out of reach."""
+    folder = get_base_dir() / "eval_bundle"
 
-    Raises UserError, on all ranks or on none, when it is out of reach.
-    """
-    folder, failure = get_base_dir() / "eval_bundle", None
-    if compute.local_rank == 0:
-        try:
-            with FileLock(f"{folder}.lock"):
-                if not folder.exists():
-                    archive = folder.with_suffix(".zip")
-                    download_file(file_url(BUNDLE_URL), archive, check=lambda part: unpack(part, folder))
-                    if not folder.exists():  # the zip was there already, put there by hand
-                        unpack(archive, folder)
-                    archive.unlink()
-        except UserError as error:
-            failure = error
-    # All ranks must agree, or those that went on would wait for ever for those that did not.
-    failed = torch.tensor(int(failure is not None), device=compute.device)
-    if int(compute.sum(failed)) > 0:
-        raise failure or UserError("the CORE bundle could not be fetched by another rank; its message says why")
+    def fetch() -> None:
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                archive = folder.with_suffix(".zip")
+                download_file(file_url(BUNDLE_URL), archive, check=lambda part: unpack(part, folder))
+                if not folder.exists():  # the zip was there already, put there by hand
+                    unpack(archive, folder)
+                archive.unlink()
+
+    compute.on_main(fetch)
     return folder
 
 
@@ -331,6 +324,7 @@ def evaluate_core(
                 which = range(first, min(first + CHUNK, len(rows)))
                 right = [right for _, right in answer_rows(model, tokenizer, task, rows, which, batch_tokens)]
                 counts[t] += torch.tensor([sum(right), len(right)])
+                compute.beat()
             turn += 1
         say(f"{t + 1:2d}/{len(tasks)} {task.label}: {len(rows)} questions, {time.monotonic() - began:.1f} s")
     counts = compute.sum(counts.to(compute.device)).cpu()

@@ -1,9 +1,11 @@
-"""Documents and conversations in, batches of token ids out: packed, prefetched, resumable.
+"""Documents and conversations in, batches of token ids out: dealt to lanes, packed, prefetched, resumable.
 
-The one idea to know: every batch comes with the state that resumes just after it. A state is
-small and plain (JSON): where reading stands, and which documents wait in the packing buffer, by
-their places in the data; on resume those are read again, so the batches that follow are bit for
-bit those of an uninterrupted run with the same arguments and number of ranks.
+The one idea to know: the micro-batches of an optimizer step are numbered over all ranks, and number
+i of every step comes from lane i, a stream of batches over its own share of the data. Which ranks
+serve which lanes changes nothing, so a run sees the same batches on any number of ranks. Every
+batch comes with the state that resumes just after it, small and plain (JSON): where reading stands
+in each lane, and which documents wait in its packing buffer, by their places in the data. On resume
+those are read again, and the batches that follow are bit for bit those of an uninterrupted run.
 
 Pretraining rows have no padding: a document too long for what is left of its row is cropped.
 Conversation rows lose nothing: what does not fit waits, and the rest of a row is padding. Both are
@@ -13,14 +15,16 @@ know what a conversation looks like.
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 from array import array
 from collections import deque
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 
@@ -29,6 +33,89 @@ from nanochat.dataset import DEFAULT_SOURCE, count_row_groups, read_row_group, s
 from nanochat.packing import BestFitBuffer, Conversations, split_conversation
 
 AHEAD = 4  # batches made before they are asked for
+KEPT = 2**16  # documents of which the text stays in memory for the other lanes; about 200 MB
+
+
+# -----------------------------------------------------------------------------
+# Lanes
+
+
+class Lanes:
+    """The lanes that one rank serves: where each stands, and what lanes of an earlier deal have read before.
+
+    Rank r of W serves the lanes r, r + W, ... in turn. Whatever is dealt out has a number that stays
+    (of a conversation, its index), and belongs to lane number % lanes; a lane walks its share in order
+    of place. A state of as many lanes goes on exactly. Of another number, each new lane begins where the
+    least advanced of the old ones stood, and leaves out what its old lane has read, of which `deals`
+    keeps the record; what waited in the buffer of old lane i waits in that of new lane i % lanes.
+    """
+
+    def __init__(self, lanes: int | None, rank: int | None, world_size: int | None, state: dict | None, fresh: dict):
+        """`fresh` is how a lane begins: "next" is the place it reads next, the rest is for what makes its batches."""
+        launched_rank, _, launched_world_size = ranks()
+        rank = launched_rank if rank is None else rank
+        world_size = launched_world_size if world_size is None else world_size
+        self.lanes = world_size if lanes is None else lanes
+        assert 0 <= rank < world_size
+        self.place = f"rank {rank} of {world_size}"
+        mine = [str(lane) for lane in range(rank, self.lanes, world_size)]
+        if state is None:
+            state = {"lanes": self.lanes, "streams": dict.fromkeys(mine, {**fresh, "batches": 0}), "deals": []}
+        elif "lanes" not in state:
+            raise UserError("this checkpoint is of an older version, which noted its place in the data in a way that "
+                            "is not read any more. Start this stage again.")
+        elif state["lanes"] != self.lanes:
+            state = self._deal_anew(state, fresh)
+        assert set(mine) <= state["streams"].keys(), "the state is of other lanes: use merge_states of all ranks'"
+        self.deals = state["deals"]
+        self.streams = {lane: state["streams"][lane] for lane in mine}
+
+    def _deal_anew(self, state: dict, fresh: dict) -> dict:
+        assert len(state["streams"]) == state["lanes"], "the state is of some lanes: use merge_states of all ranks'"
+        old = [state["streams"][str(lane)] for lane in range(state["lanes"])]
+        places = [stream["next"] for stream in old]
+        streams = {}
+        for lane in range(self.lanes):
+            stream = streams[str(lane)] = {**fresh, "batches": 0, "next": min(places)}
+            for key in {"buffer", "finished", "skipped"} & fresh.keys():
+                stream[key] = sum((other[key] for other in old[lane :: self.lanes]), fresh[key])
+            stream.get("buffer", []).sort()  # the oldest first
+        return {"streams": streams, "deals": [*state["deals"], {"lanes": state["lanes"], "next": places}]}
+
+    def was_read(self, place: Iterable[int], number: int) -> bool:
+        """Whether a lane of an earlier deal has read what has this number and is at this place."""
+        return any(list(place) < deal["next"][number % deal["lanes"]] for deal in self.deals)
+
+    def batches(self, made: dict[str, Iterator[tuple]]) -> Iterator[tuple]:
+        """Of each lane's batches the next, in turn, with the state of all lanes of this rank."""
+        assert self.streams, f"{self.place} has none of the {self.lanes} lanes"
+        while True:
+            lane = min(self.streams, key=lambda lane: self.streams[lane]["batches"])
+            inputs, targets, after = next(made[lane])
+            self.streams[lane] = {**after, "batches": self.streams[lane]["batches"] + 1}
+            yield inputs, targets, {"lanes": self.lanes, "deals": self.deals, **_summary(self.streams)}
+
+
+def _summary(streams: dict[str, dict]) -> dict:
+    """The states of some lanes; the epoch that they are all in or past, and their sums where they count."""
+    counted = {"finished", "skipped"}.intersection(*streams.values())
+    sums = {key: sum(stream[key] for stream in streams.values()) for key in sorted(counted)}
+    return {"epoch": min(stream["next"] for stream in streams.values())[0], **sums, "streams": dict(streams)}
+
+
+def merge_states(states: list[dict]) -> dict:
+    """The states of all ranks as one, which a loader on any rank of any number resumes.
+
+    What stands in it does not depend on the number of ranks. Records of earlier deals that every
+    lane has passed are left out.
+    """
+    lanes = states[0]["lanes"]
+    known = {lane: stream for state in states for lane, stream in state["streams"].items()}
+    assert len(known) == lanes, f"the states of lanes {', '.join(known)} are here, of {lanes}"
+    streams = {str(lane): known[str(lane)] for lane in range(lanes)}
+    least = min(stream["next"] for stream in streams.values())
+    deals = [deal for deal in states[0]["deals"] if least < max(deal["next"])]
+    return {**states[0], **_summary(streams), "deals": deals}
 
 
 # -----------------------------------------------------------------------------
@@ -37,18 +124,45 @@ AHEAD = 4  # batches made before they are asked for
 Place = tuple[int, int, int, int]  # (epoch from 1, number of the shard, of the row group in it, of the row in that)
 
 
-class Documents:
-    """An endless walk over the documents of one rank, a few at a time, as token ids.
+class RowGroups:
+    """The texts of the row groups of some shards. The latest are kept, because lanes read the same ones in turn."""
 
-    The rows of each row group are dealt to the ranks in turn. `next_place` is where the next
-    `read` begins, so a walk that starts there goes on exactly like this one.
+    def __init__(self, paths: list[Path], keep: int):
+        """`keep`: how many documents may stay in memory."""
+        self.paths, self.keep = paths, keep
+        self.kept: dict[tuple[int, int], list[str]] = {}  # oldest first
+
+    def read(self, shard: int, group: int) -> list[str]:
+        if (shard, group) not in self.kept:
+            while self.kept and sum(map(len, self.kept.values())) >= self.keep:
+                del self.kept[next(iter(self.kept))]
+            self.kept[shard, group] = read_row_group(self.paths[shard], group)
+        return self.kept[shard, group]
+
+    def read_again(self, places: Iterable[list[int]]) -> Iterator[list[tuple[Place, str]]]:
+        """The documents at these places, those of one row group at a time."""
+        for (shard, group), there in groupby(sorted(places, key=lambda p: p[1:]), key=lambda p: p[1:3]):
+            exists = shard < len(self.paths) and group < count_row_groups(self.paths[shard])
+            texts = self.read(shard, group) if exists else []
+            there = [tuple(place) for place in there]
+            if there[-1][3] >= len(texts):
+                raise UserError(
+                    f"the data has changed: document {there[-1][3]} in row group {group} of shard {shard}, which this "
+                    f"run has to read again, is not in {self.paths[0].parent}. Put the shards back as they were."
+                )
+            yield [(place, texts[place[3]]) for place in there]
+
+
+class Documents:
+    """An endless walk over the documents of one lane, a few at a time, as token ids.
+
+    `next_place` is where the next `read` begins, so a walk that starts there goes on exactly like this one.
     """
 
-    def __init__(self, paths: list[Path], rank: int, world_size: int, encode: Callable, at_a_time: int, start: list):
-        """`start` is a place; its row may be None for the first row of this rank."""
-        self.paths, self.rank, self.world_size = paths, rank, world_size
+    def __init__(self, groups: RowGroups, lane: int, lanes: Lanes, encode: Callable, at_a_time: int):
+        self.groups, self.lane, self.lanes = groups, lane, lanes
         self.encode, self.at_a_time = encode, at_a_time
-        self.walk = self._walk(*start)
+        self.walk = self._walk(*lanes.streams[str(lane)]["next"])
         self.ahead = next(self.walk)
 
     @property
@@ -58,50 +172,39 @@ class Documents:
     def read(self) -> list[tuple[Place, array]]:
         """The next documents, all of one row group: (place, ids) each."""
         documents, self.ahead = self.ahead, next(self.walk)
-        return self._tokenize(documents)
+        return self.encode(documents)
 
-    def read_again(self, places: list[list[int]]) -> list[tuple[Place, array]]:
-        """The documents at these places, in the same order."""
-        documents = []
-        for (shard, group), there in groupby(places, key=lambda place: (place[1], place[2])):
-            exists = shard < len(self.paths) and group < count_row_groups(self.paths[shard])
-            texts = read_row_group(self.paths[shard], group) if exists else []
-            for place in there:
-                if place[3] >= len(texts):
-                    raise UserError(
-                        f"the data has changed: document {place[3]} in row group {group} of shard {shard}, which this "
-                        f"run has to read again, is not in {self.paths[0].parent}. Put the shards back as they were."
-                    )
-                documents.append((tuple(place), texts[place[3]]))
-        return self._tokenize(documents)
-
-    def _tokenize(self, documents: list[tuple[Place, str]]) -> list[tuple[Place, array]]:
-        ids = self.encode([text for _, text in documents])
-        return [(place, array("i", tokens)) for (place, _), tokens in zip(documents, ids)]
-
-    def _walk(self, epoch: int, shard: int, group: int, row: int | None) -> Iterator[list[tuple[Place, str]]]:
-        found = (shard, group, row) != (0, 0, None)  # the rest of an epoch may be empty, a whole one must not
+    def _walk(self, epoch: int, shard: int, group: int, row: int) -> Iterator[list[tuple[Place, str]]]:
+        found = (shard, group, row) != (0, 0, 0)  # the rest of an epoch may be empty, a whole one must not
+        paths = self.groups.paths
         while True:
-            for shard in range(shard, len(self.paths)):
-                for group in range(group, count_row_groups(self.paths[shard])):
-                    texts = read_row_group(self.paths[shard], group)
-                    # Shard and group shift the deal, so that groups of one row do not all go to rank 0.
-                    first = (self.rank - shard - group) % self.world_size if row is None else row
-                    rows = [row for row in range(first, len(texts), self.world_size) if texts[row]]
-                    for i in range(0, len(rows), self.at_a_time):
-                        found = True
-                        yield [((epoch, shard, group, row), texts[row]) for row in rows[i : i + self.at_a_time]]
-                    row = None
+            for shard in range(shard, len(paths)):
+                for group in range(group, count_row_groups(paths[shard])):
+                    documents = self._share(epoch, shard, group, row)
+                    found = found or bool(documents)
+                    documents = [(p, text) for p, text in documents if not self.lanes.was_read(p, sum(p[1:]))]
+                    for i in range(0, len(documents), self.at_a_time):
+                        yield documents[i : i + self.at_a_time]
+                    row = 0
                 group = 0
             if not found:
                 raise UserError(
-                    f"no document for rank {self.rank} of {self.world_size} in {len(self.paths)} shard(s) "
-                    f"of {self.paths[0].parent}. Add data or use fewer ranks."
+                    f"no document for lane {self.lane} of {self.lanes.lanes} in {len(paths)} shard(s) of "
+                    f"{paths[0].parent}. Add data, or take fewer micro-batches per step, each of which needs a share."
                 )
             epoch, shard, found = epoch + 1, 0, False
 
+    def _share(self, epoch: int, shard: int, group: int, row: int) -> list[tuple[Place, str]]:
+        """This lane's documents of a row group, from `row` on.
 
-def _bestfit_batches(documents: Documents, B: int, T: int, buffer_size: int, waiting: list) -> Iterator[tuple]:
+        A document's number is shard + group + row, so that groups of one row do not all go to lane 0.
+        """
+        texts, lanes = self.groups.read(shard, group), self.lanes.lanes
+        first = row + (self.lane - shard - group - row) % lanes
+        return [((epoch, shard, group, row), texts[row]) for row in range(first, len(texts), lanes) if texts[row]]
+
+
+def _bestfit_batches(documents: Documents, B: int, T: int, buffer_size: int, waiting: Iterable) -> Iterator[tuple]:
     """Each row: the oldest document, then always the largest that fits; when none fits, the shortest is cropped.
 
     Cropping the shortest loses the fewest tokens: measured on 16,384 documents (mean 727 tokens)
@@ -109,12 +212,15 @@ def _bestfit_batches(documents: Documents, B: int, T: int, buffer_size: int, wai
     the part of long documents beyond any row; cropping the oldest instead loses 15%.
     """
     buffer = BestFitBuffer()
-    for place, tokens in documents.read_again(waiting):
+    for place, tokens in waiting:
         buffer.add(len(tokens), (place, tokens))
 
     def refill() -> None:
-        """Of a corpus smaller than the buffer, hold no more than this epoch and the next."""
-        while len(buffer) < buffer_size and (not buffer or documents.next_place[0] <= buffer.oldest()[0][0] + 1):
+        """Read once if there is room; so a buffer grows over its first rows, and many lanes start without delay.
+
+        Of a corpus smaller than the buffer, hold no more than this epoch and the next.
+        """
+        if len(buffer) < buffer_size and (not buffer or documents.next_place[0] <= buffer.oldest()[0][0] + 1):
             for place, tokens in documents.read():
                 buffer.add(len(tokens), (place, tokens))
 
@@ -129,8 +235,7 @@ def _bestfit_batches(documents: Documents, B: int, T: int, buffer_size: int, wai
                 _, tokens = buffer.pop_largest(room) or buffer.pop_shortest()
                 flat.extend(tokens[:room])
         rows = torch.frombuffer(flat, dtype=torch.int32).view(B, T + 1)
-        next_place = documents.next_place
-        state = {"epoch": next_place[0], "next": list(next_place), "buffer": [list(place) for place, _ in buffer]}
+        state = {"next": list(documents.next_place), "buffer": [list(place) for place, _ in buffer]}
         yield rows[:, :-1].clone(), rows[:, 1:].long(), state
 
 
@@ -152,8 +257,7 @@ def _stream_batches(documents: Documents, B: int, T: int, offset: int) -> Iterat
         offset += B * T
         while offset >= unfinished[0][1]:
             offset -= unfinished.popleft()[1]
-        place = unfinished[0][0]
-        state = {"epoch": place[0], "next": list(place), "offset": offset}
+        state = {"next": list(unfinished[0][0]), "offset": offset}
         yield tokens[:-1].view(B, T).clone(), tokens[1:].view(B, T).long(), state
 
 
@@ -171,28 +275,32 @@ def _document_loader(
     source: str = DEFAULT_SOURCE,
     rank: int | None = None,
     world_size: int | None = None,
+    lanes: int | None = None,
     buffer_size: int = 1000,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
     """What the four public loaders below share: their arguments, which are explained there."""
-    rank, world_size = _place_among_ranks(rank, world_size)
     paths = split_paths(source, split)
     bos = tokenizer.get_bos_token_id()
-    state = resume_state_dict or {"next": [1, 0, 0, None], "buffer": [], "offset": 0}
-    if resume_state_dict and (state["rank"], state["world_size"]) != (rank, world_size):
-        # Another rank's documents: begin with the row group it was at, which is as near as one can get.
-        state = {"next": [*state["next"][:3], None], "buffer": [], "offset": 0}
+    fresh = {"next": [1, 0, 0, 0], **({"buffer": []} if packed else {"offset": 0})}
+    dealt = Lanes(lanes, rank, world_size, resume_state_dict, fresh)
+
+    def encode(documents: list[tuple[Place, str]]) -> list[tuple[Place, array]]:
+        ids = tokenizer.encode([text for _, text in documents], prepend=bos, num_threads=tokenizer_threads)
+        return [(place, array("i", tokens)) for (place, _), tokens in zip(documents, ids)]
 
     def batches() -> Iterator[tuple]:
-        def encode(texts: list[str]) -> list[list[int]]:
-            return tokenizer.encode(texts, prepend=bos, num_threads=tokenizer_threads)
-
-        documents = Documents(paths, rank, world_size, encode, tokenizer_batch_size, state["next"])
-        if packed:
-            made = _bestfit_batches(documents, B, T, buffer_size, state["buffer"])
-        else:
-            made = _stream_batches(documents, B, T, state["offset"])
-        for inputs, targets, after in made:
-            yield inputs, targets, {**after, "rank": rank, "world_size": world_size}
+        groups = RowGroups(paths, KEPT if len(dealt.streams) > 1 else 0)
+        waiting = [place for stream in dealt.streams.values() for place in stream.get("buffer", [])]
+        again = dict(pair for documents in groups.read_again(waiting) for pair in encode(documents))
+        made = {}
+        for lane, stream in dealt.streams.items():
+            documents = Documents(groups, int(lane), dealt, encode, tokenizer_batch_size)
+            if packed:
+                places = map(tuple, stream["buffer"])
+                made[lane] = _bestfit_batches(documents, B, T, buffer_size, [(p, again.pop(p)) for p in places])
+            else:
+                made[lane] = _stream_batches(documents, B, T, stream["offset"])
+        yield from dealt.batches(made)
 
     return _prefetch(batches(), torch.device(device))
 
@@ -201,22 +309,27 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(*args, **kwargs):
     """Pretraining batches in which every row starts with bos and is packed by best fit, without padding.
 
     Args: (tokenizer, B, T, split, tokenizer_threads=4, tokenizer_batch_size=128, device="cuda",
-    resume_state_dict=None, *, source="climbmix", rank=None, world_size=None, buffer_size=1000).
-    B rows of T tokens; split "train" or "val"; rank and world size default to torchrun's.
+    resume_state_dict=None, *, source="climbmix", rank=None, world_size=None, lanes=None, buffer_size=1000).
+    B rows of T tokens; split "train" or "val"; rank and world size default to torchrun's, and
+    lanes, the number of micro-batches per step over all ranks, to the world size.
 
     Yields (inputs int32 (B, T), targets int64 (B, T), state) for ever, epoch after epoch, in
-    tensors of their own on the device. `state` resumes just after the batch; its "epoch" counts
-    passes over the data from 1. A state of another rank or number of ranks resumes at the same
-    row group, without the documents that waited.
+    tensors of their own on the device; rank r of W gives a batch of lane r, one of lane r + W,
+    ..., and begins again with lane r. `state` resumes just after the batch; its "epoch" counts passes
+    over the data from 1. `merge_states` of all ranks' states resumes on any number of ranks, exactly
+    where `lanes` is the same; where it is another, no document is lost and none is seen again.
 
     Raises:
-        UserError: no shards, only one shard for "train", or no document in the split.
+        UserError: no shards, only one shard for "train", or no document for a lane in the split.
     """
     return _document_loader(True, *args, **kwargs)
 
 
 def tokenizing_distributed_data_loader_with_state(*args, **kwargs):
-    """Pretraining batches from one plain stream of tokens, cut anywhere. All else as in the loader above."""
+    """Pretraining batches from one plain stream of tokens per lane, cut anywhere. All else as in the loader above.
+
+    With another number of lanes, a document that was cut by the end of a batch is seen again from its beginning.
+    """
     return _document_loader(False, *args, **kwargs)
 
 
@@ -244,6 +357,7 @@ def conversation_data_loader(
     device: str | torch.device,
     rank: int | None = None,
     world_size: int | None = None,
+    lanes: int | None = None,
     resume_state_dict: dict | None = None,
     seed: int = 42,
     buffer_size: int = 256,
@@ -254,32 +368,39 @@ def conversation_data_loader(
         dataset: anything with `len` and `[i]` that gives conversations.
         supervise: "assistant" trains on what the assistant says (mask 1), "all" on every token.
         T: pairs of (input, target) per row. A longer conversation is split into pieces, never cropped.
+        lanes: micro-batches per step over all ranks (None: the world size). A state resumes as it does above.
         seed: of the order of conversations, which is another one in each epoch.
 
     Yields (inputs int32 (B, T), targets int64 (B, T), state) for ever. Targets that are not
     trained on, and padding (inputs bos), are -1; each row has a target that is trained on. The
-    batch in which an epoch ends is filled with rows of the next. `state` resumes just after the
-    batch; "epoch" counts from 1, "progress" is the number of epochs consumed (2.25: a quarter of the
-    third), "skipped" counts pieces left out because nothing in them is supervised.
+    batch in which a lane's epoch ends is filled with rows of the next. `state` resumes just after the
+    batch; "epoch" counts from 1. In it are counted, over all epochs and the lanes of this rank (after
+    `merge_states`: of all ranks), "finished": conversations used up, and "skipped": pieces left out
+    because nothing in them is supervised. finished / "num_conversations" epochs are done.
 
     Raises:
         UserError: a whole epoch has no supervised token, or the data set's length has changed.
     """
-    rank, world_size = _place_among_ranks(rank, world_size)
-    fresh = {"epoch": 1, "progress": 0.0, "read": 0, "buffer": [], "skipped": 0, "rank": rank, "world_size": world_size}
-    state = resume_state_dict or fresh
-    if state.get("num_conversations", len(dataset)) != len(dataset):
+    state, count = resume_state_dict, len(dataset)
+    if state and state.get("num_conversations", count) != count:
         raise UserError(
-            f"the data set has changed: {len(dataset)} conversations now, {state['num_conversations']} when the "
+            f"the data set has changed: {count} conversations now, {state['num_conversations']} when the "
             "checkpoint was saved. Bring the old data back, or start this stage again."
         )
+    fresh = {"next": [1, 0], "buffer": [], "finished": 0, "skipped": 0}
+    dealt = Lanes(lanes, rank, world_size, state, fresh)
     bos = tokenizer.get_bos_token_id()
 
     def render(conversation) -> list[tuple[list[int], list[int]]]:
         return split_conversation(*tokenizer.render_conversation(conversation, max_tokens=None), T, supervise)
 
-    def batches() -> Iterator[tuple]:
-        conversations = Conversations(dataset, render, rank, world_size, seed, buffer_size, state)
+    @lru_cache(maxsize=2)  # the lanes are in the same epoch or in neighbouring ones
+    def order(epoch: int) -> list[int]:
+        shuffled = list(range(count))
+        random.Random(f"{seed}, epoch {epoch}").shuffle(shuffled)
+        return shuffled
+
+    def lane_batches(conversations: Conversations) -> Iterator[tuple]:
         while True:
             inputs = torch.full((B, T), bos, dtype=torch.int32)
             targets = torch.full((B, T), -1, dtype=torch.int64)
@@ -292,16 +413,21 @@ def conversation_data_loader(
                     column = end
             yield inputs, targets, conversations.state()
 
+    def batches() -> Iterator[tuple]:
+        made = {
+            lane: lane_batches(
+                Conversations(dataset, render, order, int(lane), dealt.lanes, dealt.was_read, buffer_size, stream)
+            )
+            for lane, stream in dealt.streams.items()
+        }
+        for inputs, targets, after in dealt.batches(made):
+            yield inputs, targets, {**after, "num_conversations": count}
+
     return _prefetch(batches(), torch.device(device))
 
 
 # -----------------------------------------------------------------------------
-# What both share
-
-
-def _place_among_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    launched_rank, _, launched_world_size = ranks()
-    return launched_rank if rank is None else rank, launched_world_size if world_size is None else world_size
+# The thread
 
 
 def _prefetch(batches: Iterator[tuple], device: torch.device) -> Iterator[tuple]:

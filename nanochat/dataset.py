@@ -125,6 +125,15 @@ def count_row_groups(path: Path) -> int:
         return shard.num_row_groups
 
 
+def count_documents(source: str, split: str) -> int:
+    """How many documents a split has, those without text included."""
+    total = 0
+    for path in split_paths(source, split):
+        with open_shard(path) as shard:
+            total += shard.metadata.num_rows
+    return total
+
+
 def read_row_group(path: Path, group: int) -> list[str]:
     """The texts of one row group, one per row; a row without text is an empty string."""
     import pyarrow as pa

@@ -28,6 +28,20 @@ SAMPLE_PROMPTS = [
 ]
 
 
+MOST_LANES = 64  # independent streams of text for a measurement; so many ranks at most share the work
+
+
+def share_of(tokens: int, documents: int, B: int, T: int, compute: Compute) -> tuple[int, int]:
+    """How a measurement over about `tokens` tokens is divided: (lanes of the loader, batches of (B, T) on this rank).
+
+    Lanes depend on the size of the measurement and the number of documents (or conversations) that there are,
+    not on the ranks, so the text that is measured is the same on any number of ranks.
+    """
+    batches = max(1, tokens // (B * T))
+    lanes = min(batches, MOST_LANES, max(1, documents // 8))
+    return lanes, batches // lanes * len(range(compute.rank, lanes, compute.world_size))
+
+
 @torch.no_grad()
 def evaluate_bpb(model, batches: Iterable[tuple], steps: int, token_bytes: torch.Tensor, compute: Compute) -> float:
     """Bits per byte over `steps` batches on each rank: the same number on every rank.
@@ -46,6 +60,7 @@ def evaluate_bpb(model, batches: Iterable[tuple], steps: int, token_bytes: torch
         target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
         nats += torch.where(target_bytes > 0, losses, 0).to(exact).sum()
         n_bytes += target_bytes.sum()
+        compute.beat()
     nats, n_bytes = compute.sum(nats).item(), compute.sum(n_bytes).item()
     return nats / (math.log(2) * n_bytes) if n_bytes > 0 else math.inf
 

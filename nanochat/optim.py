@@ -1,19 +1,35 @@
-"""MuonAdamW: Muon for the matrices inside the Transformer, AdamW for everything else.
+"""MuonAdamW: Muon for the matrices inside the Transformer, AdamW for everything else, on one rank or many.
 
 Muon's idea: replace a matrix's averaged gradient U S V^T by (roughly) U V^T, so that every
 direction it has learnt something about moves equally far. The update of one stack of
 equally shaped matrices is `muon_update`, a page of its own below.
 
-Each group names its parameters, so the state can be saved as a flat dict of tensors,
-`"lm_head.weight.exp_avg"` and so on, that does not depend on the order of groups.
+Many ranks share the work (ZeRO-2, arXiv:1910.02054). Parameters lie in buckets, and a bucket in one flat
+buffer of `world_size` equal chunks, one for each rank. A step is: reduce-scatter the gradients, so
+that each rank has the sum for its own chunk; update those parameters; all-gather the result. All
+reduce-scatters begin at once and the all-gathers are waited for last, so the network works while a
+bucket is updated. Muon needs whole matrices, which are dealt out so that chunks are as equal as can be;
+all else is cut anywhere. So neither the ranks nor the matrices need divide anything.
+
+With W ranks, each rank sends (W - 1) chunks of every bucket in the reduce-scatter and as many in the all-gather,
+together what one all-reduce of the gradients would send, and keeps the optimizer state of one chunk. A chunk is 1/W
+of the bucket, up to 64 numbers more for AdamW and less than one matrix more for Muon.
+
+Each group names its parameters, so the state can be saved as a flat dict of tensors: `"lm_head.weight.exp_avg"`,
+or `"lm_head.weight.exp_avg[0:4096]"` for the part of the flattened tensor that this rank keeps.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Callable, Iterator, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.optim.adamw import adamw
+
+BUCKET = 2**27  # parameters that share a buffer, at most (unless one alone is larger); bounds what a step needs beside them
+ALIGNMENT = 64  # chunks begin at multiples of this many parameters, as the network's kernels like it
 
 # Polynomials of five steps towards the polar factor: a x + b x^3 + c x^5 on the singular values, best for
 # values in [1e-3, 1] (Polar Express, arXiv:2505.16932, algorithm 1 and its list of coefficients).
@@ -63,73 +79,211 @@ def muon_update(grad, momentum_buffer, second_moment, momentum: float, beta2: fl
     return X * (frobenius / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
 
 
+# -----------------------------------------------------------------------------
+# Many ranks
+
+def reduce_scatter(mine: torch.Tensor, flat: torch.Tensor) -> Callable[[], object]:
+    """Begin to sum `flat` (world_size * n,) over the ranks; this rank's chunk of the sum goes to `mine` (n,).
+
+    Returns what waits for it. On a CPU chunks are exchanged and then added in the order of the ranks: three times as
+    fast as gloo's own, and the very sum that one rank gets that accumulates the same gradients one after the other.
+    """
+    if flat.is_cuda:
+        # torch 2.13 gives it a new name and warns about the old one, which torch 2.11 has.
+        return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(mine, flat, async_op=True).wait
+    parts = torch.empty_like(flat)
+    work = dist.all_to_all_single(parts, flat, async_op=True)
+
+    def add() -> None:
+        work.wait()
+        first, *others = parts.split(mine.numel())
+        mine.copy_(first)
+        for part in others:
+            mine.add_(part)
+
+    return add
+
+
+def all_gather(flat: torch.Tensor, mine: torch.Tensor) -> Callable[[], object]:
+    """Begin to bring every rank's `mine` (n,) together in `flat` (world_size * n,); returns what waits for it."""
+    if flat.is_cuda:
+        return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(flat, mine, async_op=True).wait
+    chunks = flat.split(mine.numel())
+    chunks[dist.get_rank()].copy_(mine)
+    works = [dist.broadcast(chunk, rank, async_op=True) for rank, chunk in enumerate(chunks)]  # gloo's own is slower
+    return lambda: [work.wait() for work in works]
+
+
+class Piece(NamedTuple):
+    """A parameter, or the part of one, that a rank owns."""
+
+    name: str
+    part: str  # "" for all of it, else which elements of the flattened parameter: "[a:b]"
+    values: torch.Tensor  # the very memory of the parameter
+    place: slice  # in the rank's chunk
+
+
+class Bucket:
+    """Parameters of one group and dtype that travel together.
+
+    The flat buffer holds each parameter at `starts[i]`; rank r owns the elements from r * chunk to (r + 1) * chunk.
+    """
+
+    def __init__(self, group: dict, named: list[tuple[str, torch.Tensor]], rank: int, world_size: int):
+        self.group, self.named, self.world_size = group, named, world_size
+        if group["kind"] == "muon":
+            odd = next((f"{name} has shape {tuple(p.shape)}" for name, p in named if p.ndim != 2), None)
+            if odd:
+                raise ValueError(f"Muon takes matrices only, but {odd}")
+            self.starts, self.chunk = _deal_whole([p for _, p in named], world_size)
+        else:
+            self.starts = [sum(p.numel() for _, p in named[:i]) for i in range(len(named))]
+            total = self.starts[-1] + named[-1][1].numel()
+            self.chunk = -(-total // (world_size * ALIGNMENT)) * ALIGNMENT
+        self.own = list(self._pieces(rank * self.chunk))
+
+    def _pieces(self, begin: int) -> Iterator[Piece]:
+        """What of the parameters lies in the chunk that begins there."""
+        for (name, p), start in zip(self.named, self.starts):
+            a, b = max(begin - start, 0), min(begin + self.chunk - start, p.numel())
+            if b - a == p.numel():
+                yield Piece(name, "", p.detach(), slice(start - begin, start - begin + b))
+            elif a < b:
+                yield Piece(name, f"[{a}:{b}]", p.detach().view(-1)[a:b], slice(start + a - begin, start + b - begin))
+
+    def scatter(self) -> None:
+        """Begin to sum the gradients, each chunk on the rank that owns it. A gradient that is None counts as zero."""
+        if self.world_size == 1:
+            return
+        like = self.named[0][1]
+        self.flat = torch.empty(self.world_size * self.chunk, dtype=like.dtype, device=like.device)
+        for (_, p), start in zip(self.named, self.starts):
+            there = self.flat[start : start + p.numel()]
+            there.zero_() if p.grad is None else there.copy_(p.grad.flatten())
+            p.grad = None  # its memory is the next bucket's
+        self.mine = torch.empty(self.chunk, dtype=like.dtype, device=like.device)
+        self.wait = reduce_scatter(self.mine, self.flat)
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """The gradients of `own`, summed over the ranks; None for a parameter that has none."""
+        if self.world_size == 1:
+            return [p.grad for _, p in self.named]
+        self.wait()
+        return [self.mine[piece.place].view_as(piece.values) for piece in self.own]
+
+    def gather(self) -> None:
+        """Begin to send what this rank has updated to all others."""
+        if self.world_size == 1:
+            return
+        for piece in self.own:
+            self.mine[piece.place].copy_(piece.values.view(-1))
+        self.wait = all_gather(self.flat, self.mine)
+
+    def finish(self) -> None:
+        """Put what the other ranks have updated into the parameters."""
+        if self.world_size == 1:
+            return
+        self.wait()
+        for (_, p), start in zip(self.named, self.starts):
+            p.copy_(self.flat[start : start + p.numel()].view_as(p))
+        del self.flat, self.mine, self.wait
+
+
+def _deal_whole(params: list[torch.Tensor], world_size: int) -> tuple[list[int], int]:
+    """(starts, chunk) with every parameter inside one chunk: the largest first, always to the emptiest chunk."""
+    loads, places = [0] * world_size, {}
+    for i in sorted(range(len(params)), key=lambda i: -params[i].numel()):
+        rank = loads.index(min(loads))
+        places[i] = rank, loads[rank]
+        loads[rank] += params[i].numel()
+    chunk = max(loads)
+    return [places[i][0] * chunk + places[i][1] for i in range(len(params))], chunk
+
+
 class MuonAdamW:
     """Optimizer over named groups: `{"kind": "muon" | "adamw", "params": [(name, parameter)], "lr": ...}`.
 
     "adamw" groups also hold betas, eps and weight_decay; "muon" groups hold momentum, beta2 and
     weight_decay, and only 2-D parameters. Rates may be changed in `param_groups` between steps
     (`initial_lr` and `initial_weight_decay` keep what was given).
+    Gradients are summed over the ranks of the default process group where there is one: the loss that they come from
+    is to be divided by what all ranks together have seen. Every rank calls `step`.
     State: AdamW two tensors per parameter; Muon one, and one number per line.
     """
 
     def __init__(self, param_groups: list[dict]):
         self.param_groups = [dict(group, initial_lr=group["lr"], initial_weight_decay=group["weight_decay"]) for group in param_groups]
-        self.state: dict[str, torch.Tensor] = {}  # "{parameter}.{what}", for Muon views of the stacks below
-        self._stacks: list[tuple[dict, list[torch.Tensor], torch.Tensor, torch.Tensor]] = []
-        for group in self.param_groups:
-            if group["kind"] == "adamw":
-                for name, p in group["params"]:
-                    self.state[f"{name}.exp_avg"] = torch.zeros_like(p)
-                    self.state[f"{name}.exp_avg_sq"] = torch.zeros_like(p)
-                    self.state[f"{name}.step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            elif group["kind"] == "muon":
-                self._make_stacks(group)
-            else:
+        self.state: dict[str, torch.Tensor] = {}  # see the top of the file; for Muon views of the stacks below
+        self.buckets: list[Bucket] = []
+        self._stacks: dict[Bucket, list[tuple[list[int], torch.Tensor, torch.Tensor]]] = {}
+        many = dist.is_available() and dist.is_initialized()
+        place = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
+        # Muon first: its updates take longest, so that most of the other gradients travel meanwhile.
+        for group in sorted(self.param_groups, key=lambda group: group["kind"] != "muon"):
+            if group["kind"] not in ("muon", "adamw"):
                 raise ValueError(f"group kind {group['kind']!r} is neither 'muon' nor 'adamw'")
+            for named in _cut(group["params"]):
+                bucket = Bucket(group, named, *place)
+                self.buckets.append(bucket)
+                self._make_stacks(bucket) if group["kind"] == "muon" else self._make_moments(bucket)
 
-    def _make_stacks(self, group: dict) -> None:
+    def _make_moments(self, bucket: Bucket) -> None:
+        for name, part, values, _ in bucket.own:
+            self.state[f"{name}.exp_avg{part}"] = torch.zeros_like(values)
+            self.state[f"{name}.exp_avg_sq{part}"] = torch.zeros_like(values)
+            self.state[f"{name}.step"] = torch.zeros((), dtype=torch.float32, device=values.device)
+
+    def _make_stacks(self, bucket: Bucket) -> None:
         by_shape = defaultdict(list)
-        for name, p in group["params"]:
-            if p.ndim != 2:
-                raise ValueError(f"Muon takes matrices only, but {name} has shape {tuple(p.shape)}")
-            by_shape[p.shape].append((name, p))
-        for (rows, cols), named in by_shape.items():
-            like = named[0][1]
-            momentum = torch.zeros(len(named), rows, cols, device=like.device, dtype=like.dtype)
+        for i, piece in enumerate(bucket.own):
+            by_shape[piece.values.shape].append(i)
+        self._stacks[bucket] = []
+        for (rows, cols), members in by_shape.items():
+            like = bucket.own[members[0]].values
+            momentum = torch.zeros(len(members), rows, cols, device=like.device, dtype=like.dtype)
             lines = (rows, 1) if rows >= cols else (1, cols)
-            second = torch.zeros(len(named), *lines, device=like.device, dtype=like.dtype)
-            for i, (name, _) in enumerate(named):
-                self.state[f"{name}.momentum"] = momentum[i]
-                self.state[f"{name}.second_moment"] = second[i]
-            self._stacks.append((group, [p for _, p in named], momentum, second))
+            second = torch.zeros(len(members), *lines, device=like.device, dtype=like.dtype)
+            for k, i in enumerate(members):
+                self.state[f"{bucket.own[i].name}.momentum"] = momentum[k]
+                self.state[f"{bucket.own[i].name}.second_moment"] = second[k]
+            self._stacks[bucket].append((members, momentum, second))
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the gradients that stand in `.grad`; a parameter without one is left alone."""
-        for group in self.param_groups:
-            if group["kind"] == "adamw":
-                self._step_adamw(group)
-        for group, params, momentum, second in self._stacks:
-            if params[0].grad is None:
+        """One update from the gradients that stand in `.grad`; on one rank, a parameter without one is left alone."""
+        for bucket in self.buckets:
+            bucket.scatter()
+        for bucket in self.buckets:
+            self._step_muon(bucket) if bucket.group["kind"] == "muon" else self._step_adamw(bucket)
+            bucket.gather()
+        for bucket in self.buckets:
+            bucket.finish()
+
+    def _step_muon(self, bucket: Bucket) -> None:
+        grads, group = bucket.gradients(), bucket.group
+        for members, momentum, second in self._stacks[bucket]:
+            if grads[members[0]] is None:
                 continue
-            update = muon_update(torch.stack([p.grad for p in params]), momentum, second, group["momentum"], group["beta2"])
+            update = muon_update(torch.stack([grads[i] for i in members]), momentum, second, group["momentum"], group["beta2"])
             rows, cols = update.shape[-2:]
             lr = group["lr"] * max(1, rows / cols) ** 0.5  # a tall matrix's outputs would otherwise move less
-            for p, u in zip(params, update):
+            for i, u in zip(members, update):
+                p = bucket.own[i].values
                 decay = (u * p >= 0) * p  # cautious: only where decay and update agree (arXiv:2510.12402)
                 p.sub_(lr * (u + group["weight_decay"] * decay))
 
-    def _step_adamw(self, group: dict) -> None:
-        named = [(name, p) for name, p in group["params"] if p.grad is not None]
-        if not named:
+    def _step_adamw(self, bucket: Bucket) -> None:
+        group = bucket.group
+        there = [(piece, grad) for piece, grad in zip(bucket.own, bucket.gradients()) if grad is not None]
+        if not there:
             return
         adamw(
-            [p for _, p in named],
-            [p.grad for _, p in named],
-            [self.state[f"{name}.exp_avg"] for name, _ in named],
-            [self.state[f"{name}.exp_avg_sq"] for name, _ in named],
+            [piece.values for piece, _ in there],
+            [grad for _, grad in there],
+            [self.state[f"{piece.name}.exp_avg{piece.part}"] for piece, _ in there],
+            [self.state[f"{piece.name}.exp_avg_sq{piece.part}"] for piece, _ in there],
             [],
-            [self.state[f"{name}.step"] for name, _ in named],
+            [self.state[f"{piece.name}.step"] for piece, _ in there],
             fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
@@ -146,11 +300,11 @@ class MuonAdamW:
                 p.grad = None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All state as a flat dict of tensors (not copies)."""
+        """This rank's state as a flat dict of tensors (not copies)."""
         return dict(self.state)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Copy a saved state in. Raises ValueError where names or shapes are not this model's."""
+        """Copy a saved state in. Raises ValueError where names or shapes are not those of `state_dict()`."""
         if state.keys() != self.state.keys():
             odd = sorted(state.keys() ^ self.state.keys())
             raise ValueError(f"the optimizer state is of another model: {len(odd)} names differ, the first is {odd[0]}")
@@ -158,3 +312,14 @@ class MuonAdamW:
             if tensor.shape != state[name].shape:
                 raise ValueError(f"optimizer state {name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
             tensor.copy_(state[name])
+
+
+def _cut(named: list[tuple[str, torch.Tensor]]) -> list[list[tuple[str, torch.Tensor]]]:
+    """Runs of parameters of one dtype, of at most BUCKET elements together."""
+    buckets, size = [], 0
+    for name, p in named:
+        if not buckets or size + p.numel() > BUCKET or p.dtype != buckets[-1][0][1].dtype:
+            buckets, size = [*buckets, []], 0
+        buckets[-1].append((name, p))
+        size += p.numel()
+    return buckets

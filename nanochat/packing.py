@@ -7,7 +7,6 @@ Python without tensors: `dataloader` turns rows into batches, and packs document
 
 from __future__ import annotations
 
-import random
 from bisect import bisect_left, bisect_right, insort
 from itertools import groupby
 from typing import Any, Callable, Iterator
@@ -71,77 +70,83 @@ def split_conversation(ids: list[int], mask: list[int], T: int, supervise: str) 
 
 
 class Conversations:
-    """The pieces of one rank's conversations, epoch after epoch, each epoch in an order of its own.
+    """The pieces of one lane's conversations, epoch after epoch, each epoch in an order of its own.
 
-    Packing never mixes two epochs in the buffer, so each piece is packed exactly once per epoch.
+    A conversation's index decides its lane, the same in every epoch. An epoch is read once the pieces
+    of the one before are packed, so each piece is packed exactly once per epoch.
     """
 
-    def __init__(self, dataset, render: Callable, rank: int, world_size: int, seed: int, buffer_size: int, state: dict):
-        """`render(conversation)` gives its pieces."""
-        self.dataset, self.render = dataset, render
-        self.rank, self.world_size, self.seed, self.buffer_size = rank, world_size, seed, buffer_size
+    def __init__(
+        self, dataset, render: Callable, order: Callable, lane: int, lanes: int, was_read: Callable, buffer_size: int,
+        state: dict,
+    ):
+        """`render(conversation)` gives its pieces, `order(epoch)` all indices, for all lanes.
+
+        `was_read([epoch, position in the order], index)`: whether to leave a conversation out.
+        """
+        self.dataset, self.render, self.order, self.was_read = dataset, render, order, was_read
+        self.lane, self.lanes, self.buffer_size = lane, lanes, buffer_size
         self.buffer = BestFitBuffer()
         self.skipped = state["skipped"]  # pieces without any supervised target, so far
-        self._begin_epoch(state["epoch"])
-        self.read = state["read"]  # conversations of this epoch read so far
-        if (state["rank"], state["world_size"]) != (rank, world_size):
-            self.read = int((state["progress"] - state["epoch"] + 1) * len(self.order))  # about as far
-            state = {**state, "buffer": []}
-        self.found = self.read > 0
-        for index, there in groupby(state["buffer"], key=lambda place: place[0]):
+        self.read = state["finished"]  # conversations read so far, in all epochs
+        self._begin_epoch(*state["next"])
+        for (epoch, index), there in groupby(state["buffer"], key=lambda place: place[:2]):
             pieces = render(dataset[index])
-            for _, number in there:
-                self._add(index, number, pieces[number])
+            self.read += 1
+            for *_, number in there:
+                self._add(epoch, index, number, pieces[number])
 
-    def _begin_epoch(self, epoch: int) -> None:
-        self.order = list(range(self.rank, len(self.dataset), self.world_size))  # the same ones in every epoch
-        random.Random(f"{self.seed}, epoch {epoch}").shuffle(self.order)
-        self.epoch, self.read, self.found = epoch, 0, False
+    def _begin_epoch(self, epoch: int, position: int = 0) -> None:
+        self.epoch, self.position, self.indices = epoch, position, self.order(epoch)
+        self.found = position > 0  # the rest of an epoch may have nothing to train on, a whole one must not
 
-    def _add(self, index: int, number: int, piece: tuple[list[int], list[int]]) -> None:
-        self.buffer.add(len(piece[0]), (index, number, *piece))
+    def _add(self, epoch: int, index: int, number: int, piece: tuple[list[int], list[int]]) -> None:
+        self.buffer.add(len(piece[0]), ([epoch, index, number], piece))
 
     def refill(self) -> None:
         """Read on in this epoch until the buffer is full."""
-        while len(self.buffer) < self.buffer_size and self.read < len(self.order):
-            index = self.order[self.read]
+        while len(self.buffer) < self.buffer_size and self.position < len(self.indices):
+            place, index = [self.epoch, self.position], self.indices[self.position]
+            self.position += 1
+            if index % self.lanes != self.lane:
+                continue
+            if self.was_read(place, index):
+                self.found = True
+                continue
             self.read += 1
             for number, piece in enumerate(self.render(self.dataset[index])):
                 if all(target == -1 for target in piece[1]):
                     self.skipped += 1
                 else:
                     self.found = True
-                    self._add(index, number, piece)
+                    self._add(self.epoch, index, number, piece)
 
     def next_row(self, T: int) -> list[tuple[list[int], list[int]]]:
         """The (inputs, targets) that share the next row of T pairs; never none."""
         self.refill()
         while not self.buffer:
             if not self.found:
+                count = len(range(self.lane, len(self.dataset), self.lanes))
                 raise UserError(
-                    f"nothing to train on: none of the {len(self.order)} conversations for rank {self.rank} "
-                    f"of {self.world_size} has a token that is supervised. Check the data set."
+                    f"nothing to train on: none of the {count} conversations for lane {self.lane} of {self.lanes} has "
+                    "a token that is supervised. Check the data set, or take fewer micro-batches per step."
                 )
             self._begin_epoch(self.epoch + 1)
             self.refill()
-        row, piece = [], self.buffer.pop_oldest()
-        while piece:
-            row.append(piece[2:])
-            T -= len(piece[2])
+        row, popped = [], self.buffer.pop_oldest()
+        while popped:
+            _, piece = popped
+            row.append(piece)
+            T -= len(piece[0])
             self.refill()
-            piece = self.buffer.pop_largest(T)
+            popped = self.buffer.pop_largest(T)
         return row
 
     def state(self) -> dict:
-        waiting = [[index, number] for index, number, *_ in self.buffer]
-        finished = self.read - len({index for index, _ in waiting})
+        waiting = [place for place, _ in self.buffer]
         return {
-            "epoch": self.epoch,
-            "progress": self.epoch - 1 + finished / len(self.order),
-            "read": self.read,
+            "next": [self.epoch, self.position],
             "buffer": waiting,
+            "finished": self.read - len({(epoch, index) for epoch, index, _ in waiting}),
             "skipped": self.skipped,
-            "num_conversations": len(self.dataset),
-            "rank": self.rank,
-            "world_size": self.world_size,
         }

@@ -32,15 +32,26 @@ def best_batch_size(tokens: int) -> int:
     return 2 ** round(math.log2(D12_BATCH * (tokens / D12_TOKENS) ** 0.383))
 
 
-def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
-    """Micro-batches per step. Raises UserError naming the nearest sizes when it does not come out even."""
-    unit = device_batch_size * sequence_len * world_size
+def micro_batches(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
+    """Micro-batches per step, over all ranks. Rank r takes those numbered r, r + world_size, ...
+
+    They need not come out even among the ranks. UserError, naming sizes that work, when the batch is no
+    multiple of a micro-batch, or when there is not one for every rank.
+    """
+    unit = device_batch_size * sequence_len
     if total_batch_size % unit or total_batch_size < unit:
         lower, upper = total_batch_size // unit * unit, -(-total_batch_size // unit) * unit
         nearest = " or ".join(str(size) for size in sorted({lower, upper}) if size)
         raise UserError(
             f"--total-batch-size {total_batch_size} is not a multiple of the {unit} tokens that one pass takes "
-            f"({device_batch_size} rows x {sequence_len} tokens x {world_size} ranks); use {nearest}"
+            f"({device_batch_size} rows x {sequence_len} tokens); use {nearest}"
+        )
+    if total_batch_size < unit * world_size:
+        smaller = total_batch_size // sequence_len // world_size
+        raise UserError(
+            f"--total-batch-size {total_batch_size} is {total_batch_size // unit} pass(es) of {device_batch_size} rows x "
+            f"{sequence_len} tokens, too few for {world_size} ranks; use --total-batch-size {unit * world_size}"
+            + (f" or --device-batch-size {smaller}" if smaller else "")
         )
     return total_batch_size // unit
 

@@ -5,8 +5,8 @@ the logits of the letters, at the position where its answer would begin, are com
 generative one has the engine write an answer, which the task checks; with several samples a
 problem counts as solved when any of them is right (pass@n).
 
-The one idea: rank r takes problems r, r + world_size, ... of the first N, and only two sums
-cross the ranks. Nothing here depends on the batch size or the number of ranks: padding stands
+The one idea: blocks of problems are dealt to the ranks in turn, and only three sums cross them. Nothing
+here depends on the number of ranks: a block is computed alike wherever it lands, padding stands
 to the right, where causal attention never looks, and a problem's seed is its index.
 """
 
@@ -49,16 +49,19 @@ def run_task(
     name = name or type(task).__name__
     if n < 1:
         raise UserError(f"{name} has no problem to ask ({len(task)} in the task, at most {max_problems} wanted)")
-    indices = list(range(compute.rank, n, compute.world_size))
     if task.eval_type == "categorical":
-        outcomes = _answer_letters(task, model, tokenizer, indices, batch_size)
+        blocks = _deal(n, 4 * batch_size, compute)
+        outcomes = _answer_letters(task, model, tokenizer, blocks, batch_size)
     elif task.eval_type == "generative":
+        blocks = _deal(n, 1, compute)
+        indices = [index for block in blocks for index in block]
         outcomes = _answer_in_words(
             task, model, tokenizer, engine, indices, num_samples, max_new_tokens, temperature, top_k
         )
     else:
         raise UserError(f"{name} is for training only; it has no way to check an answer")
-    correct, asked, cropped = _tally(outcomes, len(indices), name, show=progress and compute.is_main)
+    mine = sum(len(block) for block in blocks)
+    correct, asked, cropped = _tally(outcomes, mine, name, compute, show=progress and compute.is_main)
     sums = compute.sum(torch.tensor([correct, asked, cropped], device=compute.device)).tolist()
     correct, asked, cropped = (int(x) for x in sums)
     assert asked == n, f"{asked} of {n} problems were asked"
@@ -68,7 +71,12 @@ def run_task(
     return correct / n, n
 
 
-def _tally(outcomes, total: int, name: str, show: bool) -> tuple[int, int, int]:
+def _deal(n: int, size: int, compute: Compute) -> list[range]:
+    """The blocks of up to `size` of n problems that fall to this rank."""
+    return [range(first, min(first + size, n)) for first in range(0, n, size)][compute.rank :: compute.world_size]
+
+
+def _tally(outcomes, total: int, name: str, compute: Compute, show: bool) -> tuple[int, int, int]:
     """Count (correct, asked, cropped) over pairs (passed, was_cropped), with a bar that shows the accuracy so far."""
     from tqdm import tqdm
 
@@ -78,6 +86,7 @@ def _tally(outcomes, total: int, name: str, show: bool) -> tuple[int, int, int]:
             correct, asked, cropped = correct + passed, asked + 1, cropped + was_cropped
             bar.set_postfix_str(f"{correct}/{asked} = {100 * correct / asked:.1f}%", refresh=False)
             bar.update()
+            compute.beat()
     return correct, asked, cropped
 
 
@@ -89,18 +98,18 @@ def _prompts(task, tokenizer, indices, room: int):
         yield index, conversation, ids[-room:], len(ids) > room
 
 
-def _answer_letters(task, model, tokenizer, indices, batch_size):
+def _answer_letters(task, model, tokenizer, blocks, batch_size):
     """Yield (passed, was_cropped) for problems whose answer is one of their `letters`."""
-    # Problems of similar length share a batch, so that little is padding; the longest go
-    # first, so that a batch too large for the memory fails at once.
-    prompts = sorted(_prompts(task, tokenizer, indices, model.config.sequence_len), key=lambda prompt: -len(prompt[2]))
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        logits = _logits_at_end(model, [ids for _, _, ids, _ in batch], tokenizer.get_bos_token_id())  # (B, V)
-        for (_, conversation, _, was_cropped), row in zip(batch, logits):
-            letters = conversation["letters"]
-            scores = row[[_letter_id(tokenizer, letter) for letter in letters]]
-            yield bool(task.evaluate(conversation, letters[int(scores.argmax())])), was_cropped
+    for block in blocks:
+        # Problems of similar length share a batch, so that little is padding.
+        prompts = sorted(_prompts(task, tokenizer, block, model.config.sequence_len), key=lambda prompt: -len(prompt[2]))
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            logits = _logits_at_end(model, [ids for _, _, ids, _ in batch], tokenizer.get_bos_token_id())  # (B, V)
+            for (_, conversation, _, was_cropped), row in zip(batch, logits):
+                letters = conversation["letters"]
+                scores = row[[_letter_id(tokenizer, letter) for letter in letters]]
+                yield bool(task.evaluate(conversation, letters[int(scores.argmax())])), was_cropped
 
 
 def _letter_id(tokenizer, letter: str) -> int:

@@ -19,8 +19,17 @@ from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint_manager import checkpoint_dir, find_last_step, load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from nanochat.common import Compute, UserError, print0
+from nanochat.checkpoint_manager import (
+    checkpoint_dir,
+    find_last_step,
+    load_checkpoint,
+    rng_state,
+    set_rng_state,
+    step_folder,
+    verify,
+)
+from nanochat.common import Compute, UserError, print0, restarts
+from nanochat.saver import Saver
 from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
 
 # Dense bf16 peak in FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first match counts.
@@ -57,11 +66,6 @@ def compile_model(model: torch.nn.Module, compute: Compute) -> torch.nn.Module:
     return torch.compile(model, dynamic=False)
 
 
-def require_one_rank(compute: Compute) -> None:
-    if compute.world_size > 1:
-        raise UserError(f"training on {compute.world_size} ranks is not supported yet; run `python -m scripts.NAME` without torchrun")
-
-
 # -----------------------------------------------------------------------------
 # One step
 
@@ -72,10 +76,11 @@ class LossScale:
     def __init__(self):
         self.scale, self.good_steps = 2.0**15, 0
 
-    def unscale(self, params: list[torch.Tensor]) -> bool:
-        """Divide the gradients by the scale. False when they overflowed: the step is to be skipped."""
+    def unscale(self, params: list[torch.Tensor], compute: Compute) -> bool:
+        """Divide the gradients by the scale. False when those of any rank overflowed: the step is to be skipped."""
         grads = [p.grad for p in params if p.grad is not None]
         finite = all(bool(torch.isfinite(g).all()) for g in grads)
+        finite = compute.sum(torch.tensor(int(finite))) == compute.world_size
         if finite:
             torch._foreach_div_(grads, self.scale)
             self.good_steps += 1
@@ -86,14 +91,14 @@ class LossScale:
         return finite
 
 
-def train_step(model, optimizer, batches: list[tuple[torch.Tensor, torch.Tensor]], loss_scale: LossScale | None = None) -> torch.Tensor:
+def train_step(model, optimizer, batches, compute: Compute, loss_scale: LossScale | None = None) -> torch.Tensor:
     """One update from the micro-batches of a step; returns the mean loss of their targets, in nats.
 
-    Every target token weighs the same, whichever micro-batch it came in: losses are summed
-    and divided by the number of targets in all of `batches` (inputs and targets (B, T), -1
-    ignored). Where there are none the step changes nothing and the loss is 0.
+    `batches` are this rank's: a list of (inputs, targets), both (B, T), targets of -1 ignored. Every target
+    token weighs the same, whichever micro-batch and rank it came in: losses are summed and divided by the
+    number of targets on all ranks. Where there are none the step changes nothing and the loss is 0.
     """
-    count = sum((targets >= 0).sum() for _, targets in batches)
+    count = compute.sum(sum((targets >= 0).sum() for _, targets in batches))
     if count == 0:
         return torch.zeros((), device=batches[0][0].device)
     total = 0.0
@@ -101,10 +106,11 @@ def train_step(model, optimizer, batches: list[tuple[torch.Tensor, torch.Tensor]
         loss = model(inputs, targets, loss_reduction="sum") / count
         total = total + loss.detach()
         (loss * loss_scale.scale if loss_scale else loss).backward()
-    if loss_scale is None or loss_scale.unscale([p for group in optimizer.param_groups for _, p in group["params"]]):
+        compute.beat()
+    if loss_scale is None or loss_scale.unscale([p for group in optimizer.param_groups for _, p in group["params"]], compute):
         optimizer.step()
     optimizer.zero_grad()
-    return total
+    return compute.sum(total)
 
 
 def set_rates(optimizer, step: int, progress: float, warmup_steps: int, warmdown: float, final: float) -> float:
@@ -130,19 +136,23 @@ def due(step: int, every: int, last: bool = False) -> bool:
 class StopSignal:
     """SIGTERM and SIGINT ask the loop to stop after this step; a second SIGINT stops at once.
 
-    >>> stop = StopSignal()
-    >>> while not stop.asked: ...
+    >>> stop = StopSignal(compute)
+    >>> while not stop.asked(): ...
     """
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self, compute: Compute):
+        self.compute, self.heard = compute, False
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._hear)
 
-    def _ask(self, number, frame):
+    def _hear(self, number, frame):
         print0(f"\n{signal.Signals(number).name}: finishing this step, then saving")
-        self.asked = True
+        self.heard = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def asked(self) -> bool:
+        """Whether any rank was asked: the same answer on all, so that they stop after the same step."""
+        return bool(self.compute.sum(torch.tensor(int(self.heard))) > 0)
 
 
 class Meter:
@@ -156,7 +166,7 @@ class Meter:
     def __init__(
         self, compute: Compute, directory: Path, tokens_per_step: int, flops_per_token: int, wandb_run=None, state: dict | None = None
     ):
-        self.compute, self.wandb_run = compute, wandb_run
+        self.compute, self.wandb_run, self.steps = compute, wandb_run, 0
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak = peak_flops(compute.device)
         state = state or {"step": 0, "ema": 0.0, "weight": 0.0, "total_time": 0.0}
@@ -183,6 +193,9 @@ class Meter:
         """Tell of step number `step`, just done. Raises UserError when the loss is not finite."""
         loss = loss.item()  # waits for the device, so the time below is the whole step's
         dt = time.perf_counter() - self.started
+        self.steps += 1
+        if self.steps == 2:  # the first compiles, which may take minutes
+            self.compute.pulse.armed = True
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss became {loss} at step {step} (learning-rate multiplier {lrm:.3f}); nothing was saved after the "
@@ -204,6 +217,12 @@ class Meter:
             f"total {self.total_time / 60:.1f} min | eta {eta / 60:.1f} min"
         )
 
+    def finish(self) -> None:
+        """The loop is over: what follows may take as long as it likes."""
+        self.compute.pulse.armed = False
+        if self.wandb_run:
+            self.wandb_run.finish()
+
     def log(self, step: int, **values) -> None:
         """One line of metrics.jsonl, and the same to wandb."""
         if self.compute.is_main:
@@ -217,11 +236,11 @@ class Meter:
 # Saving and resuming
 
 
-def save_training(directory, step, model, optimizer, tokenizer, args, meter, val_bpb, compute: Compute, loader_state) -> None:
-    """Save all that a resumed run needs."""
+def save_training(saver: Saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state) -> None:
+    """Save all that a resumed run needs, in the background. Every rank calls this with its own loader state."""
     meta = {
         "model_config": asdict(model.config),
-        "model_tag": directory.name,
+        "model_tag": saver.directory.name,
         "tokenizer": tokenizer.fingerprint(),
         "user_config": vars(args),
         "val_bpb": val_bpb,
@@ -230,8 +249,7 @@ def save_training(directory, step, model, optimizer, tokenizer, args, meter, val
         "rng_state": rng_state(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    save_checkpoint(directory, step, model.state_dict(), optimizer.state_dict(), meta, compute)
-    print0(f"saved step {step} in {directory}")
+    saver.save(step, model.state_dict(), optimizer.state_dict(), meta)
 
 
 def resume_training(directory, args, model, optimizer, compute: Compute) -> dict | None:
@@ -240,26 +258,43 @@ def resume_training(directory, args, model, optimizer, compute: Compute) -> dict
     Returns its meta, or None for a fresh start. Says which flags are not those of the saved run, since
     it then goes on differently. UserError when the checkpoint is of another model.
     """
-    step = args.resume_from_step
-    if step == "-1":
+    restarted = max(compute.gather(restarts())) > 0  # the nodes count apart
+    number = compute.on_main(lambda: _step_to_resume(directory, args.resume_from_step, restarted))
+    if number is None:
         return None
-    if step != "latest" and not step.isdigit():
-        raise UserError(f"--resume-from-step {step!r} is neither a step nor 'latest'")
-    number = find_last_step(directory) if step == "latest" else int(step)
-    model_state, optimizer_state, meta = load_checkpoint(directory, number, compute, load_optimizer=True)
-    ours, theirs = asdict(model.config), meta["model_config"]
-    if ours != theirs:
+    if step_folder(directory, number).is_dir():  # else it is in the reference's layout, and load_checkpoint says what to do
+        ours, theirs = asdict(model.config), verify(directory, number, names=[])["model_config"]
         odd = ", ".join(f"{k} {theirs.get(k)} -> {v}" for k, v in ours.items() if theirs.get(k) != v)
-        raise UserError(f"step {number} in {directory} is of another model ({odd}); give the same flags, or another --model-tag")
+        if odd:
+            raise UserError(f"step {number} in {directory} is of another model ({odd}); give the same flags, or another --model-tag")
+    model_state, optimizer_state, meta = load_checkpoint(directory, number, compute, optimizer.state_dict())
     model.load_state_dict(model_state)
     optimizer.load_state_dict(optimizer_state)
     set_rng_state(meta["rng_state"])
-    before = {**meta["user_config"], "resume_from_step": step, "run": args.run}
+    before = {**meta["user_config"], "resume_from_step": args.resume_from_step, "run": args.run}
     changed = [f"{name} {before[name]} -> {value}" for name, value in vars(args).items() if before.get(name, value) != value]
     if changed:
         print0(f"flags that differ from the saved run: {', '.join(changed)}")
     print0(f"resumed from step {number} in {directory}")
     return meta
+
+
+def _step_to_resume(directory: Path, wanted: str, restarted: bool) -> int | None:
+    """The step that `--resume-from-step` means. After torchrun has restarted the job: the newest that the job saved."""
+    if wanted not in ("-1", "latest") and not wanted.isdigit():
+        raise UserError(f"--resume-from-step {wanted!r} is neither a step nor 'latest'")
+    started = directory / "started"  # when this job began; what is older belongs to another run under the same tag
+    if not restarted:
+        directory.mkdir(parents=True, exist_ok=True)
+        started.write_text(f"{time.time()}\n")
+    elif started.exists():
+        try:
+            return find_last_step(directory, since=float(started.read_text()))
+        except UserError:
+            print0(f"restarted before anything was saved: beginning as at first, with --resume-from-step {wanted}")
+    if wanted == "-1":
+        return None
+    return find_last_step(directory) if wanted == "latest" else int(wanted)
 
 
 def inherit(args, origin: dict) -> None:
@@ -275,7 +310,9 @@ def inherit(args, origin: dict) -> None:
 def warm_start(optimizer, stage: str, origin: dict, compute: Compute) -> None:
     """Begin with the moments of the run that made the model, where it saved them: the first steps then know their scale."""
     try:
-        _, state, _ = load_checkpoint(checkpoint_dir(stage, origin["model_tag"]), origin["step"], compute, load_optimizer=True)
+        _, state, _ = load_checkpoint(
+            checkpoint_dir(stage, origin["model_tag"]), origin["step"], compute, optimizer.state_dict()
+        )
     except UserError as error:
         print0(f"the optimizer starts cold: {error}")
         return

@@ -29,8 +29,9 @@ def main(argv=None):
     from nanochat import report
     from nanochat.checkpoint_manager import load_model, resolve_checkpoint
     from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit
+    from nanochat.dataset import count_documents
     from nanochat.hf_model import load_hf_model
-    from nanochat.loss_eval import SAMPLE_PROMPTS, complete, evaluate_bpb
+    from nanochat.loss_eval import SAMPLE_PROMPTS, complete, evaluate_bpb, share_of
     from nanochat.tokenizer import get_token_bytes
 
     compute = compute_init(args.device_type)
@@ -44,23 +45,24 @@ def main(argv=None):
         name = f"{directory.name} step {step}"
 
     T = min(model.config.sequence_len, 2048)
-    batch_tokens = args.device_batch_size * T * compute.world_size
+    batch_tokens = args.device_batch_size * T
     split_tokens = args.split_tokens if args.split_tokens > 0 else 2**18 if compute.device.type == "cpu" else 20 * 2**20
     if split_tokens < batch_tokens:
         raise UserError(
             f"--split-tokens {split_tokens} is less than one batch of {batch_tokens} (--device-batch-size "
-            f"{args.device_batch_size} x {T} tokens x {compute.world_size} ranks). Ask for more or a smaller batch."
+            f"{args.device_batch_size} x {T} tokens). Ask for more or a smaller batch."
         )
-    steps = split_tokens // batch_tokens
-
-    results = {"model": name, "source": source, "tokens per split": steps * batch_tokens}
+    results = {"model": name, "source": source}
     for split in ("train", "val"):
+        lanes, steps = share_of(split_tokens, count_documents(source, split), args.device_batch_size, T, compute)
+        measured = results[f"{split} tokens"] = split_tokens // batch_tokens // lanes * lanes * batch_tokens
         batches = tokenizing_distributed_data_loader_bos_bestfit(
-            tokenizer, args.device_batch_size, T, split, device=compute.device, source=source
+            tokenizer, args.device_batch_size, T, split, device=compute.device, source=source,
+            lanes=lanes, buffer_size=100, tokenizer_batch_size=16,
         )
         results[f"{split} bpb"] = evaluate_bpb(model, batches, steps, token_bytes, compute)
         batches.close()
-        print0(f"{split} bpb {results[f'{split} bpb']:.4f} over {steps * batch_tokens} tokens of {source}")
+        print0(f"{split} bpb {results[f'{split} bpb']:.4f} over {measured} tokens of {source}")
 
     if compute.is_main:
         samples = [complete(model, tokenizer, prompt) for prompt in SAMPLE_PROMPTS]

@@ -2,6 +2,7 @@
 
     python -m scripts.base_train --depth=4 --max-seq-len=512 --device-batch-size=8 --num-iterations=200
     python -m scripts.base_train --depth=20                          # one GPU; a batch that does not fit is accumulated
+    torchrun --nproc_per_node=8 -m scripts.base_train -- --depth=20  # the same run on eight, or on any number of ranks
     python -m scripts.base_train --depth=20 --resume-from-step=latest
 
 `--depth` sizes everything else: width, heads, horizon, batch and rates follow from it.
@@ -49,6 +50,7 @@ def main(argv=None):
     parser.add_argument("--core-metric-max-per-task", type=int, default=500, help="questions per CORE task")
     parser.add_argument("--sample-every", type=int, default=2000, help="steps between samples (-1: at the end)")
     parser.add_argument("--save-every", type=int, default=-1, help="steps between checkpoints (-1: at the end)")
+    parser.add_argument("--keep-last", type=int, default=-1, help="checkpoints to keep, the newest (-1: all)")
     parser.add_argument("--model-tag", default=None, help="name of the checkpoint folder (default d{depth})")
     parser.add_argument("--source", default="climbmix", help="climbmix, fineweb-edu, sample, or a folder of parquet files")
     args = parser.parse_args(argv)
@@ -62,14 +64,16 @@ def main(argv=None):
         tokenizing_distributed_data_loader_bos_bestfit,
         tokenizing_distributed_data_loader_with_state_bos_bestfit,
     )
+    from nanochat.dataset import count_documents
     from nanochat.gpt import GPT, GPTConfig
-    from nanochat.loss_eval import SAMPLE_PROMPTS, complete, evaluate_bpb
+    from nanochat.loss_eval import SAMPLE_PROMPTS, complete, evaluate_bpb, share_of
     from nanochat.optim import MuonAdamW
+    from nanochat.saver import Saver
     from nanochat.schedule import (
-        accumulation_steps,
         batch_lr_scale,
         best_batch_size,
         horizon_tokens,
+        micro_batches,
         short_run_lr_scale,
         weight_decay_scale,
     )
@@ -80,7 +84,6 @@ def main(argv=None):
         StopSignal,
         compile_model,
         due,
-        require_one_rank,
         resume_training,
         save_training,
         set_rates,
@@ -89,12 +92,11 @@ def main(argv=None):
     )
 
     compute = compute_init(args.device_type)
-    require_one_rank(compute)
     if args.fp8:
         raise UserError("--fp8 needs a Hopper GPU and is not supported yet; leave it out")
     tokenizer = get_tokenizer()
     tag = args.model_tag or f"d{args.depth}"
-    directory = checkpoint_dir("base", tag)
+    saver = Saver(checkpoint_dir("base", tag), compute, args.keep_last)
 
     # The model
     width = -(-args.depth * args.aspect_ratio // args.head_dim) * args.head_dim
@@ -124,16 +126,18 @@ def main(argv=None):
         tokens = horizon_tokens(args.target_flops, args.target_param_data_ratio, flops_per_token, counts["scaling"])
     if args.total_batch_size <= 0:
         ratio_tokens = tokens or horizon_tokens(-1, args.target_param_data_ratio, flops_per_token, counts["scaling"])
-        args.total_batch_size = max(best_batch_size(ratio_tokens), args.device_batch_size * args.max_seq_len)
-    micro_batches = accumulation_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len, compute.world_size)
+        unit = args.device_batch_size * args.max_seq_len
+        args.total_batch_size = max(round(best_batch_size(ratio_tokens) / unit), compute.world_size) * unit
+    lanes = micro_batches(args.total_batch_size, args.device_batch_size, args.max_seq_len, compute.world_size)
+    passes = len(range(compute.rank, lanes, compute.world_size))  # of this rank in each step
     num_iterations = args.num_iterations if args.num_iterations > 0 else max(1, round(tokens / args.total_batch_size))
     tokens = num_iterations * args.total_batch_size
     warmup_steps = min(args.warmup_steps, num_iterations // 20)
     args.short_run = short_run_lr_scale(tokens, counts["scaling"])  # saved with the flags: later stages go on with it
     lr_scale = batch_lr_scale(args.total_batch_size) * args.short_run
     weight_decay = args.weight_decay * weight_decay_scale(args.total_batch_size, tokens) / args.short_run
-    print0(f"{num_iterations} steps of {args.total_batch_size} tokens in {micro_batches} pass(es) each: {tokens / 1e6:.1f}M tokens, "
-           f"{tokens / counts['scaling']:.1f} per scaling parameter; learning rates x {lr_scale:.3f}")
+    print0(f"{num_iterations} steps of {args.total_batch_size} tokens, {lanes} pass(es) on {compute.world_size} rank(s): "
+           f"{tokens / 1e6:.1f}M tokens, {tokens / counts['scaling']:.1f} per scaling parameter; learning rates x {lr_scale:.3f}")
 
     optimizer = MuonAdamW(
         model.param_groups(
@@ -144,24 +148,26 @@ def main(argv=None):
             weight_decay=weight_decay,
         )
     )
-    meta = resume_training(directory, args, model, optimizer, compute)
+    meta = resume_training(saver.directory, args, model, optimizer, compute)
     loop = meta["loop_state"] if meta else {}
     step, val_bpb = (meta["step"], meta["val_bpb"]) if meta else (0, None)
 
-    # The data
+    # The data. Each pass of a step has a lane of its own, so a step sees the same text on any number of ranks.
     def val_batches():
         return tokenizing_distributed_data_loader_bos_bestfit(
-            tokenizer, args.device_batch_size, args.max_seq_len, "val", device=compute.device, source=args.source
+            tokenizer, args.device_batch_size, args.max_seq_len, "val", device=compute.device, source=args.source,
+            lanes=eval_lanes, buffer_size=100, tokenizer_batch_size=16,
         )
 
     batches = tokenizing_distributed_data_loader_with_state_bos_bestfit(
         tokenizer, args.device_batch_size, args.max_seq_len, "train", device=compute.device, source=args.source,
-        resume_state_dict=meta["loader_state"] if meta else None,
+        lanes=lanes, resume_state_dict=meta["loader_state"] if meta else None,
     )
     loader_state = meta["loader_state"] if meta else None
     token_bytes = get_token_bytes(compute.device)
     eval_tokens = args.eval_tokens if args.eval_tokens > 0 else 2**16 if compute.device.type == "cpu" else 20 * 2**20
-    eval_steps = max(1, eval_tokens // (args.device_batch_size * args.max_seq_len * compute.world_size))
+    documents = count_documents(args.source, "val")
+    eval_lanes, eval_steps = share_of(eval_tokens, documents, args.device_batch_size, args.max_seq_len, compute)
     core_bundle = None
     if args.core_metric_every > 0:
         try:
@@ -172,12 +178,13 @@ def main(argv=None):
     # The loop
     compiled = compile_model(model, compute)
     loss_scale = LossScale() if compute.dtype == torch.float16 else None
-    run = wandb_run("nanochat", args.run, vars(args))
-    meter = Meter(compute, directory, args.total_batch_size, flops_per_token, run, loop.get("meter"))
-    stop = StopSignal()
+    wandb = wandb_run("nanochat", args.run, vars(args))
+    meter = Meter(compute, saver.directory, args.total_batch_size, flops_per_token, wandb, loop.get("meter"))
+    stop = StopSignal(compute)
     tame_garbage_collector()
     while True:
         last = step >= num_iterations
+        stopping = stop.asked()
         fresh = meta is None or step > meta["step"]  # what was done when this step was saved is not done again
 
         if due(step, args.eval_every, last) and fresh:
@@ -189,22 +196,25 @@ def main(argv=None):
             meter.log(step, core=core["core"])
             print0(f"step {step:05d} | CORE {core['core']:.4f} +- {core['stderr']:.4f}")
         if due(step, args.sample_every, last) and fresh and compute.is_main:
-            print("\n".join(complete(model, tokenizer, prompt) for prompt in SAMPLE_PROMPTS), flush=True)
-        if (due(step, args.save_every, last) or stop.asked) and fresh and step > 0:
-            save_training(directory, step, model, optimizer, tokenizer, args, meter, val_bpb, compute, loader_state)
-        if last or stop.asked:
+            for prompt in SAMPLE_PROMPTS:
+                print(complete(model, tokenizer, prompt), flush=True)
+                compute.beat()
+        if (due(step, args.save_every, last) or stopping) and fresh and step > 0:
+            save_training(saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state)
+        if last or stopping:
             break
 
         meter.start()
         lrm = set_rates(optimizer, step, step / num_iterations, warmup_steps, args.warmdown_ratio, args.final_lr_frac)
-        micro = [next(batches) for _ in range(micro_batches)]
+        micro = [next(batches) for _ in range(passes)]
         loader_state = micro[-1][2]
-        loss = train_step(compiled, optimizer, [(inputs, targets) for inputs, targets, _ in micro], loss_scale)
+        loss = train_step(compiled, optimizer, [(inputs, targets) for inputs, targets, _ in micro], compute, loss_scale)
         step += 1
         meter.stop(step, step / num_iterations, loss, lrm, loader_state["epoch"])
 
     batches.close()
-    if stop.asked and not last:
+    saver.close()
+    if stopping and not last:
         print0(f"stopped after step {step} of {num_iterations}; go on with the same flags and --resume-from-step=latest")
     elif compute.is_main:
         report.log("Base model training", {
@@ -213,8 +223,7 @@ def main(argv=None):
             "training tokens": tokens, "training FLOPs": tokens * flops_per_token,
             "training minutes": meter.total_time / 60, "metrics": str(meter.path),
         })
-    if run:
-        run.finish()
+    meter.finish()
     compute_cleanup(compute)
 
 

@@ -68,19 +68,6 @@ def make_task(name: str):
     return makers[name]()
 
 
-def reachable_task(name: str, compute):
-    """The task, or (None, why) where its data is out of reach of any rank: all ranks must agree on what they run."""
-    import torch
-
-    task, why = None, "another rank could not load it"
-    try:
-        task = make_task(name)
-    except UserError as error:
-        why = str(error)
-    loaded = int(compute.sum(torch.tensor(int(task is not None), device=compute.device)))
-    return (task, "") if loaded == compute.world_size else (None, why)
-
-
 def chat_core(results: dict[str, dict]) -> float | None:
     """Mean centred accuracy of the six tasks; None unless all of them are in `results`."""
     if not all(name in results for name in CHATCORE):
@@ -110,11 +97,12 @@ def main(argv=None):
 
     results = {}
     for name in names:
-        task, why = reachable_task(name, compute)
-        if task is None:
+        try:
+            task = compute.main_first(lambda: make_task(name))
+        except UserError as error:
             if args.task_name:  # asked for by name: going on without it would be a silently different result
-                raise UserError(why)
-            print0(f"{name:14s} skipped: {why}")
+                raise
+            print0(f"{name:14s} skipped: {error}")
             continue
         accuracy, n = run_task(
             task, model, tokenizer, engine, compute,

@@ -45,6 +45,7 @@ def main(argv=None):
     parser.add_argument("--eval-every", type=int, default=150, help="steps between measurements of val bpb (-1: at the end)")
     parser.add_argument("--eval-tokens", type=int, default=-1, help="tokens per measurement (-1: 20971520, on a CPU 65536)")
     parser.add_argument("--save-every", type=int, default=-1, help="steps between checkpoints (-1: at the end)")
+    parser.add_argument("--keep-last", type=int, default=-1, help="checkpoints to keep, the newest (-1: all)")
     args = parser.parse_args(argv)
 
     import torch
@@ -52,9 +53,10 @@ def main(argv=None):
     from nanochat import report
     from nanochat.checkpoint_manager import checkpoint_dir, load_model
     from nanochat.dataloader import conversation_data_loader
-    from nanochat.loss_eval import evaluate_bpb
+    from nanochat.loss_eval import evaluate_bpb, share_of
     from nanochat.optim import MuonAdamW
-    from nanochat.schedule import accumulation_steps, batch_lr_scale
+    from nanochat.saver import Saver
+    from nanochat.schedule import batch_lr_scale, micro_batches
     from nanochat.tokenizer import get_token_bytes
     from nanochat.training import (
         LossScale,
@@ -63,7 +65,6 @@ def main(argv=None):
         compile_model,
         due,
         inherit,
-        require_one_rank,
         resume_training,
         save_training,
         set_rates,
@@ -80,15 +81,15 @@ def main(argv=None):
     from tasks.spellingbee import SimpleSpelling, SpellingBee
 
     compute = compute_init(args.device_type)
-    require_one_rank(compute)
 
     # The model, and what it brings along
     model, tokenizer, origin = load_model(args.source, compute, args.model_tag, args.model_step)
     model.train()
     tag = args.model_tag or origin["model_tag"]
-    directory = checkpoint_dir("mid", tag)
+    saver = Saver(checkpoint_dir("mid", tag), compute, args.keep_last)
     inherit(args, origin)
-    micro_batches = accumulation_steps(args.total_batch_size, args.device_batch_size, args.max_seq_len, compute.world_size)
+    lanes = micro_batches(args.total_batch_size, args.device_batch_size, args.max_seq_len, compute.world_size)
+    passes = len(range(compute.rank, lanes, compute.world_size))  # of this rank in each step
     args.short_run = origin.get("user_config", {}).get("short_run", 1.0)
     lr_scale = batch_lr_scale(args.total_batch_size) * args.short_run * args.init_lr_frac
     optimizer = MuonAdamW(
@@ -100,7 +101,7 @@ def main(argv=None):
             weight_decay=args.weight_decay,
         )
     )
-    meta = resume_training(directory, args, model, optimizer, compute)
+    meta = resume_training(saver.directory, args, model, optimizer, compute)
     if meta is None:
         warm_start(optimizer, args.source, origin, compute)
     loop = meta["loop_state"] if meta else {}
@@ -125,69 +126,74 @@ def main(argv=None):
         "SpellingBee": lambda: SpellingBee(1000, "test"),
         "SampleWorld": lambda: SampleWorld("train", size=12400, start=12000),
     }
-    train_tasks = available_tasks(makers, args.tasks)
+    train_tasks = available_tasks(makers, args.tasks, compute)
+    conversations = TaskMixture(list(train_tasks.values()))
+    wanted = ",".join(name for name in train_tasks if name in val_makers)
+    val_tasks = TaskMixture(list(available_tasks(val_makers, wanted, compute).values()))
 
-    def loader(tasks, resume_state_dict=None):
+    # Each pass of a step has a lane of its own, so a step sees the same conversations on any number of ranks.
+    def loader(tasks, lanes, resume_state_dict=None):
         return conversation_data_loader(
             tasks, tokenizer, args.device_batch_size, args.max_seq_len, supervise="all",
-            device=compute.device, resume_state_dict=resume_state_dict,
+            device=compute.device, lanes=lanes, resume_state_dict=resume_state_dict,
         )
 
     loader_state = meta["loader_state"] if meta else None
-    batches = loader(TaskMixture(list(train_tasks.values())), loader_state)
-    val_tasks = TaskMixture(list(available_tasks(val_makers, ",".join(n for n in train_tasks if n in val_makers)).values()))
+    batches = loader(conversations, lanes, loader_state)
     token_bytes = get_token_bytes(compute.device)
     eval_tokens = args.eval_tokens if args.eval_tokens > 0 else 2**16 if compute.device.type == "cpu" else 20 * 2**20
-    eval_steps = max(1, eval_tokens // (args.device_batch_size * args.max_seq_len * compute.world_size))
+    eval_lanes, eval_steps = share_of(eval_tokens, len(val_tasks), args.device_batch_size, args.max_seq_len, compute)
 
-    def progress_at(step, loader_state):
+    def progress_at(step, finished):
         """The share of the run that is done, by steps where they are given, else by conversations."""
         if args.num_iterations > 0:
             return step / args.num_iterations
-        return loader_state["progress"] / args.num_epochs if loader_state else 0.0
+        return finished / len(conversations) / args.num_epochs
 
     # The loop
     compiled = compile_model(model, compute)
     loss_scale = LossScale() if compute.dtype == torch.float16 else None
-    run = wandb_run("nanochat-mid", args.run, vars(args))
-    meter = Meter(compute, directory, args.total_batch_size, model.estimate_flops(), run, loop.get("meter"))
-    stop = StopSignal()
+    wandb = wandb_run("nanochat-mid", args.run, vars(args))
+    meter = Meter(compute, saver.directory, args.total_batch_size, model.estimate_flops(), wandb, loop.get("meter"))
+    stop = StopSignal(compute)
     tame_garbage_collector()
+    progress = progress_at(step, loader_state["finished"] if meta else 0)
     while True:
-        progress = progress_at(step, loader_state)
         last = progress >= 1
+        stopping = stop.asked()
         fresh = meta is None or step > meta["step"]  # what was done when this step was saved is not done again
 
         if due(step, args.eval_every, last) and fresh:
-            val_batches = loader(val_tasks)
+            val_batches = loader(val_tasks, eval_lanes)
             val_bpb = evaluate_bpb(model, val_batches, eval_steps, token_bytes, compute)
             val_batches.close()
             meter.log(step, val_bpb=val_bpb)
             print0(f"step {step:05d} | val bpb {val_bpb:.4f}")
-        if (due(step, args.save_every, last) or stop.asked) and fresh and step > 0:
-            save_training(directory, step, model, optimizer, tokenizer, args, meter, val_bpb, compute, loader_state)
-        if last or stop.asked:
+        if (due(step, args.save_every, last) or stopping) and fresh and step > 0:
+            save_training(saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state)
+        if last or stopping:
             break
 
         meter.start()
         lrm = set_rates(optimizer, step, progress, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
-        micro = [next(batches) for _ in range(micro_batches)]
+        micro = [next(batches) for _ in range(passes)]
         loader_state = micro[-1][2]
-        loss = train_step(compiled, optimizer, [(inputs, targets) for inputs, targets, _ in micro], loss_scale)
+        loss = train_step(compiled, optimizer, [(inputs, targets) for inputs, targets, _ in micro], compute, loss_scale)
         step += 1
-        meter.stop(step, min(progress_at(step, loader_state), 1.0), loss, lrm, loader_state["epoch"])
+        progress = progress_at(step, int(compute.sum(torch.tensor(loader_state["finished"]))))
+        meter.stop(step, min(progress, 1.0), loss, lrm, loader_state["epoch"])
 
     batches.close()
-    if stop.asked and not last:
+    saver.close()
+    if stopping and not last:
         print0(f"stopped after step {step}; go on with the same flags and --resume-from-step=latest")
     elif compute.is_main:
         report.log("Midtraining", {
             **vars(args), "stage": "mid", "scores": {"val bpb": val_bpb}, "model tag": tag, "steps": step,
-            "conversations": sum(len(task) for task in train_tasks.values()),
+            "conversations": len(conversations),
             "training minutes": meter.total_time / 60, "metrics": str(meter.path),
         })
-    if run:
-        run.finish()
+    meter.finish()
     compute_cleanup(compute)
 
 

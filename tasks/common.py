@@ -18,7 +18,7 @@ import urllib.request
 from decimal import Decimal
 from typing import Callable, Sequence
 
-from nanochat.common import UserError, hub_endpoint, print0
+from nanochat.common import Compute, UserError, hub_endpoint, print0
 from nanochat.conversation import checked_turns
 
 
@@ -200,10 +200,11 @@ def check_conversation(conversation: dict) -> dict:
     return conversation
 
 
-def available_tasks(makers: dict[str, Callable[[], Task]], wanted: str) -> dict[str, Task]:
+def available_tasks(makers: dict[str, Callable[[], Task]], wanted: str, compute: Compute) -> dict[str, Task]:
     """The tasks named in `wanted` ("SmolTalk,GSM8K"), in that order; one whose data is out of reach is skipped and said so.
 
-    Raises UserError for a name that `makers` does not have, and where no task is left.
+    The main rank fetches; all ranks get the same tasks. Raises UserError for a name that `makers` does not have, and
+    where no task is left.
     """
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     unknown = [name for name in names if name not in makers]
@@ -212,7 +213,7 @@ def available_tasks(makers: dict[str, Callable[[], Task]], wanted: str) -> dict[
     tasks = {}
     for name in names:
         try:
-            tasks[name] = makers[name]()
+            tasks[name] = compute.main_first(makers[name])
         except UserError as error:
             print0(f"{name} is skipped: {error}")
     if not tasks:

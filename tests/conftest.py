@@ -14,6 +14,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,38 @@ def base_dir(tmp_path, monkeypatch) -> Path:
     path.mkdir()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(path))
     return path
+
+
+@pytest.fixture
+def run_ranks():
+    """`run_ranks(3, work)` calls `work(compute)` on three ranks that are threads of this process: what each gave, in order."""
+    from dataclasses import dataclass
+
+    import torch
+
+    from nanochat.common import Compute
+
+    @dataclass(frozen=True)
+    class ThreadRank(Compute):
+        shared: dict | None = None
+
+        def gather(self, value, group=None):
+            self.shared["values"][self.rank] = value
+            self.shared["barrier"].wait()
+            values = list(self.shared["values"])
+            self.shared["barrier"].wait()
+            return values
+
+        def sum(self, x):
+            return sum(self.gather(x))
+
+    def run(world_size: int, work):
+        shared = {"values": [None] * world_size, "barrier": threading.Barrier(world_size, timeout=60)}
+        computes = [ThreadRank(torch.device("cpu"), torch.float32, r, r, world_size, shared=shared) for r in range(world_size)]
+        with ThreadPoolExecutor(world_size) as pool:
+            return list(pool.map(work, computes))
+
+    return run
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
+from nanochat.checkpoint_manager import checkpoint_dir
 from nanochat.common import Compute, UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.saver import save_checkpoint
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 from scripts.chat_cli import Chat, main
 

@@ -1,19 +1,21 @@
-"""Checkpoints: whole or absent, exact, verified, found again; in ours and in the reference's layout."""
+"""Checkpoints: exact, verified, for any number of ranks, found again; in ours and in the reference's layout."""
 
 import dataclasses
-import errno
 import json
 import os
 import pickle
-import resource
+import re
 import shutil
+import time
 
+import numpy as np
 import pytest
 import torch
 
 from nanochat import checkpoint_manager as cm
 from nanochat.common import Compute, UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.saver import save_checkpoint
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 TINY = GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=2, n_kv_head=1, n_embd=64, window_pattern="SL")
@@ -49,9 +51,11 @@ def some_state(seed=0):
     return state
 
 
+OPTIMIZER = {"w.exp_avg": torch.arange(3.0), "w.step": torch.tensor(4.0)}
+
+
 def save(directory, step, seed=0, **kwargs):
-    optimizer = {"w.exp_avg": torch.full((3,), float(seed)), "w.step": torch.tensor(4.0)}
-    return cm.save_checkpoint(directory, step, some_state(seed), optimizer, {"val_bpb": 1.25}, CPU, **kwargs)
+    return save_checkpoint(directory, step, some_state(seed), OPTIMIZER, {"val_bpb": 1.25}, CPU, **kwargs)
 
 
 def make_model(config=TINY, seed=0):
@@ -70,13 +74,13 @@ def make_model(config=TINY, seed=0):
 
 
 def test_round_trip_is_bit_exact_for_every_dtype(tmp_path):
-    meta = {"model_config": {"n_layer": 2}, "loader_state": {"shard": 3, "rows": [1]}, "lr": 0.1 + 0.2, "val_bpb": None}
+    meta = {"model_config": {"n_layer": 2}, "loader_state": None, "lr": 0.1 + 0.2, "val_bpb": None}
     optimizer = {"a.exp_avg": torch.randn(4).bfloat16(), "a.step": torch.tensor(5)}
-    folder = cm.save_checkpoint(tmp_path / "d2", 12, some_state(), optimizer, meta, CPU)
+    folder = save_checkpoint(tmp_path / "d2", 12, some_state(), optimizer, meta, CPU)
     assert sorted(path.name for path in folder.iterdir()) == [
         "meta.json", "model.safetensors", "optimizer_rank0.safetensors"
     ]  # fmt: skip
-    model_state, optimizer_state, loaded = cm.load_checkpoint(tmp_path / "d2", 12, CPU, load_optimizer=True)
+    model_state, optimizer_state, loaded = cm.load_checkpoint(tmp_path / "d2", 12, CPU, optimizer)
     assert_same(model_state, some_state())
     assert_same(optimizer_state, optimizer)
     assert loaded["step"] == 12 and loaded["model_tag"] == "d2" and {key: loaded[key] for key in meta} == meta
@@ -85,31 +89,9 @@ def test_round_trip_is_bit_exact_for_every_dtype(tmp_path):
 def test_optimizer_state_is_read_only_when_asked_for(tmp_path):
     save(tmp_path, 1)
     assert cm.load_checkpoint(tmp_path, 1, CPU)[1] is None
-    cm.save_checkpoint(tmp_path, 2, some_state(), None, {}, CPU)
-    with pytest.raises(UserError, match="saved without optimizer_rank0"):
-        cm.load_checkpoint(tmp_path, 2, CPU, load_optimizer=True)
-
-
-def test_a_checkpoint_of_another_number_of_ranks_is_not_resumed_in_part(tmp_path):
-    save(tmp_path, 1)
-    two = dataclasses.replace(CPU, world_size=2)
-    cm.load_checkpoint(tmp_path, 1, two)  # weights alone are for anyone
-    with pytest.raises(UserError, match=r"saved by 1 rank\(s\)"):
-        cm.load_checkpoint(tmp_path, 1, two, load_optimizer=True)
-
-
-def test_saving_the_same_step_again_replaces_it(tmp_path):
-    save(tmp_path, 3, seed=0)
-    save(tmp_path, 3, seed=1)
-    assert_same(cm.load_checkpoint(tmp_path, 3, CPU)[0], some_state(1))
-    assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
-
-
-def test_keep_last_keeps_what_was_saved_last(tmp_path):
-    save(tmp_path, 900)  # of an earlier, longer run under the same tag
-    for step in (1, 2, 3):
-        save(tmp_path, step, keep_last=2)
-    assert cm.list_steps(tmp_path) == [2, 3]
+    save_checkpoint(tmp_path, 2, some_state(), None, {}, CPU)
+    with pytest.raises(UserError, match="saved without an optimizer state"):
+        cm.load_checkpoint(tmp_path, 2, CPU, OPTIMIZER)
 
 
 def test_rng_state_goes_through_json():
@@ -118,93 +100,6 @@ def test_rng_state_goes_through_json():
     torch.randn(100)
     cm.set_rng_state(state)
     assert torch.equal(torch.randn(5), expected)
-
-
-# -----------------------------------------------------------------------------
-# Complete or absent
-
-
-@pytest.mark.parametrize("moment", ["_write_tensors", "_write_meta", "_publish", "_flush"])
-def test_a_crash_at_any_moment_leaves_the_checkpoints_before_it(tmp_path, monkeypatch, moment):
-    save(tmp_path, 1)
-    real = getattr(cm, moment)
-
-    def crash(*args):
-        if moment != "_publish":
-            real(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cm, moment, crash)
-    with pytest.raises(KeyboardInterrupt):
-        save(tmp_path, 2)
-    monkeypatch.undo()
-    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
-    assert cm.find_last_step(tmp_path) == 1
-
-
-def test_what_a_killed_process_left_is_never_seen_and_is_cleared_by_the_next_save(tmp_path):
-    save(tmp_path, 1)
-    left = tmp_path / ".step_000002.partial"
-    left.mkdir()
-    (left / "model.safetensors").write_bytes(b"half of one")
-    assert cm.list_steps(tmp_path) == [1] and cm.find_last_step(tmp_path) == 1
-    save(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000002"]
-
-
-def test_a_file_that_outgrows_its_limit_is_an_oserror_and_leaves_nothing(tmp_path):
-    save(tmp_path, 1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(OSError) as raised:
-            cm.save_checkpoint(tmp_path, 2, {"w": torch.zeros(100_000)}, None, {}, CPU)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert raised.value.errno == errno.EFBIG and "model.safetensors" in raised.value.filename
-    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
-
-
-def test_a_full_disk_keeps_its_errno(tmp_path, monkeypatch):
-    import safetensors.torch
-
-    def full(state, path):
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError) as raised:
-        save(tmp_path / "d2", 2)
-    assert raised.value.errno == errno.ENOSPC
-    assert list((tmp_path / "d2").iterdir()) == []
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
-def test_a_folder_that_may_not_be_written(tmp_path):
-    save(tmp_path, 1)
-    tmp_path.chmod(0o555)
-    user = os.geteuid()
-    if user == 0:  # root may write anywhere, so be nobody for a moment
-        os.seteuid(65534)
-    try:
-        with pytest.raises(PermissionError):
-            save(tmp_path, 2)
-    finally:
-        os.seteuid(user)
-        tmp_path.chmod(0o755)
-    assert cm.list_steps(tmp_path) == [1]
-
-
-def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path, monkeypatch):
-    def flip(path):
-        if path.suffix == ".safetensors":
-            data = bytearray(path.read_bytes())
-            data[-1] ^= 1
-            path.write_bytes(data)
-
-    monkeypatch.setattr(cm, "_flush", flip)
-    with pytest.raises(OSError, match="reads back changed"):
-        save(tmp_path, 1)
-    assert cm.list_steps(tmp_path) == []
 
 
 # -----------------------------------------------------------------------------
@@ -236,7 +131,7 @@ def test_damage_is_named_in_one_line_and_the_one_before_is_used(tmp_path, capsys
     folder = save(tmp_path, 2)
     DAMAGE[kind](folder / name)
     with pytest.raises(UserError) as raised:
-        cm.load_checkpoint(tmp_path, 2, CPU, load_optimizer=True)
+        cm.load_checkpoint(tmp_path, 2, CPU, OPTIMIZER)
     message = str(raised.value)
     assert "damaged" in message and name in message and str(folder) in message and "\n" not in message
     assert cm.find_last_step(tmp_path) == 1
@@ -272,6 +167,122 @@ def test_when_all_are_damaged_it_says_so(tmp_path):
         cm.find_last_step(tmp_path)
 
 
+def test_a_checkpoint_that_is_gone_when_it_is_read_is_passed_over(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    steps = cm.list_steps(tmp_path) + [2, 3]
+    (tmp_path / "step_000003").mkdir()  # and this one is being deleted
+    monkeypatch.setattr(cm, "list_steps", lambda directory: steps)
+    assert cm.find_last_step(tmp_path) == 1
+    for step in (2, 3):
+        with pytest.raises(UserError, match="no checkpoint of step 2|damaged: meta.json"):
+            cm.load_checkpoint(tmp_path, step, CPU)
+
+
+def test_a_file_that_goes_between_verifying_and_reading_is_named(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    folder = save(tmp_path, 1)
+
+    def too_late(path, device):
+        path.unlink()
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(safetensors.torch, "load_file", too_late)
+    with pytest.raises(UserError, match=f"{folder} is damaged: model.safetensors cannot be read"):
+        cm.load_checkpoint(tmp_path, 1, CPU)
+
+
+# -----------------------------------------------------------------------------
+# Another number of ranks
+
+WHOLE = {  # the state of an optimizer, as nobody would save it: every tensor in one piece
+    "emb.exp_avg": np.arange(35, dtype=np.float32).reshape(7, 5),
+    "emb.exp_avg_sq": np.arange(35, dtype=np.float32).reshape(7, 5) + 100,
+    "head.exp_avg": np.arange(13, dtype=np.float32) + 200,
+    "head.exp_avg_sq": np.arange(13, dtype=np.float32) + 300,
+    "m0.momentum": np.arange(12, dtype=np.float32).reshape(3, 4) + 400,
+    "m1.momentum": np.arange(12, dtype=np.float32).reshape(4, 3) + 500,
+    "m2.momentum": np.arange(4, dtype=np.float32).reshape(2, 2) + 600,
+}
+
+
+def shard(rank, world_size):
+    """What one rank has of WHOLE: of emb and head, laid end to end, an equal share; of the matrices every so manieth."""
+    state = {f"m{i}.momentum": WHOLE[f"m{i}.momentum"] for i in range(rank, 3, world_size)}
+    share = -(-48 // world_size)
+    for name, offset, size in (("emb", 0, 35), ("head", 35, 13)):
+        a, b = (min(max(end - offset, 0), size) for end in (rank * share, (rank + 1) * share))
+        for what in ("exp_avg", "exp_avg_sq"):
+            if (a, b) == (0, size):
+                state[f"{name}.{what}"] = WHOLE[f"{name}.{what}"]
+            elif a < b:
+                state[f"{name}.{what}[{a}:{b}]"] = WHOLE[f"{name}.{what}"].flatten()[a:b]
+        if a < b:
+            state[f"{name}.step"] = np.float32(9)
+    return {key: torch.tensor(value) for key, value in state.items()}
+
+
+def save_on(run_ranks, world_size, directory, step=1):
+    def work(compute):
+        return save_checkpoint(directory, step, some_state(), shard(compute.rank, world_size), {}, compute)
+
+    return run_ranks(world_size, work)[0]
+
+
+def blank(state):
+    return {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+
+
+def load_as(rank, world_size, directory, step=1):
+    compute = dataclasses.replace(CPU, rank=rank, world_size=world_size)
+    return cm.load_checkpoint(directory, step, compute, blank(shard(rank, world_size)))[1]
+
+
+@pytest.mark.parametrize("then", [1, 2, 3, 4])
+@pytest.mark.parametrize("before", [1, 2, 3, 4])
+def test_every_rank_gets_exactly_its_part_whatever_number_of_ranks_saved(tmp_path, run_ranks, before, then):
+    save_on(run_ranks, before, tmp_path)
+    for rank in range(then):
+        assert_same(load_as(rank, then, tmp_path), shard(rank, then))
+
+
+def test_only_files_with_something_wanted_are_read_and_all_of_those_are_verified(tmp_path, run_ranks):
+    folder = save_on(run_ranks, 3, tmp_path)
+    flip_bit(folder / "optimizer_rank2.safetensors")
+    load_as(0, 3, tmp_path)  # as many ranks as before: its own file has it all
+    needed = {"emb.exp_avg[4:30]": torch.zeros(26)}  # of the first two ranks
+    found = cm.load_checkpoint(tmp_path, 1, CPU, needed)[1]["emb.exp_avg[4:30]"]
+    assert found.tolist() == list(range(4, 30))
+    for rank, world_size in ((2, 3), (0, 1), (1, 2)):
+        with pytest.raises(UserError, match="damaged: .*optimizer_rank2"):
+            load_as(rank, world_size, tmp_path)
+    with pytest.raises(UserError, match="damaged: .*optimizer_rank2"):
+        cm.verify(tmp_path, 1)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_list_of_what_is_in_a_file_is_not_taken_for_another_model(tmp_path, run_ranks, kind):
+    path = save_on(run_ranks, 2, tmp_path) / "optimizer_rank1.safetensors"
+    if kind == "flip":
+        data = path.read_bytes()
+        assert data.count(b"m1.momentum") == 1
+        path.write_bytes(data.replace(b"m1.momentum", b"m1.mumentum"))
+    else:
+        DAMAGE[kind](path)
+    with pytest.raises(UserError, match="damaged: .*optimizer_rank1"):
+        cm.load_checkpoint(tmp_path, 1, CPU, {"m1.momentum": torch.zeros(4, 3)})
+
+
+@pytest.mark.parametrize(
+    "key, shape",
+    [("m3.momentum", (2, 2)), ("m0.momentum", (4, 3)), ("emb.exp_avg", (8, 5)), ("emb.exp_avg[30:40]", (10,))],
+)
+def test_the_optimizer_state_of_another_model_is_refused_by_name(tmp_path, run_ranks, key, shape):
+    save_on(run_ranks, 2, tmp_path)
+    with pytest.raises(UserError, match=rf"is of another model: {re.escape(key)} is not there"):
+        cm.load_checkpoint(tmp_path, 1, CPU, {key: torch.zeros(shape)})
+
+
 # -----------------------------------------------------------------------------
 # Finding
 
@@ -281,6 +292,18 @@ def test_last_is_what_was_saved_last_even_if_an_older_run_went_further(tmp_path)
     save(tmp_path, 20)
     assert cm.list_steps(tmp_path) == [20, 500]
     assert cm.find_last_step(tmp_path) == 20
+
+
+def test_what_was_saved_before_a_moment_can_be_left_out(tmp_path):
+    save(tmp_path, 10)
+    moment = time.time()
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        cm.find_last_step(tmp_path, since=moment)
+    truncate(save(tmp_path, 3) / "model.safetensors")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        cm.find_last_step(tmp_path, since=moment)
+    save(tmp_path, 2)
+    assert cm.find_last_step(tmp_path, since=moment) == 2
 
 
 def test_the_tag_saved_last_is_taken_by_default(base_dir):
@@ -322,7 +345,7 @@ def test_load_model_gives_the_saved_model_in_eval_mode(base_dir):
     config = dataclasses.replace(TINY, vocab_size=tokenizer.get_vocab_size())
     model = make_model(config)
     meta = {"model_config": dataclasses.asdict(config)}
-    cm.save_checkpoint(cm.checkpoint_dir("mid", "d2"), 5, model.state_dict(), None, meta, CPU)
+    save_checkpoint(cm.checkpoint_dir("mid", "d2"), 5, model.state_dict(), None, meta, CPU)
     loaded, _, meta = cm.load_model("mid", CPU)
     assert loaded.config == config and not loaded.training and meta["step"] == 5
     tokens = torch.randint(0, config.vocab_size, (2, 16))
@@ -332,7 +355,7 @@ def test_load_model_gives_the_saved_model_in_eval_mode(base_dir):
 def test_a_tokenizer_that_is_not_the_models_own_is_refused(base_dir):
     train_tokenizer(270)
     meta = {"model_config": dataclasses.asdict(TINY)}
-    cm.save_checkpoint(cm.checkpoint_dir("base", "d2"), 5, make_model().state_dict(), None, meta, CPU)
+    save_checkpoint(cm.checkpoint_dir("base", "d2"), 5, make_model().state_dict(), None, meta, CPU)
     with pytest.raises(UserError, match=r"another tokenizer \(70 tokens\) than the one here now \(270 tokens\)"):
         cm.load_model("base", CPU)
 
@@ -341,10 +364,10 @@ def test_nor_is_one_of_the_same_size(base_dir):
     tokenizer = train_tokenizer(270)
     config = dataclasses.replace(TINY, vocab_size=tokenizer.get_vocab_size())
     meta = {"model_config": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint()}
-    cm.save_checkpoint(cm.checkpoint_dir("base", "d2"), 5, make_model(config).state_dict(), None, meta, CPU)
+    save_checkpoint(cm.checkpoint_dir("base", "d2"), 5, make_model(config).state_dict(), None, meta, CPU)
     cm.load_model("base", CPU)
     meta["tokenizer"] = "of other merges"
-    cm.save_checkpoint(cm.checkpoint_dir("base", "d2"), 6, make_model(config).state_dict(), None, meta, CPU)
+    save_checkpoint(cm.checkpoint_dir("base", "d2"), 6, make_model(config).state_dict(), None, meta, CPU)
     with pytest.raises(UserError, match="another tokenizer"):
         cm.load_model("base", CPU)
 
@@ -375,7 +398,7 @@ def test_the_references_layout_loads_with_its_compile_prefix(tmp_path):
     assert_same(state, dict(model.state_dict()))
     assert optimizer is None and meta["model_config"] == dataclasses.asdict(TINY)
     with pytest.raises(UserError, match="weights only"):
-        cm.load_checkpoint(tmp_path, 7, CPU, load_optimizer=True)
+        cm.load_checkpoint(tmp_path, 7, CPU, OPTIMIZER)
 
 
 def test_an_old_model_without_the_learnt_extras_computes_what_it_did(tmp_path):

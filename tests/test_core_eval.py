@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import threading
 import zipfile
 
 import pytest
@@ -269,39 +268,9 @@ def test_batching_changes_no_answer(model, tmp_path):
         assert alone == batched
 
 
-class Ranks:
-    """Stand-ins for `Compute` on two ranks that are threads of one process."""
-
-    def __init__(self):
-        self.barrier, self.parts = threading.Barrier(2, timeout=60), [None, None]
-
-    def compute(self, rank):
-        outer = self
-
-        class RankCompute:
-            device, world_size = torch.device("cpu"), 2
-
-            def sum(self, x):
-                outer.parts[rank] = x
-                outer.barrier.wait()
-                return outer.parts[0] + outer.parts[1]
-
-        RankCompute.rank = rank
-        return RankCompute()
-
-
-def test_two_ranks_give_the_numbers_of_one(model, tmp_path):
+def test_two_ranks_give_the_numbers_of_one(model, tmp_path, run_ranks):
     bundle = write_bundle(tmp_path / "eval_bundle")
-    ranks, results = Ranks(), [None, None]
-
-    def work(rank):
-        results[rank] = evaluate_core(model, Letters(), ranks.compute(rank), bundle)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    results = run_ranks(2, lambda compute: evaluate_core(model, Letters(), compute, bundle))
     alone = evaluate_core(model, Letters(), CPU, bundle)
     assert results == [alone, alone]
     assert [task["examples"] for task in alone["tasks"].values()] == [70, 9, 12]
@@ -366,19 +335,15 @@ def test_a_zip_put_there_by_hand_is_taken(base_dir):
     assert not (base_dir / "eval_bundle.zip").exists()
 
 
-def test_a_bundle_out_of_reach_is_an_error_on_all_ranks(base_dir, monkeypatch):
+def test_a_bundle_out_of_reach_is_an_error_on_all_ranks(base_dir, monkeypatch, run_ranks):
     monkeypatch.setattr(download, "FIRST_WAIT", 0.0)
-    with pytest.raises(UserError, match="eval_bundle.zip"):
-        fetch_bundle(CPU)
 
-    class OtherRankFailed:
-        local_rank, device = 1, torch.device("cpu")
+    def fetch(compute):
+        with pytest.raises(UserError, match="eval_bundle.zip") as error:
+            fetch_bundle(compute)
+        return str(error.value)
 
-        def sum(self, x):
-            return x + 1
-
-    with pytest.raises(UserError, match="another rank"):
-        fetch_bundle(OtherRankFailed())
+    assert len(set(run_ranks(3, fetch))) == 1
 
 
 def test_a_damaged_bundle_names_the_remedy(tmp_path):

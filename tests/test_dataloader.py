@@ -1,4 +1,4 @@
-"""The loaders against brute force: packing, exact resume, every supervised token once per epoch."""
+"""The loaders against brute force: packing, lanes, exact resume, every supervised token once per epoch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from nanochat import dataloader
 from nanochat.common import UserError
-from nanochat.dataloader import conversation_data_loader
+from nanochat.dataloader import conversation_data_loader, merge_states
 
 BOS = 0
 PACKED = dataloader.tokenizing_distributed_data_loader_with_state_bos_bestfit
@@ -94,7 +94,7 @@ def brute_force_rows(documents, n, T, buffer_size, at_a_time, row_group_size, sh
     for _ in range(n):
         row = []
         while len(row) < T + 1:
-            while len(buffer) < buffer_size and (not buffer or read // len(chunks) <= buffer[0][0] + 1):
+            if len(buffer) < buffer_size and (not buffer or read // len(chunks) <= buffer[0][0] + 1):
                 buffer += [(read // len(chunks), ids) for ids in chunks[read % len(chunks)]]
                 read += 1
             room = T + 1 - len(row)
@@ -142,11 +142,11 @@ LENGTHS = [3, 14, 5, 2, 9, 9, 1, 6, 30, 4, 8, 2, 2, 11, 7, 3, 5, 13, 2, 6, 40, 3
 
 
 @pytest.mark.parametrize("loader_function", [PACKED, STREAM])
-@pytest.mark.parametrize("rank, world_size", [(0, 1), (1, 3)])
+@pytest.mark.parametrize("rank, world_size, lanes", [(0, 1, None), (1, 3, None), (0, 2, 3)])
 @pytest.mark.parametrize("buffer_size", [1, 6, 1000])
-def test_resume_is_exact_at_every_point(tmp_path, loader_function, rank, world_size, buffer_size):
+def test_resume_is_exact_at_every_point(tmp_path, loader_function, rank, world_size, lanes, buffer_size):
     write_corpus(tmp_path, LENGTHS)
-    kwargs = dict(rank=rank, world_size=world_size, buffer_size=buffer_size, tokenizer_batch_size=3)
+    kwargs = dict(rank=rank, world_size=world_size, lanes=lanes, buffer_size=buffer_size, tokenizer_batch_size=3)
     uninterrupted = batches(loader_function, tmp_path, 40, **kwargs)
     assert uninterrupted[-1][2]["epoch"] > 2
     for stop in range(1, 36):
@@ -159,11 +159,12 @@ def test_resume_is_exact_at_every_point(tmp_path, loader_function, rank, world_s
 def test_no_document_waits_for_ever(tmp_path, buffer_size):
     write_corpus(tmp_path, LENGTHS * 4)
     taken = batches(PACKED, tmp_path, 300, B=1, T=8, buffer_size=buffer_size, tokenizer_batch_size=4)
-    waited = Counter(tuple(place) for _, _, state in taken for place in state["buffer"])
+    buffers = [state["streams"]["0"]["buffer"] for _, _, state in taken]
+    waited = Counter(tuple(place) for buffer in buffers for place in buffer)
     assert len(waited) > 100
-    assert max(waited.values()) <= max(len(state["buffer"]) for _, _, state in taken)
-    for _, _, state in taken:  # documents of at most two epochs wait while the next is to be read
-        assert all(state["epoch"] - epoch <= 2 for epoch, *_ in state["buffer"])
+    assert max(waited.values()) <= max(map(len, buffers))
+    for (_, _, state), buffer in zip(taken, buffers):  # documents of at most two epochs wait while the next is read
+        assert all(state["epoch"] - epoch <= 2 for epoch, *_ in buffer)
 
 
 @pytest.mark.parametrize("row_group_size", [1, 4])
@@ -180,16 +181,6 @@ def test_ranks_share_the_documents_without_overlap(tmp_path, row_group_size):
     missing = {token for ids in documents for token in ids[1:]} - set(seen)
     assert len(missing) <= 3
     assert set(seen.values()) == {1}
-
-
-def test_a_state_of_another_rank_goes_on_at_the_same_row_group(tmp_path):
-    write_corpus(tmp_path, LENGTHS)
-    state = batches(PACKED, tmp_path, 3, rank=0, world_size=1, buffer_size=4, tokenizer_batch_size=2)[-1][2]
-    assert state["buffer"]
-    for rank in range(2):
-        (_, _, after), *_ = batches(PACKED, tmp_path, 1, resume=state, rank=rank, world_size=2, buffer_size=4)
-        assert after["next"][:3] >= state["next"][:3]
-        assert all(place[:3] >= state["next"][:3] for place in after["buffer"])
 
 
 def test_the_names_without_state_give_the_same_batches(tmp_path):
@@ -213,9 +204,9 @@ def test_validation_reads_the_last_shard_and_repeats_it(tmp_path):
 @pytest.mark.parametrize("loader_function", [PACKED, STREAM])
 def test_too_little_data_is_a_plain_error(tmp_path, loader_function):
     write_corpus(tmp_path, [1, 1, 1])
-    with pytest.raises(UserError, match="no document for rank 0 of 1 in 1 shard"):
+    with pytest.raises(UserError, match="no document for lane 0 of 1 in 1 shard"):
         batches(loader_function, tmp_path, 1)
-    with pytest.raises(UserError, match="no document for rank 1 of 2"):
+    with pytest.raises(UserError, match="no document for lane 1 of 2"):
         batches(loader_function, tmp_path, 1, split="val", rank=1, world_size=2)
     (tmp_path / "000.parquet").unlink()
     with pytest.raises(UserError, match="nothing to train on"):  # at once, not at the first batch
@@ -279,7 +270,7 @@ def test_every_supervised_token_is_trained_on_once_per_epoch(shapes, T, B, buffe
     for rank in range(world_size):
         kwargs = dict(supervise=supervise, buffer_size=buffer_size, rank=rank, world_size=world_size)
         loader = conversation_data_loader(conversations, WordTokenizer(), 1, T, device="cpu", **kwargs)
-        rows, epochs = [], []
+        rows, epochs, share = [], [], len(range(rank, len(conversations), world_size))
         try:
             for inputs, targets, state in loader:  # rows one by one, so that epochs end between batches
                 assert inputs.shape == targets.shape == (1, T)
@@ -288,9 +279,9 @@ def test_every_supervised_token_is_trained_on_once_per_epoch(shapes, T, B, buffe
                 padding = (inputs == BOS).squeeze(0)
                 assert (targets.squeeze(0)[padding] == -1).all() and padding.tolist() == sorted(padding.tolist())
                 rows.append((inputs, targets))
-                if state["progress"] == len(epochs) + 1:
+                assert state["finished"] <= (len(epochs) + 1) * share
+                if state["finished"] == (len(epochs) + 1) * share:
                     epochs.append(len(rows))
-                assert state["progress"] <= len(epochs) + 1
                 if len(epochs) == 2:
                     break
         except UserError as error:
@@ -312,16 +303,26 @@ SHAPES = [(30, 3), (5, 2), (1, 1), (8, 0), (17, 16), (4, 1), (25, 24), (9, 2), (
 
 
 @pytest.mark.parametrize("supervise", ["assistant", "all"])
-@pytest.mark.parametrize("rank, world_size", [(0, 1), (1, 2)])
+@pytest.mark.parametrize("rank, world_size, lanes", [(0, 1, None), (1, 2, None), (0, 2, 3)])
 @pytest.mark.parametrize("buffer_size", [1, 4, 256])
-def test_conversations_resume_exactly_at_every_point(supervise, rank, world_size, buffer_size):
+def test_conversations_resume_exactly_at_every_point(supervise, rank, world_size, lanes, buffer_size):
     conversations = make_conversations(SHAPES)
-    kwargs = dict(B=2, T=7, supervise=supervise, rank=rank, world_size=world_size, buffer_size=buffer_size)
+    kwargs = dict(B=2, T=7, supervise=supervise, rank=rank, world_size=world_size, lanes=lanes, buffer_size=buffer_size)
     uninterrupted = conversation_batches(conversations, 40, **kwargs)
     assert uninterrupted[-1][2]["epoch"] > 2
     for stop in range(1, 36):
         state = json.loads(json.dumps(uninterrupted[stop - 1][2]))
         assert same(conversation_batches(conversations, 4, resume=state, **kwargs), uninterrupted[stop : stop + 4])
+
+
+def test_epochs_differ_in_order_and_a_seed_repeats_it():
+    def order(seed):
+        taken = conversation_batches(make_conversations([(2, 1)] * 9), 18, B=1, T=1, seed=seed)
+        return [x.item() for x, _, _ in taken]
+
+    assert order(1) == order(1) != order(2)
+    assert order(1)[:9] != order(1)[9:]
+    assert sorted(order(1)[:9]) == sorted(order(1)[9:]) == list(range(1, 18, 2))
 
 
 def test_a_conversation_longer_than_a_row_is_in_consecutive_rows():
@@ -335,13 +336,13 @@ def test_pieces_with_nothing_to_learn_are_counted_not_trained_on():
     (inputs, targets, state), *_ = conversation_batches(conversations, 1, B=1, T=4)
     assert (inputs.tolist(), targets.tolist()) == ([[5, 6, 7, 8]], [[-1, -1, -1, 9]])
     assert state["skipped"] == 1 + 2
-    assert (state["epoch"], state["progress"]) == (1, 1.0)
+    assert (state["epoch"], state["finished"], state["num_conversations"]) == (1, 2, 2)
 
 
 def test_conversations_without_a_supervised_token_are_a_plain_error():
-    with pytest.raises(UserError, match="none of the 2 conversations for rank 0 of 1 has a token that is supervised"):
+    with pytest.raises(UserError, match="none of the 2 conversations for lane 0 of 1 has a token that is supervised"):
         conversation_batches(make_conversations([(8, 0), (1, 1)]), 1, B=1, T=4)
-    with pytest.raises(UserError, match="none of the 0 conversations for rank 1 of 2"):
+    with pytest.raises(UserError, match="none of the 0 conversations for lane 1 of 2"):
         conversation_batches(make_conversations([(8, 1)]), 1, B=1, T=4, rank=1, world_size=2)
 
 
@@ -356,8 +357,8 @@ def test_real_conversations_with_a_short_context_lose_no_word_of_the_assistant()
         for n, answer in enumerate(answers, start=1)
     ]
     loader = conversation_data_loader(conversations, tokenizer, 1, 16, supervise="assistant", device="cpu")
-    learnt, state = Counter(), {"progress": 0}
-    while state["progress"] < 1:
+    learnt, state = Counter(), {"finished": 0}
+    while state["finished"] < len(conversations):
         _, targets, state = next(loader)
         learnt.update(targets[targets != -1].tolist())
     loader.close()
@@ -374,13 +375,174 @@ def test_a_resume_on_another_data_set_is_a_plain_error():
         conversation_batches(conversations[:3], 1, B=1, T=4, resume=state)
 
 
-def test_a_state_of_another_number_of_ranks_goes_on_about_as_far():
-    conversations = make_conversations([(5, 1)] * 40)
-    state = conversation_batches(conversations, 20, B=1, T=4)[-1][2]
-    assert state["progress"] == 0.5
-    for rank in range(2):
-        (_, _, after), *_ = conversation_batches(conversations, 1, B=1, T=4, resume=state, rank=rank, world_size=2)
-        assert after["progress"] == pytest.approx(0.5 + 1 / 20)
+# -----------------------------------------------------------------------------
+# Lanes
+
+
+def open_packed(folder):
+    return lambda **kwargs: PACKED(WordTokenizer(), 2, 8, "train", device="cpu", source=folder, buffer_size=5, **kwargs)
+
+
+def open_stream(folder):
+    return lambda **kwargs: STREAM(WordTokenizer(), 2, 8, "train", device="cpu", source=folder, **kwargs)
+
+
+def open_conversations(folder):
+    kinds = dict(supervise="all", device="cpu", buffer_size=3)
+    chats = make_conversations([(2 + 7 * i % 19, 1) for i in range(23)])
+    return lambda **kwargs: conversation_data_loader(chats, WordTokenizer(), 2, 7, **kinds, **kwargs)
+
+
+def take_steps(open_loader, n, world_size, lanes, resume=None):
+    """n times (the micro-batches of a step over all ranks, in order; the merged state after it)."""
+    kwargs = dict(world_size=world_size, lanes=lanes, resume_state_dict=resume)
+    loaders = [open_loader(rank=rank, **kwargs) for rank in range(world_size)]
+    steps = []
+    for _ in range(n):
+        micro = [next(loaders[i % world_size]) for i in range(lanes)]
+        state = merge_states([state for _, _, state in micro[-world_size:]])  # the newest of each rank, in any order
+        steps.append(([(x.tolist(), y.tolist()) for x, y, _ in micro], json.loads(json.dumps(state))))
+    for loader in loaders:
+        loader.close()
+    return steps
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, LENGTHS)
+    return str(folder)
+
+
+@pytest.mark.parametrize("opener", [open_packed, open_stream, open_conversations])
+@pytest.mark.parametrize("lanes, world_sizes", [(6, (1, 2, 3)), (4, (1, 3, 4))])
+def test_the_number_of_ranks_changes_no_batch_nor_a_resume(corpus, opener, lanes, world_sizes):
+    steps = {w: take_steps(opener(corpus), 12, w, lanes) for w in world_sizes}
+    first = steps[world_sizes[0]]
+    assert all(of == first for of in steps.values())
+    assert first[-1][1]["epoch"] > 1
+    for before, after in [(2, 0), (1, 2), (0, 1)]:  # which of the numbers of ranks saves, which resumes
+        for stop in (1, 4, 9):
+            state = steps[world_sizes[before]][stop - 1][1]
+            assert take_steps(opener(corpus), 3, world_sizes[after], lanes, state) == first[stop : stop + 3]
+
+
+class NumberedTokenizer:
+    """A document "d n" is n tokens: 2 d, then 2 d + 1 to its end. So each is recognised, and its beginning too."""
+
+    def get_bos_token_id(self):
+        return BOS
+
+    def encode(self, texts, prepend, num_threads):
+        return [[2 * d, *[2 * d + 1] * (n - 1)] for d, n in (map(int, text.split()) for text in texts)]
+
+
+legs = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 6)), min_size=1, max_size=3)
+legs = legs.map(lambda legs: [(min(w, lanes), lanes, n) for w, lanes, n in legs])  # (world size, lanes, steps)
+
+
+@settings(max_examples=40, deadline=None)
+@given(legs, st.lists(st.integers(1, 14), min_size=40, max_size=60), st.integers(1, 9), st.booleans())
+def test_documents_dealt_anew_are_neither_lost_nor_seen_twice(legs, lengths, buffer_size, packed):
+    with tempfile.TemporaryDirectory() as folder:
+        for shard in range(2):
+            texts = [f"{d} {n}" for d, n in enumerate(lengths) if d // 30 == shard]
+            pq.write_table(pa.table({"text": texts}), f"{folder}/{shard}.parquet", row_group_size=7)
+        pq.write_table(pa.table({"text": ["0 1"]}), f"{folder}/9.parquet")
+        kwargs = dict(device="cpu", source=folder, buffer_size=buffer_size, tokenizer_batch_size=2)
+
+        def open_loader(**more):
+            return (PACKED if packed else STREAM)(NumberedTokenizer(), 2, 8, "train", **kwargs, **more)
+
+        begun, state = Counter(), None
+        for world_size, lanes, n in chain(legs, repeat((1, 1, 4))):  # at the end one lane goes on ...
+            if state and lanes == state["lanes"] == 1 and not state["deals"]:  # ... until all that was dealt is passed
+                break
+            for micro, state in take_steps(open_loader, n, world_size, lanes, state):
+                rows = [row + target[-1:] if packed else row for x, y in micro for row, target in zip(x, y)]
+                begun.update(token // 2 for row in rows for token in row if token % 2 == 0)
+    epoch, *place = state["streams"]["0"]["next"]
+    if packed:
+        begun.update(30 * shard + 7 * group + row for _, shard, group, row in state["streams"]["0"]["buffer"])
+    read = Counter({d: epoch - 1 + ([d // 30, d % 30 // 7, d % 30 % 7] < place) for d in range(len(lengths))})
+    if packed:
+        assert begun == +read
+    else:  # what a batch had cut began again, and the last document is under way
+        assert not read - begun
+        assert (begun - read).total() <= sum(lanes for _, lanes, _ in legs) + 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(legs, st.lists(st.integers(2, 30), min_size=8, max_size=30), st.integers(1, 9), st.integers(1, 9))
+def test_conversations_dealt_anew_are_neither_lost_nor_seen_twice(legs, lengths, T, buffer_size):
+    conversations = make_conversations([(n, 1) for n in lengths])
+
+    def open_loader(**more):
+        kinds = dict(supervise="all", device="cpu", buffer_size=buffer_size)
+        return conversation_data_loader(conversations, WordTokenizer(), 1, T, **kinds, **more)
+
+    seen, state, finished = Counter(), None, 0
+
+    def tally(micro, state) -> None:
+        nonlocal finished
+        seen.update(pair for x, y in micro for pair in trained(torch.tensor(x), torch.tensor(y)).elements())
+        assert state["finished"] >= finished
+        finished = state["finished"]
+
+    for world_size, lanes, n in legs:
+        steps = take_steps(open_loader, n, world_size, lanes, state)
+        for step in steps:
+            tally(*step)
+        state = steps[-1][1]
+    loader = open_loader(rank=0, world_size=1, lanes=1, resume_state_dict=state)
+    for x, y, state in islice(loader, 5000):  # with one lane, until an epoch ends and all that was dealt is passed
+        tally([(x.tolist(), y.tolist())], state)
+        if not merge_states([state])["deals"] and not state["streams"]["0"]["buffer"] and finished % len(lengths) == 0:
+            break
+    loader.close()
+    epochs = finished // len(lengths)
+    assert epochs == state["epoch"]
+    assert seen == Counter({pair: epochs for pair in supervised(conversations, "all")})
+
+
+def test_lanes_that_lack_a_state_are_refused(corpus):
+    one = next(open_packed(corpus)(rank=1, world_size=2, lanes=4))[2]
+    with pytest.raises(AssertionError, match="lanes 1, 3 are here, of 4"):
+        merge_states([one])
+    with pytest.raises(AssertionError, match="merge_states of all ranks"):
+        open_packed(corpus)(rank=0, world_size=2, lanes=4, resume_state_dict=one)
+    with pytest.raises(AssertionError, match="merge_states of all ranks"):
+        open_packed(corpus)(rank=0, world_size=1, lanes=1, resume_state_dict=one)
+    with pytest.raises(AssertionError, match="rank 2 of 3 has none of the 2 lanes"):
+        next(open_packed(corpus)(rank=2, world_size=3, lanes=2))  # to have such a loader is fine, as for a small measurement
+    with pytest.raises(UserError, match="older version"):
+        open_packed(corpus)(resume_state_dict={"next": [1, 0, 0, 0], "buffer": [], "rank": 0, "world_size": 1})
+
+
+def test_the_lanes_of_a_rank_read_a_row_group_once(tmp_path, monkeypatch):
+    write_corpus(tmp_path, LENGTHS * 8, row_group_size=20, shard_size=200)
+    reads = Counter()
+
+    def counting(path, group):
+        reads[group] += 1
+        return read_row_group(path, group)
+
+    read_row_group = dataloader.read_row_group
+    monkeypatch.setattr(dataloader, "read_row_group", counting)
+    *_, (_, state) = take_steps(open_packed(str(tmp_path)), 6, 1, 8)
+    assert len(reads) > 4 and set(reads.values()) == {1}
+    reads.clear()
+    take_steps(open_packed(str(tmp_path)), 1, 1, 8, state)  # also those in which documents wait
+    assert set(reads.values()) == {1}
+
+
+def test_the_texts_that_are_kept_are_bounded(tmp_path):
+    write_corpus(tmp_path, [5] * 40, row_group_size=4, shard_size=40)
+    for keep, held in [(0, 4), (10, 12), (1000, 40)]:
+        groups = dataloader.RowGroups([tmp_path / "000.parquet"], keep)
+        for group in range(10):
+            assert len(groups.read(0, group)) == 4
+        assert sum(map(len, groups.kept.values())) == held
 
 
 # -----------------------------------------------------------------------------

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nanochat.common import Compute
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import complete, evaluate_bpb
+from nanochat.loss_eval import complete, evaluate_bpb, share_of
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 V = 40
@@ -75,19 +78,29 @@ def test_only_the_asked_number_of_batches_is_taken(model):
     assert len(list(batches)) == 3
 
 
-def test_bytes_and_nats_are_summed_over_ranks_before_they_are_divided(model):
-    class OtherRank:
-        """Adds what another rank, which saw one million bytes without any loss, would report."""
+def test_bytes_and_nats_are_summed_over_ranks_before_they_are_divided(model, run_ranks):
+    def other_text():  # most of it special: hardly any bytes
+        for inputs, targets, state in make_batches(1, seed=2):
+            yield inputs, torch.where(torch.arange(32) < 25, 39, targets), state
 
-        device = torch.device("cpu")
+    def measure(compute):
+        batches, steps = (make_batches(2), 2) if compute.is_main else (other_text(), 1)
+        return evaluate_bpb(model, batches, steps, TOKEN_BYTES, compute)
 
-        def sum(self, x):
-            return x + (0 if x.is_floating_point() else 1_000_000)
+    expected = brute_force(model, [*make_batches(2), *other_text()])
+    assert run_ranks(2, measure) == [pytest.approx(expected, rel=1e-6)] * 2
 
-    alone = evaluate_bpb(model, make_batches(2), 2, TOKEN_BYTES, CPU)
-    n_bytes = sum(TOKEN_BYTES[t[t >= 0]].sum().item() for _, t, _ in make_batches(2))
-    together = evaluate_bpb(model, make_batches(2), 2, TOKEN_BYTES, OtherRank())
-    assert together == pytest.approx(alone * n_bytes / (n_bytes + 1_000_000))
+
+@given(tokens=st.integers(1, 10**6), documents=st.integers(1, 1000), world_size=st.integers(1, 100))
+def test_a_measurement_is_shared_out_in_full_whatever_the_ranks(tokens, documents, world_size):
+    """Each lane gives as many batches on any number of ranks; little is left out, and nothing below one batch."""
+    computes = [dataclasses.replace(CPU, rank=r, world_size=world_size) for r in range(world_size)]
+    shares = [share_of(tokens, documents, 4, 32, compute) for compute in computes]
+    lanes, alone = share_of(tokens, documents, 4, 32, CPU)
+    assert {share[0] for share in shares} == {lanes} and 1 <= lanes <= 64 and (lanes == 1 or 8 * lanes <= documents)
+    assert sum(steps for _, steps in shares) == alone and alone % lanes == 0
+    assert all(steps == alone // lanes * len(range(r, lanes, world_size)) for r, (_, steps) in enumerate(shares))
+    assert max(1, tokens // 128 - 63) <= alone <= max(1, tokens // 128)
 
 
 def test_no_text_at_all_is_infinite(model):

@@ -1,8 +1,15 @@
-"""AdamW against `torch.optim.AdamW`; Muon's update against its singular values and a twin in float64."""
+"""AdamW against `torch.optim.AdamW`; Muon's update against its singular values and a twin in float64; many ranks against one."""
+
+import re
+from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from nanochat import optim
 from nanochat.optim import MuonAdamW, muon_update, polar_express
 
 
@@ -135,3 +142,127 @@ def test_bad_groups_are_refused():
         MuonAdamW([{"kind": "sgd", "params": [], "lr": 1.0, "weight_decay": 0.0}])
     with pytest.raises(ValueError, match="matrices"):
         MuonAdamW([muon_group([("v", parameter(3))])])
+
+
+# -----------------------------------------------------------------------------
+# Many ranks
+
+# Nothing here divides by 2 or 3: not the sizes, not the number of matrices of a shape.
+MATRICES = [(6, 4)] * 5 + [(4, 6)] * 2 + [(7, 7)]
+OTHERS = {"table": (50, 7), "scalar": (1,), "line": (13,)}
+
+
+def many_parameters():
+    named = [(f"m{i}", parameter(*shape, seed=i)) for i, shape in enumerate(MATRICES)]
+    others = [(name, parameter(*shape, seed=len(name))) for name, shape in OTHERS.items()]
+    half = [("half", torch.nn.Parameter(parameter(9, 5).detach().bfloat16()))]
+    return named, others, half
+
+
+def make_optimizer(named, others, half):
+    return MuonAdamW([adamw_group(others), adamw_group(half, lr=0.05), muon_group(named, weight_decay=0.1)])
+
+
+def gradient(p, step, rank):
+    seed = step * 100 + rank * 10 + p.numel() % 7
+    return torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.dtype)
+
+
+def one_of_many(rank, world_size, folder):
+    """A rank: five steps with gradients of its own; saves its parameters, its state, and what it sent."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    torch.set_num_threads(1)
+    sent = Counter()
+
+    exchange, broadcast = dist.all_to_all_single, dist.broadcast
+
+    def counted_exchange(out, into, **kwargs):
+        sent["reduce-scatter"] += into.nbytes * (world_size - 1) // world_size
+        return exchange(out, into, **kwargs)
+
+    def counted_broadcast(tensor, src, **kwargs):
+        sent["all-gather"] += tensor.nbytes * (world_size - 1) * (src == rank)
+        return broadcast(tensor, src, **kwargs)
+
+    dist.all_to_all_single, dist.broadcast = counted_exchange, counted_broadcast
+    groups = many_parameters()
+    optimizer = make_optimizer(*groups)
+    everything = [pair for group in groups for pair in group]
+    for step in range(5):
+        for name, p in everything:
+            missing = name == "line" and rank == 1  # counts as zero
+            p.grad = None if missing else gradient(p, step, rank)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save({"parameters": dict(everything), "state": optimizer.state_dict(), "sent": dict(sent)}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(one_of_many, (request.param, str(folder)), nprocs=request.param)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+
+
+def test_many_ranks_do_what_one_does_with_the_sum_of_their_gradients(ranks):
+    groups = many_parameters()
+    optimizer = make_optimizer(*groups)
+    for step in range(5):
+        for name, p in [pair for group in groups for pair in group]:
+            giving = [rank for rank in range(len(ranks)) if not (name == "line" and rank == 1)]
+            p.grad = torch.stack([gradient(p, step, rank).float() for rank in giving]).sum(0).to(p.dtype)
+        optimizer.step()
+    for name, p in [pair for group in groups for pair in group]:
+        tolerance = {"rtol": 0.02, "atol": 0.02} if p.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+        for rank in ranks:
+            assert torch.allclose(rank["parameters"][name], p, **tolerance), name
+            assert torch.equal(rank["parameters"][name], ranks[0]["parameters"][name]), "ranks must not drift apart"
+
+
+def test_every_number_of_the_state_is_on_one_rank(ranks):
+    whole = make_optimizer(*many_parameters()).state_dict()
+    covered = {name: torch.zeros(tensor.numel(), dtype=torch.int) for name, tensor in whole.items() if not name.endswith(".step")}
+    for rank in ranks:
+        for key in rank["state"]:
+            if key.endswith(".step"):
+                continue
+            name, a, b = (re.fullmatch(r"(.+?)(?:\[(\d+):(\d+)\])?", key)[i] for i in (1, 2, 3))
+            covered[name][slice(*(int(x) for x in (a, b))) if a else slice(None)] += 1
+            assert rank["state"][key].numel() == (int(b) - int(a) if a else whole[name].numel())
+    assert all((count == 1).all() for count in covered.values())
+
+
+def test_what_a_rank_keeps_and_sends_is_what_the_docstring_says(ranks):
+    """Chunks of 1/W of a bucket: 64 numbers more at most for AdamW, less than the largest matrix more for Muon."""
+    W, (matrices, others, half) = len(ranks), many_parameters()
+
+    def elements(named):
+        return sum(p.numel() for _, p in named)
+
+    muon_chunk = elements(matrices) / W + max(p.numel() for _, p in matrices)
+    adamw_chunks = elements(others) / W + 64, elements(half) / W + 64
+    sent = (W - 1) * (4 * muon_chunk + 4 * adamw_chunks[0] + 2 * adamw_chunks[1])
+    least = (W - 1) / W * (4 * elements(matrices) + 4 * elements(others) + 2 * elements(half))
+    lines = sum(max(p.shape) for _, p in matrices)
+    for rank in ranks:
+        assert 5 * least <= rank["sent"]["reduce-scatter"] <= 5 * sent
+        assert rank["sent"]["all-gather"] == rank["sent"]["reduce-scatter"]
+        kept = sum(tensor.numel() for tensor in rank["state"].values())
+        assert kept <= muon_chunk + lines + 2 * sum(adamw_chunks) + len(rank["state"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), world_size=st.integers(1, 9))
+def test_matrices_are_dealt_whole_and_evenly(sizes, world_size):
+    starts, chunk = optim._deal_whole([torch.empty(size) for size in sizes], world_size)
+    taken = sorted((start, start + size) for start, size in zip(starts, sizes))
+    assert all(end <= start for (_, end), (start, _) in zip(taken, taken[1:])), "no two overlap"
+    assert all(start // chunk == (end - 1) // chunk < world_size for start, end in taken), "each lies in one chunk"
+    assert chunk < sum(sizes) / world_size + max(sizes)
+
+
+def test_large_groups_are_cut_into_buckets(monkeypatch):
+    monkeypatch.setattr(optim, "BUCKET", 100)
+    named = [("a", torch.empty(60)), ("b", torch.empty(40)), ("c", torch.empty(1)), ("d", torch.empty(500)), ("e", torch.empty(2).bfloat16())]
+    assert [[name for name, _ in bucket] for bucket in optim._cut(named)] == [["a", "b"], ["c"], ["d"], ["e"]]

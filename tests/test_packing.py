@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nanochat.common import UserError
 from nanochat.packing import BestFitBuffer, Conversations, split_conversation
 
-FRESH = {"epoch": 1, "progress": 0.0, "read": 0, "buffer": [], "skipped": 0, "rank": 0, "world_size": 1}
+FRESH = {"next": [1, 0], "buffer": [], "finished": 0, "skipped": 0}
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "add", "largest", "oldest", "shortest"]), st.integers(1, 9))))
@@ -48,36 +48,60 @@ def pieces_of(conversation: tuple[int, ...]):
     return [([n] * n, [n if n % 2 == 0 else -1] * n) for n in conversation]
 
 
+def one_lane(dataset, buffer_size, lane=0, lanes=1, was_read=lambda place, index: False, state=FRESH):
+    """Conversations of a lane; even epochs are read backwards."""
+    def order(epoch):
+        return list(range(len(dataset)))[:: 1 if epoch % 2 else -1]
+
+    return Conversations(dataset, pieces_of, order, lane, lanes, was_read, buffer_size, state)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 8), max_size=4), min_size=1, max_size=12), st.integers(1, 6))
 def test_each_supervised_piece_is_packed_once_per_epoch_and_rows_are_best_fit(lengths, buffer_size):
     expected = sorted(n for conversation in lengths for n in conversation if n % 2 == 0)
-    conversations = Conversations(lengths, pieces_of, 0, 1, 42, buffer_size, FRESH)
+    conversations = one_lane(lengths, buffer_size)
     if not expected:
         with pytest.raises(UserError, match=f"none of the {len(lengths)} conversations"):
             conversations.next_row(8)
         return
     for epoch in (1, 2):
-        packed, progress = [], epoch - 1
-        while conversations.state()["progress"] < epoch:
+        packed, finished = [], (epoch - 1) * len(lengths)
+        while conversations.state()["finished"] < epoch * len(lengths):
             row = [len(inputs) for inputs, _ in conversations.next_row(8)]
             assert 1 <= sum(row) <= 8
             left = 8 - sum(row)
-            assert all(len(inputs) > left for _, _, inputs, _ in conversations.buffer)  # nothing more would have fitted
-            assert conversations.state()["epoch"] == epoch
-            assert conversations.state()["progress"] >= progress
-            progress = conversations.state()["progress"]
+            assert all(len(inputs) > left for _, (inputs, _) in conversations.buffer)  # nothing more would have fitted
+            assert conversations.state()["next"][0] == epoch
+            assert conversations.state()["finished"] >= finished
+            finished = conversations.state()["finished"]
             packed += row
         assert sorted(packed) == expected
-        assert conversations.state()["progress"] == epoch
+        assert conversations.state()["finished"] == epoch * len(lengths)
         assert conversations.state()["skipped"] == epoch * sum(n % 2 for conversation in lengths for n in conversation)
 
 
-def test_epochs_differ_in_order_and_a_seed_repeats_it():
-    def order(seed):
-        conversations = Conversations([[32 + 2 * n] for n in range(1, 9)], pieces_of, 0, 1, seed, 1, FRESH)
-        return [len(conversations.next_row(64)[0][0]) for _ in range(16)]
+def test_a_lane_reads_its_share_in_the_order_of_the_epoch():
+    lengths = [[2 * n] for n in range(1, 8)]
+    rows = {}
+    for lane in range(3):
+        conversations = one_lane(lengths, 1, lane, lanes=3)
+        rows[lane] = [len(conversations.next_row(2)[0][0]) for _ in range(2 * len(lengths[lane::3]))]
+    assert rows == {0: [2, 8, 14, 14, 8, 2], 1: [4, 10, 10, 4], 2: [6, 12, 12, 6]}
 
-    assert order(1) == order(1) != order(2)
-    assert order(1)[:8] != order(1)[8:]
-    assert sorted(order(1)[:8]) == sorted(order(1)[8:])
+
+def test_a_conversation_may_wait_from_two_epochs():
+    state = {"next": [2, 1], "buffer": [[1, 0, 0], [2, 0, 0]], "finished": 5, "skipped": 0}  # after another deal
+    conversations = one_lane([[2]], 1, state=state)
+    assert conversations.state() == state
+    for finished in (6, 7, 8):
+        assert len(conversations.next_row(2)) == 1
+        assert conversations.state()["finished"] == finished
+
+
+def test_what_was_read_is_left_out_even_a_whole_epoch():
+    conversations = one_lane([[2], [4], [6]], 1, was_read=lambda place, index: place < [2, 1] and index != 1)
+    rows = [[len(inputs) for inputs, _ in conversations.next_row(6)] for _ in range(4)]
+    assert rows == [[4], [4, 2], [2, 4], [6]]  # epochs 1, 2 (backwards, without the last) and 3
+    conversations = one_lane([[2]], 1, was_read=lambda place, index: place < [9, 0])
+    assert len(conversations.next_row(6)) == 1 and conversations.state()["next"] == [9, 1]

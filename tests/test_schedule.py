@@ -33,13 +33,16 @@ def test_horizon_is_the_first_that_is_set():
         schedule.horizon_tokens(-1, -1, 1, 1)
 
 
-def test_accumulation():
-    assert schedule.accumulation_steps(4096, 8, 512, 1) == 1
-    assert schedule.accumulation_steps(24576, 8, 512, 3) == 2
+def test_micro_batches():
+    assert schedule.micro_batches(4096, 8, 512, 1) == 1
+    assert schedule.micro_batches(24576, 8, 512, 3) == 6
+    assert schedule.micro_batches(16384, 8, 512, 3) == 4, "ranks need not get equally many"
     with pytest.raises(UserError, match="use 4096 or 8192"):
-        schedule.accumulation_steps(5000, 8, 512, 1)
+        schedule.micro_batches(5000, 8, 512, 1)
     with pytest.raises(UserError, match="use 4096$"):
-        schedule.accumulation_steps(100, 8, 512, 1)
+        schedule.micro_batches(100, 8, 512, 1)
+    with pytest.raises(UserError, match="too few for 4 ranks; use --total-batch-size 16384 or --device-batch-size 4"):
+        schedule.micro_batches(8192, 8, 512, 4)
 
 
 def test_learning_rate_is_a_trapezoid():

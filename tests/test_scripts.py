@@ -93,7 +93,8 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize("stage", FOLDERS)
 def test_checkpoints_are_whole(pipeline, stage):
     folder = pipeline[0] / FOLDERS[stage] / "d2"
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "step_000004", "step_000008"]
+    names = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+    assert names == ["metrics.jsonl", "started", "step_000004", "step_000008"]
     meta = json.loads((folder / "step_000008" / "meta.json").read_text())
     base_meta = json.loads((pipeline[0] / "base_checkpoints/d2/step_000008/meta.json").read_text())
     assert meta["model_config"] == base_meta["model_config"] and meta["model_config"]["window_pattern"] == "QQQL"

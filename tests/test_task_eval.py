@@ -1,9 +1,6 @@
 """Task evaluation against one problem at a time, whatever the batch size, the ranks and the size of the task."""
 
-import threading
 import time
-from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,35 +194,14 @@ def test_the_first_problems_or_as_many_as_there_are(model, kind, max_problems, e
     assert set(task.said) == {task[i]["messages"][0]["content"] for i in range(expected)}
 
 
-@dataclass(frozen=True)
-class Thread(Compute):
-    """A rank that is a thread; `shared` is where all of them put what they sum."""
-
-    shared: SimpleNamespace = None
-
-    def sum(self, x):
-        self.shared.values[self.rank] = x
-        self.shared.barrier.wait(timeout=60)
-        return sum(self.shared.values[rank] for rank in range(self.world_size))
-
-
 @pytest.mark.parametrize("kind", [Letters, Words])
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_ranks_share_the_problems_and_agree(model, kind, world_size):
+def test_ranks_share_the_problems_and_agree(model, kind, world_size, run_ranks):
     alone = kind(5)
     expected = measure(alone, model, max_new_tokens=5)
-    task, results = kind(5), {}
-    shared = SimpleNamespace(values={}, barrier=threading.Barrier(world_size))
-
-    def rank(r):
-        results[r] = measure(task, model, Thread(CPU.device, CPU.dtype, r, r, world_size, shared), max_new_tokens=5)
-
-    threads = [threading.Thread(target=rank, args=(r,)) for r in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == {r: expected for r in range(world_size)}
+    task = kind(5)
+    results = run_ranks(world_size, lambda compute: measure(task, model, compute, max_new_tokens=5))
+    assert results == [expected] * world_size
     assert task.said == alone.said  # every problem once, with the same answer
 
 

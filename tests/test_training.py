@@ -57,7 +57,7 @@ def test_every_token_weighs_the_same_whichever_micro_batch_it_came_in():
     model = TinyModel()
     optimizer = sgd_like(model)
     batches = [batch(2, 6, n, seed=n) for n in (1, 12, 5, 0)]  # one of them has nothing to learn
-    loss = train_step(model, optimizer, batches)
+    loss = train_step(model, optimizer, batches, CPU)
     x, y = (torch.cat(parts) for parts in zip(*batches))
     expected = F.cross_entropy(model.table.double()[x].flatten(0, 1), y.flatten(), ignore_index=-1)
     (gradient,) = torch.autograd.grad(expected, model.table)
@@ -65,11 +65,35 @@ def test_every_token_weighs_the_same_whichever_micro_batch_it_came_in():
     assert torch.allclose(optimizer.seen, gradient, atol=1e-7)
 
 
+def test_nor_does_it_matter_which_rank_it_came_to(run_ranks):
+    """The gradients of two ranks, which the optimizer sums, are together that of one; so is the loss, on both."""
+    batches = [batch(2, 6, n, seed=n) for n in (1, 12, 5, 0)]
+    alone, together = sgd_like(model := TinyModel()), [TinyModel(), TinyModel()]
+    loss = train_step(model, alone, batches, CPU)
+    recorders = [sgd_like(model) for model in together]
+
+    def step(compute):
+        return train_step(together[compute.rank], recorders[compute.rank], batches[compute.rank :: 2], compute)
+
+    assert run_ranks(2, step) == [pytest.approx(loss.item(), rel=1e-6)] * 2
+    assert torch.allclose(recorders[0].seen + recorders[1].seen, alone.seen, atol=1e-7)
+
+
+def test_overflow_on_one_rank_skips_the_step_on_all(run_ranks):
+    def unscale(compute):
+        p = torch.nn.Parameter(torch.zeros(2))
+        p.grad = torch.full((2,), math.inf if compute.rank == 1 else 8.0)
+        scale = LossScale()
+        return scale.unscale([p], compute), scale.scale
+
+    assert run_ranks(2, unscale) == [(False, 2.0**14)] * 2
+
+
 def test_a_step_without_any_target_changes_nothing():
     model = TinyModel()
     before = model.table.clone()
     optimizer = MuonAdamW([{"kind": "adamw", "params": [("table", model.table)], "lr": 1.0, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0.5}])
-    loss = train_step(model, optimizer, [batch(2, 6, 0, seed=0)])
+    loss = train_step(model, optimizer, [batch(2, 6, 0, seed=0)], CPU)
     assert loss == 0 and torch.equal(model.table, before)
     assert not any(state.any() for state in optimizer.state_dict().values())
 
@@ -77,13 +101,13 @@ def test_a_step_without_any_target_changes_nothing():
 def test_loss_scaling_changes_nothing_but_skips_overflow():
     plain, scaled = TinyModel(), TinyModel()
     one, two = sgd_like(plain), sgd_like(scaled)
-    train_step(plain, one, [batch(2, 6, 7, seed=1)])
+    train_step(plain, one, [batch(2, 6, 7, seed=1)], CPU)
     scale = LossScale()
-    train_step(scaled, two, [batch(2, 6, 7, seed=1)], scale)
+    train_step(scaled, two, [batch(2, 6, 7, seed=1)], CPU, scale)
     assert torch.allclose(one.seen, two.seen, rtol=1e-5)
     scale.scale = math.inf
     del two.seen
-    train_step(scaled, two, [batch(2, 6, 7, seed=1)], scale)
+    train_step(scaled, two, [batch(2, 6, 7, seed=1)], CPU, scale)
     assert not hasattr(two, "seen"), "an overflowing step is skipped"
 
 
@@ -139,12 +163,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, loss):
 def test_stop_signals_are_asked_for_politely_once():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        stop = StopSignal()
-        assert not stop.asked
+        stop = StopSignal(CPU)
+        assert not stop.asked()
         signal.raise_signal(signal.SIGTERM)
-        assert stop.asked
+        assert stop.asked()
         with pytest.raises(KeyboardInterrupt):  # whoever presses Ctrl-C now means it
             signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_all_ranks_stop_when_one_is_asked_to(run_ranks):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stops = {rank: StopSignal(CPU) for rank in range(3)}
+
+        def asked(compute):
+            stops[compute.rank].compute = compute
+            stops[compute.rank].heard = compute.rank == 2
+            return stops[compute.rank].asked()
+
+        assert run_ranks(3, asked) == [True] * 3
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -44,6 +44,7 @@ def measure(args) -> dict:
     import torch
     import torch.nn.functional as F
 
+    from nanochat.common import Compute
     from nanochat.training import train_step
 
     model, optimizer = build(args)
@@ -53,15 +54,16 @@ def measure(args) -> dict:
         def step_model(x, y, loss_reduction):
             return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction=loss_reduction)
 
+    compute = Compute(torch.device("cpu"), torch.float32)
     tokens = torch.randint(0, args.vocab_size, (2, args.rows, args.sequence_len))
     batch = [(tokens[0].int(), tokens[1])]
     started = time.perf_counter()
-    train_step(step_model, optimizer, batch)
+    train_step(step_model, optimizer, batch, compute)
     first = time.perf_counter() - started
     times = []
     for _ in range(args.steps):
         started = time.perf_counter()
-        loss = train_step(step_model, optimizer, batch).item()
+        loss = train_step(step_model, optimizer, batch, compute).item()
         times.append(time.perf_counter() - started)
     assert loss > 0
     times.sort()
