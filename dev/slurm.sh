@@ -37,19 +37,11 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}     # INFO tells what was chosen: look for
 # rank has died, others that do not answer are left as long.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 
-# What this job has saved before it was queued again is gone on from.
-started=$NANOCHAT_BASE_DIR/.slurm-$SLURM_JOB_ID
-[[ -e $started ]] || touch "$started"
-resume=()
-if [[ -n $(find "$NANOCHAT_BASE_DIR" -maxdepth 3 -path '*_checkpoints/*/step_*' -newer "$started" -print -quit) ]]; then
-    resume=(--resume-from-step=latest)
-fi
-
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-gpu}" --max-restarts=3 \
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head_node:$((20000 + SLURM_JOB_ID % 10000))" \
-    -m "$@" "${resume[@]}" &
+    -m "$@" &
 ranks=$!
 
 # Before the time limit: SIGTERM to every torchrun, which passes it on; the ranks finish their step and save.
@@ -60,8 +52,7 @@ code=0
 wait "$ranks" || code=$?
 if [[ -n $stopping ]]; then  # the signal ended that wait, not the run
     wait "$ranks" || true
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID"  # training sees that it was, and goes on from what this job has saved
 else
-    rm -f "$started"
     exit "$code"
 fi

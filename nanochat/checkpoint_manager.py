@@ -275,7 +275,8 @@ def load_model(stage: str, compute: Compute, model_tag: str | None = None, step:
     """(model in eval mode on the device, tokenizer, meta) of a stage's checkpoint; see `resolve_checkpoint`."""
     from nanochat.tokenizer import get_tokenizer
 
-    directory, step = resolve_checkpoint(stage, model_tag, step)
+    # Decided by one rank: another run may be saving meanwhile.
+    directory, step = compute.on_main(lambda: resolve_checkpoint(stage, model_tag, step))
     state, _, meta = load_checkpoint(directory, step, compute)
     model = build_model(state, meta["model_config"], compute)
     tokenizer = get_tokenizer()

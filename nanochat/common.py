@@ -70,18 +70,21 @@ def _users_mistake(error: Exception) -> str | None:
 
 def _fail_among_ranks(error: Exception, line: str | None) -> None:
     """End this rank by `error` so that torchrun shows the error of the rank that failed first."""
-    rank = ranks()[0]
+    rank, threads = ranks()[0], threading.enumerate()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on torchrun may end us at any moment
+    for thread in threads:
+        if hasattr(thread, "pulse"):  # it belongs to the watch, which must not take what follows for a hang
+            thread.pulse.armed = False
     if _is_loss_of_contact(error):
         # The error of the rank we lost is the one to show. If torchrun knows of none, it was ours after all.
-        lost = f"rank {rank} lost contact with another rank; its error is shown by torchrun"
-        print(lost, file=sys.stderr, flush=True)
+        _tell(f"rank {rank} lost contact with another rank; its error is shown by torchrun")
         time.sleep(15)
     text = line or "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
     _record_error(text)
-    for thread in threading.enumerate():  # what still saves a checkpoint may finish
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join(PATIENCE)
+    for thread in threads:
+        if thread.name == "save":  # a checkpoint in flight may finish, however slow the disk
+            _tell(f"rank {rank} has failed and ends when its checkpoint is saved: {text.splitlines()[-1]}")
+            thread.join()
     if line and rank > 0:
         time.sleep(2)  # a mistake of all ranks is told by rank 0 alone, upon which torchrun ends us
         text = f"rank {rank}: {line}"
@@ -102,14 +105,24 @@ def _record_error(text: str, file: str | None = None) -> None:
     if file and not os.path.exists(file):  # the first error is the cause of those after it
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         content = {"message": {"message": text.splitlines()[-1], "extraInfo": extra}}
-        Path(file).write_text(json.dumps(content), encoding="utf-8")
+        try:
+            Path(file).write_text(json.dumps(content), encoding="utf-8")
+        except OSError:  # the disk is full, perhaps; torchrun would fail by half a file
+            with suppress(OSError):
+                os.unlink(file)
+
+
+def _tell(text: str) -> None:
+    """Print to stderr, if anybody still reads it."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _leave(text: str) -> None:
     """End this process at once, from any thread, waiting neither for other threads nor for other ranks."""
     try:
+        _tell(text)
         _record_error(text)
-        print(text, file=sys.stderr, flush=True)
         sys.stdout.flush()
     finally:
         os._exit(1)
@@ -157,8 +170,13 @@ def ranks() -> tuple[int, int, int]:
 
 
 def restarts() -> int:
-    """How often torchrun has started the ranks again (`--max-restarts`) for a failure on this very node."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    """How often this job was started again: by torchrun for a failure on this very node, or by Slurm (`--requeue`)."""
+    return sum(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def job_name() -> str:
+    """What torchrun and Slurm call this job, the same after a restart."""
+    return "/".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"))
 
 
 class Pulse:
@@ -168,6 +186,7 @@ class Pulse:
         self.beats = 0  # grows with all that this rank gets done
         self.meetings = 0  # how often it has gone to meet the other ranks; who lags behind is who the others wait for
         self.armed = False  # whether a long time without a beat means that something hangs
+        self.patience = 0.0  # seconds without a beat that are no hang yet, if more than PATIENCE: steps may be slow
         self.done = False  # it has come to its end and may vanish
 
 
@@ -319,13 +338,13 @@ def _join_ranks(compute: Compute) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_world_size))
 
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOINING)))
+    # torchrun's own store is there before the ranks are: without it torchrun has been killed, and nobody would end us.
+    reach = PATIENCE if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else JOINING
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=reach)))
     start = _agree_on_start(store, compute.rank, compute.world_size)
     watch_store = dist.TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=PATIENCE))
     Watch(dist.PrefixStore(f"{start}/watch", watch_store), compute.pulse, compute.rank, compute.world_size).start()
-    # Ranks compile and read at different speeds, so a collective may wait long; what hangs is found by the watch.
-    patient = timedelta(hours=2)
-    store.set_timeout(patient)
+    store.set_timeout(timedelta(seconds=MEETING))
     # Tensors on the GPU go by NCCL; objects and what is on the CPU go by gloo.
     backend = "cpu:gloo,cuda:nccl" if compute.device.type == "cuda" else "gloo"
     dist.init_process_group(
@@ -333,7 +352,7 @@ def _join_ranks(compute: Compute) -> None:
         store=dist.PrefixStore(f"{start}/group", store),
         rank=compute.rank,
         world_size=compute.world_size,
-        timeout=patient,
+        timeout=timedelta(seconds=MEETING),
     )
     _check_base_dir_is_shared(compute, start)
 
@@ -368,11 +387,18 @@ def _agree_on_start(store, rank: int, world_size: int) -> str:
 def _check_base_dir_is_shared(compute: Compute, start: str) -> None:
     """A file that rank 0 makes in the base folder must show up on all nodes; network folders take seconds."""
     file = base_dir_path() / f".shared-{start}"
-    compute.on_main(lambda: get_base_dir() and file.touch())
-    seen = any(file.exists() or time.sleep(0.5) for _ in range(20))
-    blind = sorted({host for host in compute.gather(None if seen else socket.gethostname()) if host})
-    if compute.is_main:
-        file.unlink()
+    try:
+        compute.on_main(lambda: get_base_dir() and file.touch())
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES):  # to evaluate, a folder that can only be read will do
+            return
+        raise
+    try:
+        seen = any(file.exists() or time.sleep(0.5) for _ in range(20))
+        blind = sorted({host for host in compute.gather(None if seen else socket.gethostname()) if host})
+    finally:
+        if compute.is_main:
+            file.unlink(missing_ok=True)
     if blind:
         raise UserError(
             f"{', '.join(blind)} cannot see what rank 0 writes to its base folder: NANOCHAT_BASE_DIR "
@@ -412,6 +438,7 @@ PERIOD = 2.0  # seconds between two looks at the other ranks
 PATIENCE = 20.0  # seconds without a sign of life until something is done about it
 GRACE = 10.0  # seconds more for the rank whose turn it is, and for torchrun, until the others act too
 JOINING = 300.0  # seconds for all ranks to start; a cold network folder makes imports slow
+MEETING = 7200.0  # seconds that a collective may wait: ranks compile and read at different speeds, and the watch finds hangs
 
 
 class Watch:
@@ -429,7 +456,7 @@ class Watch:
         self.sign = {"tick": 0, "pid": os.getpid(), "host": socket.gethostname()}
         self.sign["error_file"] = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
         self.launcher = os.getppid()
-        self.news = queue.Queue()  # the signs of all ranks, None where the store fails
+        self.news = queue.Queue()  # the signs of all ranks, [] where the store fails
         self.over = threading.Event()
         self.ticks = [0] * world_size
         self.still = [0] * world_size  # for how many looks each rank has not ticked
@@ -441,6 +468,7 @@ class Watch:
         self._show()  # reading waits for those who have never shown a sign
         # The store may also answer never, so who talks to it is not who listens.
         talk = threading.Thread(target=self._talk, daemon=True)
+        talk.pulse = self.pulse  # a rank that fails finds it here
         talk.start()
         threading.Thread(target=self._listen, daemon=True).start()
         atexit.register(lambda: (self.over.set(), talk.join(5)))  # Python must not end inside a call of the store
@@ -455,16 +483,17 @@ class Watch:
                 self._show()
                 self.news.put([json.loads(sign) for sign in self.store.multi_get(self.keys)])
             except RuntimeError:
-                self.news.put(None)
+                self.news.put([])
 
     def _listen(self) -> None:
-        silence = 0
+        silence = 0  # one call that fails says little
         while not self.over.is_set():
             try:
-                signs, silence = self.news.get(timeout=PERIOD), 0
+                signs = self.news.get(timeout=PERIOD)
             except queue.Empty:
-                signs, silence = [], silence + 1
-            lost = signs is None or silence * PERIOD >= PATIENCE or os.getppid() != self.launcher
+                signs = []
+            silence = 0 if signs else silence + 1
+            lost = silence * PERIOD >= PATIENCE or os.getppid() != self.launcher
             if lost and not self.pulse.done:
                 _leave(f"error: rank {self.rank} stops, because torchrun, which started it, is gone or does not answer")
             if signs:
@@ -489,7 +518,7 @@ class Watch:
             self.idle = 0
         fewest = min((signs[rank]["meetings"] for rank in running), default=0)
         late = [rank for rank in running if signs[rank]["meetings"] == fewest]
-        patience = max(PATIENCE, 3 * self.longest_idle * PERIOD)
+        patience = max(PATIENCE, 3 * self.longest_idle * PERIOD, *(sign["patience"] for sign in signs))
         if self.idle * PERIOD >= patience + (0 if self.rank in late else GRACE):
             self._end_hang(late)
 
@@ -506,9 +535,9 @@ class Watch:
         # Machines may bear the same name, but torchrun's folder for this rank is on one only.
         if ours and rank not in self.killed and os.path.exists(os.path.dirname(sign["error_file"])):
             self.killed.add(rank)
-            print(line, file=sys.stderr, flush=True)
+            _tell(line)
+            _record_error(line, sign["error_file"])
             with suppress(OSError):
-                _record_error(line, sign["error_file"])
                 os.kill(sign["pid"], signal.SIGKILL)
 
     def _end_hang(self, late: list[int]) -> None:

@@ -237,8 +237,10 @@ def plan_batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def score_options(model, options: list[tuple[list[int], int]], batch_tokens: int) -> list[Score]:
-    """Score each (ids, start): what the model makes of ids[start:] given all that precedes.
+def score_options(
+    model, options: list[tuple[list[int], int]], batch_tokens: int, beat: Callable[[], None] = lambda: None
+) -> list[Score]:
+    """Score each (ids, start): what the model makes of ids[start:] given all that precedes. `beat` is called after each batch.
 
     The model reads ids[:-1], padded on the right, which a causal model cannot see. Options that
     differ in their last token only ("A", "B", "C", "D") are therefore one row to read, and equal
@@ -261,6 +263,7 @@ def score_options(model, options: list[tuple[list[int], int]], batch_tokens: int
         for (_, i), span in zip(wanted, spans):
             start, end = end, end + len(span)
             scores[i] = Score(float(losses[start:end].mean()), greedy[start:end].tolist())
+        beat()
     return scores
 
 
@@ -282,7 +285,15 @@ def score_positions(model, hidden, positions: list[int], targets: list[int]) -> 
 # Tasks and CORE
 
 
-def answer_rows(model, tokenizer, task: CoreTask, rows: list[dict], which: range, batch_tokens: int) -> Iterator[tuple]:
+def answer_rows(
+    model,
+    tokenizer,
+    task: CoreTask,
+    rows: list[dict],
+    which: range,
+    batch_tokens: int,
+    beat: Callable[[], None] = lambda: None,
+) -> Iterator[tuple]:
     """Yield (answer, right) for the rows of `which`: the option chosen, or the tokens said instead."""
     prompts = [render_prompts(rows, i, task) for i in which]
     texts = [text for texts in prompts for text in texts]
@@ -291,7 +302,7 @@ def answer_rows(model, tokenizer, task: CoreTask, rows: list[dict], which: range
         mark_question([next(ids) for _ in texts], task, rows[i].get("gold", 0), model.config.sequence_len)
         for i, texts in zip(which, prompts)
     ]
-    scores = iter(score_options(model, [option for q in questions for option in q.options], batch_tokens))
+    scores = iter(score_options(model, [option for q in questions for option in q.options], batch_tokens, beat))
     for question in questions:
         yield question.grade([next(scores) for _ in question.options])
 
@@ -322,9 +333,9 @@ def evaluate_core(
         for first in range(0, len(rows), CHUNK):
             if turn % compute.world_size == compute.rank:
                 which = range(first, min(first + CHUNK, len(rows)))
-                right = [right for _, right in answer_rows(model, tokenizer, task, rows, which, batch_tokens)]
+                answers = answer_rows(model, tokenizer, task, rows, which, batch_tokens, compute.beat)
+                right = [right for _, right in answers]
                 counts[t] += torch.tensor([sum(right), len(right)])
-                compute.beat()
             turn += 1
         say(f"{t + 1:2d}/{len(tasks)} {task.label}: {len(rows)} questions, {time.monotonic() - began:.1f} s")
     counts = compute.sum(counts.to(compute.device)).cpu()

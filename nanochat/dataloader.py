@@ -1,11 +1,9 @@
-"""Documents and conversations in, batches of token ids out: dealt to lanes, packed, prefetched, resumable.
+"""Documents and conversations in, batches of token ids out: packed, prefetched, resumable.
 
-The one idea to know: the micro-batches of an optimizer step are numbered over all ranks, and number
-i of every step comes from lane i, a stream of batches over its own share of the data. Which ranks
-serve which lanes changes nothing, so a run sees the same batches on any number of ranks. Every
-batch comes with the state that resumes just after it, small and plain (JSON): where reading stands
-in each lane, and which documents wait in its packing buffer, by their places in the data. On resume
-those are read again, and the batches that follow are bit for bit those of an uninterrupted run.
+The one idea to know: every batch comes with the state that resumes just after it, small and plain
+(JSON): where reading stands in each lane (see lanes.py), and which documents wait in its packing
+buffer, by their places in the data. On resume those are read again, and the batches that follow are
+bit for bit those of an uninterrupted run.
 
 Pretraining rows have no padding: a document too long for what is left of its row is cropped.
 Conversation rows lose nothing: what does not fit waits, and the rest of a row is padding. Both are
@@ -21,187 +19,21 @@ import threading
 from array import array
 from collections import deque
 from functools import lru_cache
-from itertools import groupby
-from pathlib import Path
 from queue import SimpleQueue
-from typing import Callable, Iterable, Iterator
+from typing import Iterable, Iterator
 
 import torch
 
-from nanochat.common import UserError, ranks
-from nanochat.dataset import DEFAULT_SOURCE, count_row_groups, read_row_group, split_paths
+from nanochat.common import UserError
+from nanochat.dataset import DEFAULT_SOURCE, split_paths
+from nanochat.lanes import Documents, Lanes, Place, RowGroups
 from nanochat.packing import BestFitBuffer, Conversations, split_conversation
 
 AHEAD = 4  # batches made before they are asked for
-KEPT = 2**16  # documents of which the text stays in memory for the other lanes; about 200 MB
-
-
-# -----------------------------------------------------------------------------
-# Lanes
-
-
-class Lanes:
-    """The lanes that one rank serves: where each stands, and what lanes of an earlier deal have read before.
-
-    Rank r of W serves the lanes r, r + W, ... in turn. Whatever is dealt out has a number that stays
-    (of a conversation, its index), and belongs to lane number % lanes; a lane walks its share in order
-    of place. A state of as many lanes goes on exactly. Of another number, each new lane begins where the
-    least advanced of the old ones stood, and leaves out what its old lane has read, of which `deals`
-    keeps the record; what waited in the buffer of old lane i waits in that of new lane i % lanes.
-    """
-
-    def __init__(self, lanes: int | None, rank: int | None, world_size: int | None, state: dict | None, fresh: dict):
-        """`fresh` is how a lane begins: "next" is the place it reads next, the rest is for what makes its batches."""
-        launched_rank, _, launched_world_size = ranks()
-        rank = launched_rank if rank is None else rank
-        world_size = launched_world_size if world_size is None else world_size
-        self.lanes = world_size if lanes is None else lanes
-        assert 0 <= rank < world_size
-        self.place = f"rank {rank} of {world_size}"
-        mine = [str(lane) for lane in range(rank, self.lanes, world_size)]
-        if state is None:
-            state = {"lanes": self.lanes, "streams": dict.fromkeys(mine, {**fresh, "batches": 0}), "deals": []}
-        elif "lanes" not in state:
-            raise UserError("this checkpoint is of an older version, which noted its place in the data in a way that "
-                            "is not read any more. Start this stage again.")
-        elif state["lanes"] != self.lanes:
-            state = self._deal_anew(state, fresh)
-        assert set(mine) <= state["streams"].keys(), "the state is of other lanes: use merge_states of all ranks'"
-        self.deals = state["deals"]
-        self.streams = {lane: state["streams"][lane] for lane in mine}
-
-    def _deal_anew(self, state: dict, fresh: dict) -> dict:
-        assert len(state["streams"]) == state["lanes"], "the state is of some lanes: use merge_states of all ranks'"
-        old = [state["streams"][str(lane)] for lane in range(state["lanes"])]
-        places = [stream["next"] for stream in old]
-        streams = {}
-        for lane in range(self.lanes):
-            stream = streams[str(lane)] = {**fresh, "batches": 0, "next": min(places)}
-            for key in {"buffer", "finished", "skipped"} & fresh.keys():
-                stream[key] = sum((other[key] for other in old[lane :: self.lanes]), fresh[key])
-            stream.get("buffer", []).sort()  # the oldest first
-        return {"streams": streams, "deals": [*state["deals"], {"lanes": state["lanes"], "next": places}]}
-
-    def was_read(self, place: Iterable[int], number: int) -> bool:
-        """Whether a lane of an earlier deal has read what has this number and is at this place."""
-        return any(list(place) < deal["next"][number % deal["lanes"]] for deal in self.deals)
-
-    def batches(self, made: dict[str, Iterator[tuple]]) -> Iterator[tuple]:
-        """Of each lane's batches the next, in turn, with the state of all lanes of this rank."""
-        assert self.streams, f"{self.place} has none of the {self.lanes} lanes"
-        while True:
-            lane = min(self.streams, key=lambda lane: self.streams[lane]["batches"])
-            inputs, targets, after = next(made[lane])
-            self.streams[lane] = {**after, "batches": self.streams[lane]["batches"] + 1}
-            yield inputs, targets, {"lanes": self.lanes, "deals": self.deals, **_summary(self.streams)}
-
-
-def _summary(streams: dict[str, dict]) -> dict:
-    """The states of some lanes; the epoch that they are all in or past, and their sums where they count."""
-    counted = {"finished", "skipped"}.intersection(*streams.values())
-    sums = {key: sum(stream[key] for stream in streams.values()) for key in sorted(counted)}
-    return {"epoch": min(stream["next"] for stream in streams.values())[0], **sums, "streams": dict(streams)}
-
-
-def merge_states(states: list[dict]) -> dict:
-    """The states of all ranks as one, which a loader on any rank of any number resumes.
-
-    What stands in it does not depend on the number of ranks. Records of earlier deals that every
-    lane has passed are left out.
-    """
-    lanes = states[0]["lanes"]
-    known = {lane: stream for state in states for lane, stream in state["streams"].items()}
-    assert len(known) == lanes, f"the states of lanes {', '.join(known)} are here, of {lanes}"
-    streams = {str(lane): known[str(lane)] for lane in range(lanes)}
-    least = min(stream["next"] for stream in streams.values())
-    deals = [deal for deal in states[0]["deals"] if least < max(deal["next"])]
-    return {**states[0], **_summary(streams), "deals": deals}
 
 
 # -----------------------------------------------------------------------------
 # Pretraining: documents
-
-Place = tuple[int, int, int, int]  # (epoch from 1, number of the shard, of the row group in it, of the row in that)
-
-
-class RowGroups:
-    """The texts of the row groups of some shards. The latest are kept, because lanes read the same ones in turn."""
-
-    def __init__(self, paths: list[Path], keep: int):
-        """`keep`: how many documents may stay in memory."""
-        self.paths, self.keep = paths, keep
-        self.kept: dict[tuple[int, int], list[str]] = {}  # oldest first
-
-    def read(self, shard: int, group: int) -> list[str]:
-        if (shard, group) not in self.kept:
-            while self.kept and sum(map(len, self.kept.values())) >= self.keep:
-                del self.kept[next(iter(self.kept))]
-            self.kept[shard, group] = read_row_group(self.paths[shard], group)
-        return self.kept[shard, group]
-
-    def read_again(self, places: Iterable[list[int]]) -> Iterator[list[tuple[Place, str]]]:
-        """The documents at these places, those of one row group at a time."""
-        for (shard, group), there in groupby(sorted(places, key=lambda p: p[1:]), key=lambda p: p[1:3]):
-            exists = shard < len(self.paths) and group < count_row_groups(self.paths[shard])
-            texts = self.read(shard, group) if exists else []
-            there = [tuple(place) for place in there]
-            if there[-1][3] >= len(texts):
-                raise UserError(
-                    f"the data has changed: document {there[-1][3]} in row group {group} of shard {shard}, which this "
-                    f"run has to read again, is not in {self.paths[0].parent}. Put the shards back as they were."
-                )
-            yield [(place, texts[place[3]]) for place in there]
-
-
-class Documents:
-    """An endless walk over the documents of one lane, a few at a time, as token ids.
-
-    `next_place` is where the next `read` begins, so a walk that starts there goes on exactly like this one.
-    """
-
-    def __init__(self, groups: RowGroups, lane: int, lanes: Lanes, encode: Callable, at_a_time: int):
-        self.groups, self.lane, self.lanes = groups, lane, lanes
-        self.encode, self.at_a_time = encode, at_a_time
-        self.walk = self._walk(*lanes.streams[str(lane)]["next"])
-        self.ahead = next(self.walk)
-
-    @property
-    def next_place(self) -> Place:
-        return self.ahead[0][0]
-
-    def read(self) -> list[tuple[Place, array]]:
-        """The next documents, all of one row group: (place, ids) each."""
-        documents, self.ahead = self.ahead, next(self.walk)
-        return self.encode(documents)
-
-    def _walk(self, epoch: int, shard: int, group: int, row: int) -> Iterator[list[tuple[Place, str]]]:
-        found = (shard, group, row) != (0, 0, 0)  # the rest of an epoch may be empty, a whole one must not
-        paths = self.groups.paths
-        while True:
-            for shard in range(shard, len(paths)):
-                for group in range(group, count_row_groups(paths[shard])):
-                    documents = self._share(epoch, shard, group, row)
-                    found = found or bool(documents)
-                    documents = [(p, text) for p, text in documents if not self.lanes.was_read(p, sum(p[1:]))]
-                    for i in range(0, len(documents), self.at_a_time):
-                        yield documents[i : i + self.at_a_time]
-                    row = 0
-                group = 0
-            if not found:
-                raise UserError(
-                    f"no document for lane {self.lane} of {self.lanes.lanes} in {len(paths)} shard(s) of "
-                    f"{paths[0].parent}. Add data, or take fewer micro-batches per step, each of which needs a share."
-                )
-            epoch, shard, found = epoch + 1, 0, False
-
-    def _share(self, epoch: int, shard: int, group: int, row: int) -> list[tuple[Place, str]]:
-        """This lane's documents of a row group, from `row` on.
-
-        A document's number is shard + group + row, so that groups of one row do not all go to lane 0.
-        """
-        texts, lanes = self.groups.read(shard, group), self.lanes.lanes
-        first = row + (self.lane - shard - group - row) % lanes
-        return [((epoch, shard, group, row), texts[row]) for row in range(first, len(texts), lanes) if texts[row]]
 
 
 def _bestfit_batches(documents: Documents, B: int, T: int, buffer_size: int, waiting: Iterable) -> Iterator[tuple]:
@@ -212,8 +44,12 @@ def _bestfit_batches(documents: Documents, B: int, T: int, buffer_size: int, wai
     the part of long documents beyond any row; cropping the oldest instead loses 15%.
     """
     buffer = BestFitBuffer()
-    for place, tokens in waiting:
-        buffer.add(len(tokens), (place, tokens))
+
+    def add(documents: Iterable[tuple[Place, array]]) -> None:
+        for place, tokens in documents:
+            buffer.add(len(tokens), (place, tokens[: T + 1]))  # more of it never fits
+
+    add(waiting)
 
     def refill() -> None:
         """Read once if there is room; so a buffer grows over its first rows, and many lanes start without delay.
@@ -221,15 +57,14 @@ def _bestfit_batches(documents: Documents, B: int, T: int, buffer_size: int, wai
         Of a corpus smaller than the buffer, hold no more than this epoch and the next.
         """
         if len(buffer) < buffer_size and (not buffer or documents.next_place[0] <= buffer.oldest()[0][0] + 1):
-            for place, tokens in documents.read():
-                buffer.add(len(tokens), (place, tokens))
+            add(documents.read())
 
     while True:
         flat = array("i")
         for end in range(T + 1, B * (T + 1) + 1, T + 1):
             refill()
             _, tokens = buffer.pop_oldest()
-            flat.extend(tokens[: T + 1])
+            flat.extend(tokens)
             while room := end - len(flat):
                 refill()
                 _, tokens = buffer.pop_largest(room) or buffer.pop_shortest()
@@ -276,20 +111,22 @@ def _document_loader(
     rank: int | None = None,
     world_size: int | None = None,
     lanes: int | None = None,
-    buffer_size: int = 1000,
+    buffer_size: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
     """What the four public loaders below share: their arguments, which are explained there."""
     paths = split_paths(source, split)
     bos = tokenizer.get_bos_token_id()
     fresh = {"next": [1, 0, 0, 0], **({"buffer": []} if packed else {"offset": 0})}
     dealt = Lanes(lanes, rank, world_size, resume_state_dict, fresh)
+    # All lanes together hold 8000 documents, so that many lanes do not make the memory, the state and a resume large.
+    buffer_size = buffer_size or max(100, min(1000, 8000 // dealt.lanes))
 
     def encode(documents: list[tuple[Place, str]]) -> list[tuple[Place, array]]:
         ids = tokenizer.encode([text for _, text in documents], prepend=bos, num_threads=tokenizer_threads)
         return [(place, array("i", tokens)) for (place, _), tokens in zip(documents, ids)]
 
     def batches() -> Iterator[tuple]:
-        groups = RowGroups(paths, KEPT if len(dealt.streams) > 1 else 0)
+        groups = RowGroups(paths)
         waiting = [place for stream in dealt.streams.values() for place in stream.get("buffer", [])]
         again = dict(pair for documents in groups.read_again(waiting) for pair in encode(documents))
         made = {}
@@ -309,18 +146,19 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(*args, **kwargs):
     """Pretraining batches in which every row starts with bos and is packed by best fit, without padding.
 
     Args: (tokenizer, B, T, split, tokenizer_threads=4, tokenizer_batch_size=128, device="cuda",
-    resume_state_dict=None, *, source="climbmix", rank=None, world_size=None, lanes=None, buffer_size=1000).
+    resume_state_dict=None, *, source="climbmix", rank=None, world_size=None, lanes=None, buffer_size=None).
     B rows of T tokens; split "train" or "val"; rank and world size default to torchrun's, and
     lanes, the number of micro-batches per step over all ranks, to the world size.
 
     Yields (inputs int32 (B, T), targets int64 (B, T), state) for ever, epoch after epoch, in
     tensors of their own on the device; rank r of W gives a batch of lane r, one of lane r + W,
-    ..., and begins again with lane r. `state` resumes just after the batch; its "epoch" counts passes
+    ..., and begins again with lane r. A lane's buffer holds `buffer_size` documents to choose from, by default
+    1000, or fewer where there are more than 8 lanes. `state` resumes just after the batch; its "epoch" counts passes
     over the data from 1. `merge_states` of all ranks' states resumes on any number of ranks, exactly
     where `lanes` is the same; where it is another, no document is lost and none is seen again.
 
     Raises:
-        UserError: no shards, only one shard for "train", or no document for a lane in the split.
+        UserError: no shards, only one shard for "train", or no document in the split.
     """
     return _document_loader(True, *args, **kwargs)
 

@@ -120,18 +120,15 @@ def open_shard(path: Path):
     return shard
 
 
-def count_row_groups(path: Path) -> int:
+def row_counts(path: Path) -> list[int]:
+    """How many rows each row group of a shard has."""
     with open_shard(path) as shard:
-        return shard.num_row_groups
+        return [shard.metadata.row_group(group).num_rows for group in range(shard.num_row_groups)]
 
 
 def count_documents(source: str, split: str) -> int:
     """How many documents a split has, those without text included."""
-    total = 0
-    for path in split_paths(source, split):
-        with open_shard(path) as shard:
-            total += shard.metadata.num_rows
-    return total
+    return sum(sum(row_counts(path)) for path in split_paths(source, split))
 
 
 def read_row_group(path: Path, group: int) -> list[str]:
@@ -157,7 +154,7 @@ def parquets_iter_batched(
     share the work: start=rank, step=world size.
     """
     for path in split_paths(source, split):
-        for group in range(start, count_row_groups(path), step):
+        for group in range(start, len(row_counts(path)), step):
             texts = [text for text in read_row_group(path, group) if text]
             if texts:
                 yield texts

@@ -72,8 +72,8 @@ def split_conversation(ids: list[int], mask: list[int], T: int, supervise: str) 
 class Conversations:
     """The pieces of one lane's conversations, epoch after epoch, each epoch in an order of its own.
 
-    A conversation's index decides its lane, the same in every epoch. An epoch is read once the pieces
-    of the one before are packed, so each piece is packed exactly once per epoch.
+    A conversation belongs to lane (epoch + index) % lanes. An epoch is read once the pieces of the one before
+    are packed, so each piece is packed exactly once per epoch.
     """
 
     def __init__(
@@ -82,13 +82,14 @@ class Conversations:
     ):
         """`render(conversation)` gives its pieces, `order(epoch)` all indices, for all lanes.
 
-        `was_read([epoch, position in the order], index)`: whether to leave a conversation out.
+        `was_read([epoch, position in the order], epoch + index)`: whether to leave a conversation out.
         """
         self.dataset, self.render, self.order, self.was_read = dataset, render, order, was_read
         self.lane, self.lanes, self.buffer_size = lane, lanes, buffer_size
         self.buffer = BestFitBuffer()
         self.skipped = state["skipped"]  # pieces without any supervised target, so far
         self.read = state["finished"]  # conversations read so far, in all epochs
+        self.barren = 0  # epochs in a row without anything to train on
         self._begin_epoch(*state["next"])
         for (epoch, index), there in groupby(state["buffer"], key=lambda place: place[:2]):
             pieces = render(dataset[index])
@@ -98,7 +99,7 @@ class Conversations:
 
     def _begin_epoch(self, epoch: int, position: int = 0) -> None:
         self.epoch, self.position, self.indices = epoch, position, self.order(epoch)
-        self.found = position > 0  # the rest of an epoch may have nothing to train on, a whole one must not
+        self.found = position > 0  # the rest of an epoch may have nothing to train on
 
     def _add(self, epoch: int, index: int, number: int, piece: tuple[list[int], list[int]]) -> None:
         self.buffer.add(len(piece[0]), ([epoch, index, number], piece))
@@ -108,9 +109,9 @@ class Conversations:
         while len(self.buffer) < self.buffer_size and self.position < len(self.indices):
             place, index = [self.epoch, self.position], self.indices[self.position]
             self.position += 1
-            if index % self.lanes != self.lane:
+            if (self.epoch + index) % self.lanes != self.lane:
                 continue
-            if self.was_read(place, index):
+            if self.was_read(place, self.epoch + index):
                 self.found = True
                 continue
             self.read += 1
@@ -125,11 +126,11 @@ class Conversations:
         """The (inputs, targets) that share the next row of T pairs; never none."""
         self.refill()
         while not self.buffer:
-            if not self.found:
-                count = len(range(self.lane, len(self.dataset), self.lanes))
+            self.barren = 0 if self.found else self.barren + 1
+            if self.barren > self.lanes:
                 raise UserError(
-                    f"nothing to train on: none of the {count} conversations for lane {self.lane} of {self.lanes} has "
-                    "a token that is supervised. Check the data set, or take fewer micro-batches per step."
+                    f"nothing to train on: none of the {len(self.dataset)} conversations has a token that is supervised. "
+                    "Check the data set."
                 )
             self._begin_epoch(self.epoch + 1)
             self.refill()

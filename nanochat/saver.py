@@ -16,6 +16,7 @@ import shutil
 import threading
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable
 
@@ -23,7 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from nanochat.checkpoint_manager import State, file_digest, meta_digest, newest_first, step_folder, verify
-from nanochat.common import Compute, UserError, print0
+from nanochat.common import MEETING, Compute, UserError, print0
 
 DTYPES = {  # as a safetensors file names them
     torch.float64: "F64",
@@ -48,14 +49,16 @@ class Saver:
     which a run that is being ended needs to let go of it.
     """
 
-    def __init__(self, directory: Path, compute: Compute, keep_last: int = -1, patience: float = 30):
+    def __init__(self, directory: Path, compute: Compute, keep_last: int = -1, patience: float = 60):
         self.directory, self.compute, self.keep_last = directory, compute, keep_last
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         self.lock = FileLock(directory / ".lock")  # the system takes it from a process that ends, however it ends
         compute.on_main(lambda: self._take_lock(patience))
         # The thread meets the other ranks' threads while the main threads meet for the gradients: not in one group.
-        self.group = torch.distributed.new_group(backend="gloo") if compute.world_size > 1 else None
+        self.group = None
+        if compute.world_size > 1:
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=MEETING))
 
     def _take_lock(self, patience: float) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -63,8 +66,13 @@ class Saver:
             self.lock.acquire(timeout=patience)
         except Timeout:
             raise UserError(
-                f"another run is training into {self.directory}; end it, or give this one another --model-tag"
+                f"another run is training into {self.directory}; end it, or give this one another --model-tag. "
+                f"If there is no such run any more, delete {self.lock.lock_file}"
             ) from None
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+                raise
+            print0(f"no file can be locked in {self.directory}: see to it that no other run trains into it")
 
     def save(self, step: int, model_state: State, optimizer_state: State | None, meta: dict) -> None:
         """Copy all tensors to host memory and save them from there (see `save_checkpoint`). `meta` is not copied.
@@ -75,17 +83,20 @@ class Saver:
         model_state = _copy_to_host(model_state) if self.compute.is_main else {}
         optimizer_state = optimizer_state and _copy_to_host(optimizer_state)
         # Not a daemon: a process that ends early, because of an error perhaps, still finishes the save.
-        self.thread = threading.Thread(target=self._save, args=(step, model_state, optimizer_state, meta))
+        # By its name `run_script` knows what to wait for.
+        self.thread = threading.Thread(target=self._save, name="save", args=(step, model_state, optimizer_state, meta))
         self.thread.start()
 
     def _save(self, step: int, *what) -> None:
         self.error = None
         try:
             save_checkpoint(self.directory, step, *what, self.compute, self.keep_last, self.group)
-            print0(f"saved step {step} in {self.directory}")
+            outcome = f"saved step {step} in {self.directory}"
         except Exception as error:
             self.error = error
-            print0(f"error: step {step} was not saved: {error}; training goes on, the checkpoints before it stand")
+            outcome = f"error: step {step} was not saved: {error}; training goes on, the checkpoints before it stand"
+        with suppress(OSError, ValueError):  # the main thread learns by itself that nobody reads our output any more
+            print0(outcome)
 
     def _join(self) -> None:
         while self.thread is not None and self.thread.is_alive():
@@ -133,7 +144,7 @@ def save_checkpoint(
     Raises OSError on every rank when the disk of any is full or may not be written; then nothing is left behind
     and older checkpoints stand. No two runs may write into one directory at a time, which `Saver` sees to.
     """
-    from nanochat.dataloader import merge_states
+    from nanochat.lanes import merge_states
 
     target = step_folder(directory, step)
 
@@ -227,7 +238,7 @@ def _write_tensors(path: Path, state: State) -> dict:
 def _write_meta(folder: Path, meta: dict) -> None:
     meta["sha256"] = meta_digest(meta)
     path = folder / "meta.json"
-    path.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(meta), encoding="utf-8")
     _flush(path)
 
 

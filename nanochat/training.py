@@ -14,6 +14,7 @@ import shutil
 import signal
 import sysconfig
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from nanochat.checkpoint_manager import (
     step_folder,
     verify,
 )
-from nanochat.common import Compute, UserError, print0, restarts
+from nanochat.common import Compute, UserError, job_name, print0, restarts
 from nanochat.saver import Saver
 from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
 
@@ -73,8 +74,8 @@ def compile_model(model: torch.nn.Module, compute: Compute) -> torch.nn.Module:
 class LossScale:
     """Dynamic loss scaling for float16 (arXiv:1710.03740, section 3.2): halved on overflow, doubled after 1000 good steps."""
 
-    def __init__(self):
-        self.scale, self.good_steps = 2.0**15, 0
+    def __init__(self, scale: float = 2.0**15, good_steps: int = 0):
+        self.scale, self.good_steps = scale, good_steps
 
     def unscale(self, params: list[torch.Tensor], compute: Compute) -> bool:
         """Divide the gradients by the scale. False when those of any rank overflowed: the step is to be skipped."""
@@ -146,13 +147,15 @@ class StopSignal:
             signal.signal(number, self._hear)
 
     def _hear(self, number, frame):
-        print0(f"\n{signal.Signals(number).name}: finishing this step, then saving")
-        self.heard = True
+        self.heard = True  # no word here: the signal may have come in the midst of a print
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def asked(self) -> bool:
         """Whether any rank was asked: the same answer on all, so that they stop after the same step."""
-        return bool(self.compute.sum(torch.tensor(int(self.heard))) > 0)
+        stopping = bool(self.compute.sum(torch.tensor(int(self.heard))) > 0)
+        if stopping:
+            print0("\nasked to stop: saving")
+        return stopping
 
 
 class Meter:
@@ -179,9 +182,13 @@ class Meter:
 
     def _keep_lines_until(self, step: int) -> None:
         """Forget what a run logged after the checkpoint that it is resumed from."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and step else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(kept))
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.exists() and step else []:
+            with suppress(ValueError):  # the last one may be half of one
+                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+        aside = self.path.with_suffix(".part")
+        aside.write_text("".join(kept))
+        aside.replace(self.path)
 
     def state(self, step: int) -> dict:
         return {"step": step, "ema": self.ema, "weight": self.weight, "total_time": self.total_time}
@@ -195,7 +202,7 @@ class Meter:
         dt = time.perf_counter() - self.started
         self.steps += 1
         if self.steps == 2:  # the first compiles, which may take minutes
-            self.compute.pulse.armed = True
+            self.compute.pulse.patience, self.compute.pulse.armed = 3 * dt, True
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss became {loss} at step {step} (learning-rate multiplier {lrm:.3f}); nothing was saved after the "
@@ -226,8 +233,11 @@ class Meter:
     def log(self, step: int, **values) -> None:
         """One line of metrics.jsonl, and the same to wandb."""
         if self.compute.is_main:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values, "total_time": self.total_time}) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **values, "total_time": self.total_time}) + "\n")
+            except OSError as error:  # a full disk is no reason to stop: there may be room again
+                print0(f"error: step {step} is missing in {self.path}: {error}")
         if self.wandb_run:
             self.wandb_run.log({**values, "total_time": self.total_time}, step=step)
 
@@ -236,8 +246,11 @@ class Meter:
 # Saving and resuming
 
 
-def save_training(saver: Saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state) -> None:
-    """Save all that a resumed run needs, in the background. Every rank calls this with its own loader state."""
+def save_training(saver: Saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state, loop_state) -> None:
+    """Save all that a resumed run needs, in the background. Every rank calls this with its own loader state.
+
+    `loop_state` is what else the loop wants back.
+    """
     meta = {
         "model_config": asdict(model.config),
         "model_tag": saver.directory.name,
@@ -245,7 +258,7 @@ def save_training(saver: Saver, step, model, optimizer, tokenizer, args, meter, 
         "user_config": vars(args),
         "val_bpb": val_bpb,
         "loader_state": loader_state,
-        "loop_state": {"meter": meter.state(step)},
+        "loop_state": {"meter": meter.state(step), **loop_state},
         "rng_state": rng_state(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
@@ -280,18 +293,19 @@ def resume_training(directory, args, model, optimizer, compute: Compute) -> dict
 
 
 def _step_to_resume(directory: Path, wanted: str, restarted: bool) -> int | None:
-    """The step that `--resume-from-step` means. After torchrun has restarted the job: the newest that the job saved."""
+    """The step that `--resume-from-step` means. After torchrun or Slurm has restarted the job: the newest that it saved."""
     if wanted not in ("-1", "latest") and not wanted.isdigit():
         raise UserError(f"--resume-from-step {wanted!r} is neither a step nor 'latest'")
-    started = directory / "started"  # when this job began; what is older belongs to another run under the same tag
-    if not restarted:
-        directory.mkdir(parents=True, exist_ok=True)
-        started.write_text(f"{time.time()}\n")
-    elif started.exists():
+    started = directory / "started"  # by which job, and when; what is older belongs to another run under the same tag
+    job, began = (started.read_text().splitlines() if started.exists() else ["", "0"])[:2]
+    if restarted and job == job_name():
         try:
-            return find_last_step(directory, since=float(started.read_text()))
-        except UserError:
-            print0(f"restarted before anything was saved: beginning as at first, with --resume-from-step {wanted}")
+            return find_last_step(directory, since=float(began))
+        except UserError as error:
+            print0(f"restarted, but {error}: beginning as at first, with --resume-from-step {wanted}")
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        started.write_text(f"{job_name()}\n{time.time()}\n")
     if wanted == "-1":
         return None
     return find_last_step(directory) if wanted == "latest" else int(wanted)
@@ -309,14 +323,24 @@ def inherit(args, origin: dict) -> None:
 
 def warm_start(optimizer, stage: str, origin: dict, compute: Compute) -> None:
     """Begin with the moments of the run that made the model, where it saved them: the first steps then know their scale."""
+    state = error = None
     try:
         _, state, _ = load_checkpoint(
             checkpoint_dir(stage, origin["model_tag"]), origin["step"], compute, optimizer.state_dict()
         )
-    except UserError as error:
-        print0(f"the optimizer starts cold: {error}")
-        return
-    optimizer.load_state_dict(state)
+    except UserError as caught:
+        error = caught
+    errors = [error for error in compute.gather(error) if error is not None]
+    if errors:  # on any rank: then all start alike
+        print0(f"the optimizer starts cold: {errors[0]}")
+    else:
+        optimizer.load_state_dict(state)
+
+
+def conversations_done(loader_state: dict, epochs: float) -> torch.Tensor:
+    """(conversations used up, lanes that have not yet had all of theirs of the first `epochs` epochs), of this rank's lanes."""
+    behind = sum(stream["next"][0] <= epochs for stream in loader_state["streams"].values())
+    return torch.tensor([loader_state["finished"], behind])
 
 
 def tame_garbage_collector() -> None:

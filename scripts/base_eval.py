@@ -31,10 +31,10 @@ def main(argv=None):
 
     compute = compute_init(args.device_type)
     if args.hf_path:
-        model, tokenizer = load_hf_model(args.hf_path, compute)
+        model, tokenizer = compute.main_first(lambda: load_hf_model(args.hf_path, compute))
         name = args.hf_path.strip("/").replace("/", "-")
     else:
-        directory, step = resolve_checkpoint("base", args.model_tag, args.step)
+        directory, step = compute.on_main(lambda: resolve_checkpoint("base", args.model_tag, args.step))
         model, tokenizer, _ = load_model("base", compute, directory.name, step)
         name = f"{directory.name}_{step:06d}"
     try:

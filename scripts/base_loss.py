@@ -36,10 +36,10 @@ def main(argv=None):
 
     compute = compute_init(args.device_type)
     if args.hf_path:
-        model, tokenizer = load_hf_model(args.hf_path, compute)
+        model, tokenizer = compute.main_first(lambda: load_hf_model(args.hf_path, compute))
         token_bytes, source, name = tokenizer.token_bytes(), args.source or "climbmix", args.hf_path
     else:
-        directory, step = resolve_checkpoint("base", args.model_tag, args.model_step)
+        directory, step = compute.on_main(lambda: resolve_checkpoint("base", args.model_tag, args.model_step))
         model, tokenizer, meta = load_model("base", compute, directory.name, step)
         token_bytes, source = get_token_bytes(), args.source or meta.get("user_config", {}).get("source", "climbmix")
         name = f"{directory.name} step {step}"

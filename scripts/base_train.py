@@ -177,7 +177,7 @@ def main(argv=None):
 
     # The loop
     compiled = compile_model(model, compute)
-    loss_scale = LossScale() if compute.dtype == torch.float16 else None
+    loss_scale = LossScale(**loop.get("loss_scale", {})) if compute.dtype == torch.float16 else None
     wandb = wandb_run("nanochat", args.run, vars(args))
     meter = Meter(compute, saver.directory, args.total_batch_size, flops_per_token, wandb, loop.get("meter"))
     stop = StopSignal(compute)
@@ -186,21 +186,23 @@ def main(argv=None):
         last = step >= num_iterations
         stopping = stop.asked()
         fresh = meta is None or step > meta["step"]  # what was done when this step was saved is not done again
+        measuring = not stopping and (fresh or not loop["measured"])  # whoever asks to stop may not wait long
 
-        if due(step, args.eval_every, last) and fresh:
+        if due(step, args.eval_every, last) and measuring:
             val_bpb = evaluate_bpb(model, val_batches(), eval_steps, token_bytes, compute)
             meter.log(step, val_bpb=val_bpb)
             print0(f"step {step:05d} | val bpb {val_bpb:.4f}")
-        if core_bundle and due(step, args.core_metric_every, last) and fresh:
+        if core_bundle and due(step, args.core_metric_every, last) and measuring:
             core = evaluate_core(model, tokenizer, compute, core_bundle, args.core_metric_max_per_task)
             meter.log(step, core=core["core"])
             print0(f"step {step:05d} | CORE {core['core']:.4f} +- {core['stderr']:.4f}")
-        if due(step, args.sample_every, last) and fresh and compute.is_main:
+        if due(step, args.sample_every, last) and measuring and compute.is_main:
             for prompt in SAMPLE_PROMPTS:
                 print(complete(model, tokenizer, prompt), flush=True)
                 compute.beat()
         if (due(step, args.save_every, last) or stopping) and fresh and step > 0:
-            save_training(saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state)
+            again = {"measured": measuring, "loss_scale": vars(loss_scale) if loss_scale else {}}
+            save_training(saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state, again)
         if last or stopping:
             break
 

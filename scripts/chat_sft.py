@@ -63,6 +63,7 @@ def main(argv=None):
         Meter,
         StopSignal,
         compile_model,
+        conversations_done,
         due,
         inherit,
         resume_training,
@@ -128,14 +129,14 @@ def main(argv=None):
     }
     train_tasks = available_tasks(makers, args.tasks, compute)
     conversations = TaskMixture(list(train_tasks.values()))
-    wanted = ",".join(name for name in train_tasks if name in val_makers)
+    wanted = ",".join(name for name in train_tasks if name in val_makers) or "SampleWorld"  # for who has only a persona
     val_tasks = TaskMixture(list(available_tasks(val_makers, wanted, compute).values()))
 
     # Each pass of a step has a lane of its own, so a step sees the same conversations on any number of ranks.
-    def loader(tasks, lanes, resume_state_dict=None):
+    def loader(tasks, lanes, resume_state_dict=None, buffer_size=256):
         return conversation_data_loader(
             tasks, tokenizer, args.device_batch_size, args.max_seq_len, supervise="assistant",
-            device=compute.device, lanes=lanes, resume_state_dict=resume_state_dict,
+            device=compute.device, lanes=lanes, resume_state_dict=resume_state_dict, buffer_size=buffer_size,
         )
 
     loader_state = meta["loader_state"] if meta else None
@@ -144,33 +145,37 @@ def main(argv=None):
     eval_tokens = args.eval_tokens if args.eval_tokens > 0 else 2**16 if compute.device.type == "cpu" else 20 * 2**20
     eval_lanes, eval_steps = share_of(eval_tokens, len(val_tasks), args.device_batch_size, args.max_seq_len, compute)
 
-    def progress_at(step, finished):
-        """The share of the run that is done, by steps where they are given, else by conversations."""
+    def progress_at(step, done):
+        """The share of the run that is done: of its steps where they are given, else of its conversations, all of which are seen."""
         if args.num_iterations > 0:
             return step / args.num_iterations
-        return finished / len(conversations) / args.num_epochs
+        finished, behind = done.tolist()
+        share = finished / len(conversations) / args.num_epochs
+        return min(share, 1 - 1e-9) if behind else share
 
     # The loop
     compiled = compile_model(model, compute)
-    loss_scale = LossScale() if compute.dtype == torch.float16 else None
+    loss_scale = LossScale(**loop.get("loss_scale", {})) if compute.dtype == torch.float16 else None
     wandb = wandb_run("nanochat-sft", args.run, vars(args))
     meter = Meter(compute, saver.directory, args.total_batch_size, model.estimate_flops(), wandb, loop.get("meter"))
     stop = StopSignal(compute)
     tame_garbage_collector()
-    progress = progress_at(step, loader_state["finished"] if meta else 0)
+    progress = progress_at(step, conversations_done(loader_state, args.num_epochs)) if meta else 0.0
     while True:
         last = progress >= 1
         stopping = stop.asked()
         fresh = meta is None or step > meta["step"]  # what was done when this step was saved is not done again
+        measuring = not stopping and (fresh or not loop["measured"])  # whoever asks to stop may not wait long
 
-        if due(step, args.eval_every, last) and fresh:
-            val_batches = loader(val_tasks, eval_lanes)
+        if due(step, args.eval_every, last) and measuring:
+            val_batches = loader(val_tasks, eval_lanes, buffer_size=32)
             val_bpb = evaluate_bpb(model, val_batches, eval_steps, token_bytes, compute)
             val_batches.close()
             meter.log(step, val_bpb=val_bpb)
             print0(f"step {step:05d} | val bpb {val_bpb:.4f}")
         if (due(step, args.save_every, last) or stopping) and fresh and step > 0:
-            save_training(saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state)
+            again = {"measured": measuring, "loss_scale": vars(loss_scale) if loss_scale else {}}
+            save_training(saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state, again)
         if last or stopping:
             break
 
@@ -180,7 +185,7 @@ def main(argv=None):
         loader_state = micro[-1][2]
         loss = train_step(compiled, optimizer, [(inputs, targets) for inputs, targets, _ in micro], compute, loss_scale)
         step += 1
-        progress = progress_at(step, int(compute.sum(torch.tensor(loader_state["finished"]))))
+        progress = progress_at(step, compute.sum(conversations_done(loader_state, args.num_epochs)))
         meter.stop(step, min(progress, 1.0), loss, lrm, loader_state["epoch"])
 
     batches.close()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 
-from nanochat.common import UserError, run_script
+from nanochat.common import UserError, ranks, run_script
 
 NEWS = """
 RIVERTON, March 14 - The city council voted 7-2 on Tuesday evening to rebuild the 94-year-old Mill Street
@@ -99,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--source", default="climbmix", help="where train and val text come from, as in tok_train")
     args = parser.parse_args(argv)
+    if ranks()[0] > 0:
+        return  # under torchrun the main rank does all of it
 
     from nanochat import report
     from nanochat.dataset import parquets_iter_batched

@@ -14,7 +14,7 @@ import argparse
 import time
 from typing import Iterable, Iterator
 
-from nanochat.common import UserError, run_script
+from nanochat.common import UserError, ranks, run_script
 
 ROUND_TRIP = """Hello, world! It's 31 °C; 12345 + 6,789 = 19134.
 \tdef f(x):\r\n        return {"naïve": x ** 2}   # trailing blanks  \n\n\n
@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=32_768, help="tokens to learn, special tokens included")
     parser.add_argument("--source", default="climbmix", help="climbmix, fineweb-edu, sample or a folder")
     args = parser.parse_args(argv)
+    if ranks()[0] > 0:
+        return  # under torchrun the main rank does all of it
     if args.max_chars < 1 or args.doc_cap < 1:
         raise UserError("--max-chars and --doc-cap must be at least 1")
 

@@ -33,7 +33,8 @@ def pytest_configure(config) -> None:
     """Hermetic by default: no public address, no cache or artifact of the user's own."""
     config.hub_port = free_port()
     config.scratch = tempfile.mkdtemp(prefix="nanochat_tests_")
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE",
+                 "LOCAL_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
         os.environ.pop(name, None)
     os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{config.hub_port}"
     os.environ["NANOCHAT_FILES_URL"] = os.environ["HF_ENDPOINT"] + "/files"

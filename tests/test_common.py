@@ -6,6 +6,7 @@ Most jobs run with shorter periods than the real ones, which are tried in a slow
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -137,6 +138,7 @@ def test_a_users_mistake_on_one_rank_is_one_line(tmp_path):
     assert "rank 1: error: no such file on this node\n" in job.output
 
 
+@pytest.mark.slow
 def test_a_users_mistake_on_all_ranks_is_told_once(tmp_path):
     job = Job(tmp_path, "user error of all")
     assert "traceback : error: --depth must be positive" in job.root_cause()
@@ -199,6 +201,44 @@ def test_at_the_real_periods_a_minute_is_enough(tmp_path, what, words):
 
 
 # -----------------------------------------------------------------------------
+# The watch, shown what never happened
+
+
+def looks_until_a_hang(monkeypatch, **shown) -> int:
+    """How many looks it takes until two ranks that get nothing done are taken to hang."""
+    looks, ended = 0, []
+    watch = common.Watch(None, common.Pulse(), rank=0, world_size=2)
+    monkeypatch.setattr(watch, "_end_hang", ended.append)
+    while not ended and looks < 100:
+        looks += 1
+        sign = {"tick": looks, **vars(common.Pulse()), "armed": True}
+        watch._look([sign, {**sign, **shown}])
+    return looks
+
+
+def test_who_has_slow_steps_is_given_more_time(monkeypatch):
+    assert looks_until_a_hang(monkeypatch) == common.PATIENCE / common.PERIOD
+    assert looks_until_a_hang(monkeypatch, patience=90.0) == 90 / common.PERIOD
+    assert looks_until_a_hang(monkeypatch, armed=False) == 100
+
+
+@pytest.mark.parametrize("failures, lost", [(9, False), (10, True)])
+def test_a_store_that_fails_now_and_then_is_not_lost(monkeypatch, failures, lost):
+    watch, words = common.Watch(None, common.Pulse(), rank=0, world_size=1), []
+
+    def stop(what):
+        words.append(what)
+        watch.over.set()
+
+    monkeypatch.setattr(common, "_leave", stop)
+    monkeypatch.setattr(watch, "_look", stop)
+    for signs in [[]] * failures + [["a sign"]]:
+        watch.news.put(signs)
+    watch._listen()
+    assert ("torchrun" in words[0]) == lost
+
+
+# -----------------------------------------------------------------------------
 # One process
 
 
@@ -240,5 +280,44 @@ def test_the_first_error_of_a_rank_stays(tmp_path):
     file = tmp_path / "error.json"
     common._record_error("Traceback\nKeyError: 1", str(file))
     common._record_error("a later one", str(file))
+    common._record_error("where nothing can be written", str(tmp_path / "no folder" / "error.json"))
     message = json.loads(file.read_text())["message"]
     assert message["message"] == "KeyError: 1" and message["extraInfo"]["py_callstack"] == "Traceback\nKeyError: 1"
+
+
+ONE = common.Compute(device=None, dtype=None)
+
+
+def test_a_base_folder_that_can_only_be_read_is_not_tried(monkeypatch):
+    def refuse(number):
+        def get_base_dir():
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(common, "get_base_dir", get_base_dir)
+
+    for number in (errno.EROFS, errno.EACCES):
+        refuse(number)
+        common._check_base_dir_is_shared(ONE, "start")
+    refuse(errno.ENOSPC)
+    with pytest.raises(OSError, match="No space"):
+        common._check_base_dir_is_shared(ONE, "start")
+
+
+def test_what_tries_the_base_folder_is_removed_even_then(base_dir, monkeypatch):
+    def exists(path):
+        assert list(base_dir.iterdir()) == [path]
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", exists)
+        with pytest.raises(OSError, match="Stale"):
+            common._check_base_dir_is_shared(ONE, "start")
+    assert list(base_dir.iterdir()) == []
+
+
+def test_a_rank_leaves_with_1_even_where_nobody_reads_its_words(tmp_path):
+    code = "from nanochat import common; import sys; sys.stderr.close(); common._leave('error: own')"
+    file = tmp_path / "error.json"
+    env = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(file)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT).returncode == 1
+    assert "error: own" in file.read_text()

@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from itertools import chain, islice, repeat
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from nanochat import dataloader
 from nanochat.common import UserError
-from nanochat.dataloader import conversation_data_loader, merge_states
+from nanochat.dataloader import conversation_data_loader
 
 BOS = 0
 PACKED = dataloader.tokenizing_distributed_data_loader_with_state_bos_bestfit
@@ -82,14 +82,10 @@ def rows_of(taken) -> list[list[int]]:
 # Pretraining
 
 
-def brute_force_rows(documents, n, T, buffer_size, at_a_time, row_group_size, shard_size):
+def brute_force_rows(documents, n, T, buffer_size, at_a_time):
     """The rule, the slow way: lists, searched from the front."""
-    chunks = []
-    for i in range(0, len(documents), shard_size):
-        shard = documents[i : i + shard_size]
-        for j in range(0, len(shard), row_group_size):
-            group = [ids for ids in shard[j : j + row_group_size] if len(ids) > 1]
-            chunks += [group[k : k + at_a_time] for k in range(0, len(group), at_a_time)]
+    texts = [ids for ids in documents if len(ids) > 1]
+    chunks = [texts[i : i + at_a_time] for i in range(0, len(texts), at_a_time)]
     buffer, read, rows = [], 0, []  # buffer: (epoch, ids), oldest first
     for _ in range(n):
         row = []
@@ -121,7 +117,7 @@ def test_packed_rows_are_those_of_brute_force(lengths, T, B, buffer_size, at_a_t
         documents = write_corpus(Path(folder), lengths, row_group_size)
         taken = batches(PACKED, folder, 12, B, T, tokenizer_batch_size=at_a_time, buffer_size=buffer_size)
     rows = rows_of(taken)
-    assert rows == brute_force_rows(documents, 12 * B, T, buffer_size, at_a_time, row_group_size, shard_size=10)
+    assert rows == brute_force_rows(documents, 12 * B, T, buffer_size, at_a_time)
     assert all(row[0] == BOS for row in rows)
 
 
@@ -204,10 +200,10 @@ def test_validation_reads_the_last_shard_and_repeats_it(tmp_path):
 @pytest.mark.parametrize("loader_function", [PACKED, STREAM])
 def test_too_little_data_is_a_plain_error(tmp_path, loader_function):
     write_corpus(tmp_path, [1, 1, 1])
-    with pytest.raises(UserError, match="no document for lane 0 of 1 in 1 shard"):
-        batches(loader_function, tmp_path, 1)
-    with pytest.raises(UserError, match="no document for lane 1 of 2"):
-        batches(loader_function, tmp_path, 1, split="val", rank=1, world_size=2)
+    for world_size in (1, 2):
+        with pytest.raises(UserError, match="no document with text in 1 shard"):
+            batches(loader_function, tmp_path, 1, rank=0, world_size=world_size)
+    assert batches(loader_function, tmp_path, 1, split="val", rank=1, world_size=2), "one document is enough for two lanes"
     (tmp_path / "000.parquet").unlink()
     with pytest.raises(UserError, match="nothing to train on"):  # at once, not at the first batch
         loader_function(WordTokenizer(), 1, 8, "train", device="cpu", source=str(tmp_path))
@@ -266,37 +262,36 @@ def test_every_supervised_token_is_trained_on_once_per_epoch(shapes, T, B, buffe
     supervise = "all" if all_tokens else "assistant"
     conversations = make_conversations(shapes)
     expected = supervised(conversations, supervise)
-    total = Counter()
+    trained_on = {1: Counter(), 2: Counter()}
     for rank in range(world_size):
         kwargs = dict(supervise=supervise, buffer_size=buffer_size, rank=rank, world_size=world_size)
         loader = conversation_data_loader(conversations, WordTokenizer(), 1, T, device="cpu", **kwargs)
-        rows, epochs, share = [], [], len(range(rank, len(conversations), world_size))
+        rows = []
+        shares = [len(range((rank - epoch) % world_size, len(conversations), world_size)) for epoch in range(1, 100)]
         try:
-            for inputs, targets, state in loader:  # rows one by one, so that epochs end between batches
+            for inputs, targets, state in loader:  # rows one by one; none holds pieces of two epochs
                 assert inputs.shape == targets.shape == (1, T)
                 assert (targets != -1).any()
                 assert inputs[targets == -1].ge(0).all()
                 padding = (inputs == BOS).squeeze(0)
                 assert (targets.squeeze(0)[padding] == -1).all() and padding.tolist() == sorted(padding.tolist())
-                rows.append((inputs, targets))
-                assert state["finished"] <= (len(epochs) + 1) * share
-                if state["finished"] == (len(epochs) + 1) * share:
-                    epochs.append(len(rows))
-                if len(epochs) == 2:
+                epoch = state["epoch"]
+                assert sum(shares[: epoch - 1]) <= state["finished"] <= sum(shares[:epoch])
+                if epoch > 2:
                     break
+                rows.append((inputs, targets))
+                trained_on[epoch] += trained(inputs, targets)
         except UserError as error:
-            assert "none of the" in str(error) and not rows
+            assert "none of the" in str(error) and not expected
             continue
         finally:
             loader.close()
-        counts = [sum((trained(*row) for row in rows[a:b]), Counter()) for a, b in [(0, epochs[0]), epochs]]
-        assert counts[0] == counts[1]
-        total += counts[0]
         # Larger batches hold the same rows in the same order: an epoch's end is followed by the next's rows.
         taken = conversation_batches(conversations, len(rows) // B, B, T, **kwargs)
         together = [pair for inputs, targets, _ in taken for pair in zip(inputs.split(1), targets.split(1))]
         assert all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(together, rows))
-    assert total == expected
+    if expected:
+        assert trained_on == {1: expected, 2: expected}
 
 
 SHAPES = [(30, 3), (5, 2), (1, 1), (8, 0), (17, 16), (4, 1), (25, 24), (9, 2), (6, 5), (3, 2), (12, 1)]
@@ -340,10 +335,10 @@ def test_pieces_with_nothing_to_learn_are_counted_not_trained_on():
 
 
 def test_conversations_without_a_supervised_token_are_a_plain_error():
-    with pytest.raises(UserError, match="none of the 2 conversations for lane 0 of 1 has a token that is supervised"):
-        conversation_batches(make_conversations([(8, 0), (1, 1)]), 1, B=1, T=4)
-    with pytest.raises(UserError, match="none of the 0 conversations for lane 1 of 2"):
-        conversation_batches(make_conversations([(8, 1)]), 1, B=1, T=4, rank=1, world_size=2)
+    for world_size in (1, 3):
+        with pytest.raises(UserError, match="none of the 2 conversations has a token that is supervised"):
+            conversation_batches(make_conversations([(8, 0), (1, 1)]), 1, B=1, T=4, rank=0, world_size=world_size)
+    assert conversation_batches(make_conversations([(8, 1)]), 1, B=1, T=4, rank=1, world_size=2)
 
 
 def test_real_conversations_with_a_short_context_lose_no_word_of_the_assistant():
@@ -373,176 +368,6 @@ def test_a_resume_on_another_data_set_is_a_plain_error():
     state = conversation_batches(conversations, 1, B=1, T=4)[0][2]
     with pytest.raises(UserError, match="3 conversations now, 11 when the checkpoint was saved"):
         conversation_batches(conversations[:3], 1, B=1, T=4, resume=state)
-
-
-# -----------------------------------------------------------------------------
-# Lanes
-
-
-def open_packed(folder):
-    return lambda **kwargs: PACKED(WordTokenizer(), 2, 8, "train", device="cpu", source=folder, buffer_size=5, **kwargs)
-
-
-def open_stream(folder):
-    return lambda **kwargs: STREAM(WordTokenizer(), 2, 8, "train", device="cpu", source=folder, **kwargs)
-
-
-def open_conversations(folder):
-    kinds = dict(supervise="all", device="cpu", buffer_size=3)
-    chats = make_conversations([(2 + 7 * i % 19, 1) for i in range(23)])
-    return lambda **kwargs: conversation_data_loader(chats, WordTokenizer(), 2, 7, **kinds, **kwargs)
-
-
-def take_steps(open_loader, n, world_size, lanes, resume=None):
-    """n times (the micro-batches of a step over all ranks, in order; the merged state after it)."""
-    kwargs = dict(world_size=world_size, lanes=lanes, resume_state_dict=resume)
-    loaders = [open_loader(rank=rank, **kwargs) for rank in range(world_size)]
-    steps = []
-    for _ in range(n):
-        micro = [next(loaders[i % world_size]) for i in range(lanes)]
-        state = merge_states([state for _, _, state in micro[-world_size:]])  # the newest of each rank, in any order
-        steps.append(([(x.tolist(), y.tolist()) for x, y, _ in micro], json.loads(json.dumps(state))))
-    for loader in loaders:
-        loader.close()
-    return steps
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder, LENGTHS)
-    return str(folder)
-
-
-@pytest.mark.parametrize("opener", [open_packed, open_stream, open_conversations])
-@pytest.mark.parametrize("lanes, world_sizes", [(6, (1, 2, 3)), (4, (1, 3, 4))])
-def test_the_number_of_ranks_changes_no_batch_nor_a_resume(corpus, opener, lanes, world_sizes):
-    steps = {w: take_steps(opener(corpus), 12, w, lanes) for w in world_sizes}
-    first = steps[world_sizes[0]]
-    assert all(of == first for of in steps.values())
-    assert first[-1][1]["epoch"] > 1
-    for before, after in [(2, 0), (1, 2), (0, 1)]:  # which of the numbers of ranks saves, which resumes
-        for stop in (1, 4, 9):
-            state = steps[world_sizes[before]][stop - 1][1]
-            assert take_steps(opener(corpus), 3, world_sizes[after], lanes, state) == first[stop : stop + 3]
-
-
-class NumberedTokenizer:
-    """A document "d n" is n tokens: 2 d, then 2 d + 1 to its end. So each is recognised, and its beginning too."""
-
-    def get_bos_token_id(self):
-        return BOS
-
-    def encode(self, texts, prepend, num_threads):
-        return [[2 * d, *[2 * d + 1] * (n - 1)] for d, n in (map(int, text.split()) for text in texts)]
-
-
-legs = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 6)), min_size=1, max_size=3)
-legs = legs.map(lambda legs: [(min(w, lanes), lanes, n) for w, lanes, n in legs])  # (world size, lanes, steps)
-
-
-@settings(max_examples=40, deadline=None)
-@given(legs, st.lists(st.integers(1, 14), min_size=40, max_size=60), st.integers(1, 9), st.booleans())
-def test_documents_dealt_anew_are_neither_lost_nor_seen_twice(legs, lengths, buffer_size, packed):
-    with tempfile.TemporaryDirectory() as folder:
-        for shard in range(2):
-            texts = [f"{d} {n}" for d, n in enumerate(lengths) if d // 30 == shard]
-            pq.write_table(pa.table({"text": texts}), f"{folder}/{shard}.parquet", row_group_size=7)
-        pq.write_table(pa.table({"text": ["0 1"]}), f"{folder}/9.parquet")
-        kwargs = dict(device="cpu", source=folder, buffer_size=buffer_size, tokenizer_batch_size=2)
-
-        def open_loader(**more):
-            return (PACKED if packed else STREAM)(NumberedTokenizer(), 2, 8, "train", **kwargs, **more)
-
-        begun, state = Counter(), None
-        for world_size, lanes, n in chain(legs, repeat((1, 1, 4))):  # at the end one lane goes on ...
-            if state and lanes == state["lanes"] == 1 and not state["deals"]:  # ... until all that was dealt is passed
-                break
-            for micro, state in take_steps(open_loader, n, world_size, lanes, state):
-                rows = [row + target[-1:] if packed else row for x, y in micro for row, target in zip(x, y)]
-                begun.update(token // 2 for row in rows for token in row if token % 2 == 0)
-    epoch, *place = state["streams"]["0"]["next"]
-    if packed:
-        begun.update(30 * shard + 7 * group + row for _, shard, group, row in state["streams"]["0"]["buffer"])
-    read = Counter({d: epoch - 1 + ([d // 30, d % 30 // 7, d % 30 % 7] < place) for d in range(len(lengths))})
-    if packed:
-        assert begun == +read
-    else:  # what a batch had cut began again, and the last document is under way
-        assert not read - begun
-        assert (begun - read).total() <= sum(lanes for _, lanes, _ in legs) + 1
-
-
-@settings(max_examples=40, deadline=None)
-@given(legs, st.lists(st.integers(2, 30), min_size=8, max_size=30), st.integers(1, 9), st.integers(1, 9))
-def test_conversations_dealt_anew_are_neither_lost_nor_seen_twice(legs, lengths, T, buffer_size):
-    conversations = make_conversations([(n, 1) for n in lengths])
-
-    def open_loader(**more):
-        kinds = dict(supervise="all", device="cpu", buffer_size=buffer_size)
-        return conversation_data_loader(conversations, WordTokenizer(), 1, T, **kinds, **more)
-
-    seen, state, finished = Counter(), None, 0
-
-    def tally(micro, state) -> None:
-        nonlocal finished
-        seen.update(pair for x, y in micro for pair in trained(torch.tensor(x), torch.tensor(y)).elements())
-        assert state["finished"] >= finished
-        finished = state["finished"]
-
-    for world_size, lanes, n in legs:
-        steps = take_steps(open_loader, n, world_size, lanes, state)
-        for step in steps:
-            tally(*step)
-        state = steps[-1][1]
-    loader = open_loader(rank=0, world_size=1, lanes=1, resume_state_dict=state)
-    for x, y, state in islice(loader, 5000):  # with one lane, until an epoch ends and all that was dealt is passed
-        tally([(x.tolist(), y.tolist())], state)
-        if not merge_states([state])["deals"] and not state["streams"]["0"]["buffer"] and finished % len(lengths) == 0:
-            break
-    loader.close()
-    epochs = finished // len(lengths)
-    assert epochs == state["epoch"]
-    assert seen == Counter({pair: epochs for pair in supervised(conversations, "all")})
-
-
-def test_lanes_that_lack_a_state_are_refused(corpus):
-    one = next(open_packed(corpus)(rank=1, world_size=2, lanes=4))[2]
-    with pytest.raises(AssertionError, match="lanes 1, 3 are here, of 4"):
-        merge_states([one])
-    with pytest.raises(AssertionError, match="merge_states of all ranks"):
-        open_packed(corpus)(rank=0, world_size=2, lanes=4, resume_state_dict=one)
-    with pytest.raises(AssertionError, match="merge_states of all ranks"):
-        open_packed(corpus)(rank=0, world_size=1, lanes=1, resume_state_dict=one)
-    with pytest.raises(AssertionError, match="rank 2 of 3 has none of the 2 lanes"):
-        next(open_packed(corpus)(rank=2, world_size=3, lanes=2))  # to have such a loader is fine, as for a small measurement
-    with pytest.raises(UserError, match="older version"):
-        open_packed(corpus)(resume_state_dict={"next": [1, 0, 0, 0], "buffer": [], "rank": 0, "world_size": 1})
-
-
-def test_the_lanes_of_a_rank_read_a_row_group_once(tmp_path, monkeypatch):
-    write_corpus(tmp_path, LENGTHS * 8, row_group_size=20, shard_size=200)
-    reads = Counter()
-
-    def counting(path, group):
-        reads[group] += 1
-        return read_row_group(path, group)
-
-    read_row_group = dataloader.read_row_group
-    monkeypatch.setattr(dataloader, "read_row_group", counting)
-    *_, (_, state) = take_steps(open_packed(str(tmp_path)), 6, 1, 8)
-    assert len(reads) > 4 and set(reads.values()) == {1}
-    reads.clear()
-    take_steps(open_packed(str(tmp_path)), 1, 1, 8, state)  # also those in which documents wait
-    assert set(reads.values()) == {1}
-
-
-def test_the_texts_that_are_kept_are_bounded(tmp_path):
-    write_corpus(tmp_path, [5] * 40, row_group_size=4, shard_size=40)
-    for keep, held in [(0, 4), (10, 12), (1000, 40)]:
-        groups = dataloader.RowGroups([tmp_path / "000.parquet"], keep)
-        for group in range(10):
-            assert len(groups.read(0, group)) == 4
-        assert sum(map(len, groups.kept.values())) == held
 
 
 # -----------------------------------------------------------------------------

@@ -82,12 +82,14 @@ def test_each_supervised_piece_is_packed_once_per_epoch_and_rows_are_best_fit(le
 
 
 def test_a_lane_reads_its_share_in_the_order_of_the_epoch():
+    """Lane l has the conversations l - epoch, l - epoch + 3, ...; the order of even epochs is backwards here."""
     lengths = [[2 * n] for n in range(1, 8)]
     rows = {}
     for lane in range(3):
         conversations = one_lane(lengths, 1, lane, lanes=3)
-        rows[lane] = [len(conversations.next_row(2)[0][0]) for _ in range(2 * len(lengths[lane::3]))]
-    assert rows == {0: [2, 8, 14, 14, 8, 2], 1: [4, 10, 10, 4], 2: [6, 12, 12, 6]}
+        shares = [len(lengths[(lane - epoch) % 3 :: 3]) for epoch in (1, 2)]
+        rows[lane] = [len(conversations.next_row(2)[0][0]) for _ in range(sum(shares))]
+    assert rows == {0: [6, 12, 10, 4], 1: [2, 8, 14, 12, 6], 2: [4, 10, 14, 8, 2]}
 
 
 def test_a_conversation_may_wait_from_two_epochs():
@@ -100,8 +102,8 @@ def test_a_conversation_may_wait_from_two_epochs():
 
 
 def test_what_was_read_is_left_out_even_a_whole_epoch():
-    conversations = one_lane([[2], [4], [6]], 1, was_read=lambda place, index: place < [2, 1] and index != 1)
+    conversations = one_lane([[2], [4], [6]], 1, was_read=lambda place, number: place < [2, 1] and number - place[0] != 1)
     rows = [[len(inputs) for inputs, _ in conversations.next_row(6)] for _ in range(4)]
     assert rows == [[4], [4, 2], [2, 4], [6]]  # epochs 1, 2 (backwards, without the last) and 3
-    conversations = one_lane([[2]], 1, was_read=lambda place, index: place < [9, 0])
+    conversations = one_lane([[2]], 1, was_read=lambda place, number: place < [9, 0])
     assert len(conversations.next_row(6)) == 1 and conversations.state()["next"] == [9, 1]

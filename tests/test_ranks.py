@@ -1,7 +1,9 @@
-"""Two nodes on one machine: two torchrun agents that find each other on loopback train as one process does."""
+"""Many ranks do what one does: every stage under torchrun, two nodes on one machine, another number of ranks half-way."""
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import free_port
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["--depth=2", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=64", "--device-batch-size=2", "--total-batch-size=512",
-         "--num-iterations=6", "--core-metric-every=-1", "--eval-every=3", "--eval-tokens=512", "--save-every=-1", "--sample-every=-1"]
+SIZE = ["--device-batch-size=4", "--eval-tokens=1024", "--eval-every=25", "--num-iterations=50"]
+BASE = ["--depth=2", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=64", "--core-metric-every=-1", "--sample-every=0", *SIZE]
+CHAT = ["--tasks=SampleWorld", *SIZE]
 
 
 @pytest.fixture(scope="module")
@@ -25,20 +29,28 @@ def source(tmp_path_factory):
     base = tmp_path_factory.mktemp("nanochat")
     folder = base / "text"
     folder.mkdir()
-    texts = [text for _, text in zip(range(300), documents())]
+    texts = [text for _, text in zip(range(900), documents())]
     for shard in range(3):
-        pq.write_table(pa.table({"text": texts[shard * 100 : (shard + 1) * 100]}), folder / f"shard_{shard}.parquet", row_group_size=20)
+        pq.write_table(pa.table({"text": texts[shard * 300 : (shard + 1) * 300]}), folder / f"shard_{shard}.parquet", row_group_size=20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
         tok_train.main([f"--source={folder}", "--vocab-size=600"])
     return folder
 
 
-def start(launcher, source, tag, **more):
-    """base_train under a launcher, on a CPU and uncompiled; all runs share one base folder, as nodes do."""
-    env = {**os.environ, "NANOCHAT_BASE_DIR": str(source.parent), "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", **more}
-    command = [*launcher, "-m", "scripts.base_train", *FLAGS, "--device-type=cpu", f"--source={source}", f"--model-tag={tag}"]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(launcher, source, command, **more):
+    """A process on a CPU, uncompiled; all of them share one base folder, as nodes do, and no rank has more than one thread."""
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(source.parent), "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1",
+           "PYTHONPATH": str(ROOT), **more}  # fmt: skip
+    two_cores = sorted(os.sched_getaffinity(0))[:2]
+    return subprocess.Popen(
+        [*launcher, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, two_cores),
+    )  # fmt: skip
+
+
+def base_train(source, tag, *flags):
+    return ["-m", "scripts.base_train", *BASE, "--device-type=cpu", f"--source={source}", f"--model-tag={tag}", *flags]
 
 
 def finish(processes):
@@ -52,23 +64,21 @@ def finish(processes):
     return outputs
 
 
-def curve(source, tag):
-    lines = (source.parent / "base_checkpoints" / tag / "metrics.jsonl").read_text().splitlines()
+def curve(source, tag, folder="base_checkpoints"):
+    """(step, what, value) of every loss and every measurement."""
+    lines = (source.parent / folder / tag / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     return [(line["step"], name, line[name]) for line in metrics for name in ("raw_loss", "val_bpb") if name in line]
 
 
+def assert_same_curve(one, other, steps=50):
+    assert [point[:2] for point in one] == [point[:2] for point in other]
+    assert [step for step, name, _ in one if name == "raw_loss"] == list(range(1, steps + 1))
+    assert [value for _, _, value in one] == pytest.approx([value for _, _, value in other], rel=1e-5)
+
+
 def torchrun(*options):
     return [sys.executable, "-m", "torch.distributed.run", *options]
-
-
-@pytest.fixture(scope="module")
-def alone(source):
-    """The curve of one rank, which accumulates four micro-batches."""
-    finish([start([sys.executable], source, "alone")])
-    seen = curve(source, "alone")
-    assert [step for step, name, _ in seen if name == "raw_loss"] == [1, 2, 3, 4, 5, 6]
-    return seen
 
 
 def two_nodes(name):
@@ -76,36 +86,65 @@ def two_nodes(name):
                     f"--rdzv-endpoint=127.0.0.1:{free_port()}")
 
 
-def assert_same_curve(one, other):
-    assert [point[:2] for point in one] == [point[:2] for point in other]
-    assert [value for _, _, value in one] == pytest.approx([value for _, _, value in other], rel=1e-5)
+STAGES = """
+import sys
+from scripts import base_train, mid_train, chat_sft, chat_eval
+base, chat, tag = sys.argv[1].split(), sys.argv[2].split(), sys.argv[3]
+base_train.main([*base, f"--model-tag={tag}"])
+mid_train.main([*chat, f"--model-tag={tag}"])
+chat_sft.main([*chat, f"--model-tag={tag}"])
+chat_eval.main(["-i", "sft", "-g", tag, "-a", "SampleWorld", "-x", "7", "-m", "8"])
+"""
 
 
-def test_two_nodes_train_as_one_rank_does(source, alone):
+def test_every_stage_has_the_same_curve_on_three_ranks_as_on_one_that_accumulates(source, tmp_path):
+    """50 steps of three micro-batches each, and the measurements between them, within 1e-5."""
+    stages = tmp_path / "stages.py"
+    stages.write_text(STAGES)
+    batch = ["--total-batch-size=768", "--device-type=cpu"]
+    base, chat = " ".join([*BASE, *batch, f"--source={source}"]), " ".join([*CHAT, *batch])
+    answers = []
+    for tag, launcher in (("alone", [sys.executable]), ("three", torchrun("--standalone", "--nproc-per-node=3"))):
+        (output,) = finish([start(launcher, source, [str(stages), base, chat, tag])])
+        answers.append(re.search(r"SampleWorld .*problems.*", output)[0])
+    for folder in ("base_checkpoints", "mid_checkpoints", "chatsft_checkpoints"):
+        assert_same_curve(curve(source, "three", folder), curve(source, "alone", folder))
+    assert answers[0] == answers[1]
+
+
+def test_two_nodes_train_as_one_rank_does(source):
     launcher = two_nodes("together")
-    outputs = finish([start(launcher, source, "nodes") for _ in range(2)])
-    assert sum("saved step 6" in output for output in outputs) == 1, "one rank of all writes and tells"
-    saved = sorted(path.name for path in (source.parent / "base_checkpoints/nodes/step_000006").iterdir())
+    outputs = finish([start(launcher, source, base_train(source, "nodes", "--total-batch-size=512")) for _ in range(2)])
+    assert sum("saved step 50" in output for output in outputs) == 1, "one rank of all writes and tells"
+    saved = sorted(path.name for path in (source.parent / "base_checkpoints/nodes/step_000050").iterdir())
     assert saved == ["meta.json", "model.safetensors", "optimizer_rank0.safetensors", "optimizer_rank1.safetensors"]
-    assert_same_curve(curve(source, "nodes"), alone)
+    finish([start([sys.executable], source, base_train(source, "one", "--total-batch-size=512"))])
+    assert_same_curve(curve(source, "nodes"), curve(source, "one"))
 
 
-def test_two_ranks_of_one_node_train_as_one_rank_does(source, alone):
-    finish([start(torchrun("--standalone", "--nproc-per-node=2"), source, "node")])
-    assert_same_curve(curve(source, "node"), alone)
-
-
-@pytest.mark.slow
-def test_ranks_among_which_the_micro_batches_do_not_come_out_even(source, alone):
-    """Four micro-batches on three ranks: one has two of them."""
-    finish([start(torchrun("--standalone", "--nproc-per-node=3"), source, "uneven")])
-    assert_same_curve(curve(source, "uneven"), alone)
+def test_a_run_goes_on_with_another_number_of_ranks(source):
+    """Two ranks, then one, then three, among which four micro-batches do not come out even: the curve of one all along."""
+    flags = ["--device-batch-size=2", "--total-batch-size=512", "--num-iterations=12", "--save-every=4", "--eval-every=4"]
+    finish([start([sys.executable], source, base_train(source, "steady", *flags))])
+    moving = source.parent / "base_checkpoints" / "moving"
+    for ranks, forget, resume in ((2, [8, 12], "-1"), (1, [12], "latest"), (3, [], "latest")):
+        launcher = [sys.executable] if ranks == 1 else torchrun("--standalone", f"--nproc-per-node={ranks}")
+        finish([start(launcher, source, base_train(source, "moving", *flags, f"--resume-from-step={resume}"))])
+        for step in forget:
+            shutil.rmtree(moving / f"step_{step:06d}")
+    assert_same_curve(curve(source, "moving"), curve(source, "steady"), steps=12)
+    one, other = (load_file(path / "step_000012" / "model.safetensors") for path in (moving, moving.with_name("steady")))
+    for name in one:
+        assert (one[name] - other[name]).norm() <= 1e-2 * other[name].norm(), name
+    states = [json.loads((path / "step_000012/meta.json").read_text())["loader_state"] for path in (moving, moving.with_name("steady"))]
+    assert states[0] == states[1], "the same documents wait in the same lanes"
 
 
 @pytest.mark.slow
 def test_a_node_with_a_base_folder_of_its_own_is_told_so(source, tmp_path):
     launcher = two_nodes("apart")
-    nodes = [start(launcher, source, "apart"), start(launcher, source, "apart", NANOCHAT_BASE_DIR=str(tmp_path))]
+    command = base_train(source, "apart", "--total-batch-size=512")
+    nodes = [start(launcher, source, command), start(launcher, source, command, NANOCHAT_BASE_DIR=str(tmp_path))]
     outputs = [node.communicate(timeout=120)[0] for node in nodes]
     assert all(node.returncode for node in nodes)
     assert "NANOCHAT_BASE_DIR" in "".join(outputs) and "one folder that all nodes share" in "".join(outputs)

@@ -14,9 +14,10 @@ import pytest
 import torch
 from test_checkpoint_manager import CPU, OPTIMIZER, assert_same, save, some_state, truncate
 
+from nanochat import common
 from nanochat import saver as saving
 from nanochat.checkpoint_manager import find_last_step, list_steps, load_checkpoint, verify
-from nanochat.common import UserError
+from nanochat.common import Compute, UserError, Watch
 from nanochat.saver import Saver, save_checkpoint
 
 
@@ -151,9 +152,9 @@ def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path, monkeypatch):
 
 
 def test_every_rank_adds_its_file_and_its_place_in_the_data(tmp_path, run_ranks, monkeypatch):
-    import nanochat.dataloader
+    import nanochat.lanes
 
-    monkeypatch.setattr(nanochat.dataloader, "merge_states", lambda states: {"merged": states})
+    monkeypatch.setattr(nanochat.lanes, "merge_states", lambda states: {"merged": states})
 
     def work(compute):
         meta = {"loader_state": {"lane": compute.rank}, "lr": 0.1}
@@ -260,6 +261,51 @@ def test_a_save_that_fails_is_told_at_once_and_raised_at_the_end_only(tmp_path, 
     Saver(tmp_path, CPU, patience=1).close()  # the folder is free all the same
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), ValueError("I/O operation on closed file")])
+def test_a_save_whose_words_nobody_reads_is_a_save(tmp_path, monkeypatch, error):
+    def gone(*args):
+        raise error
+
+    monkeypatch.setattr(saving, "print0", gone)
+    uncaught = []
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
+    saver = Saver(tmp_path, CPU)
+    saver.save(1, some_state(), None, {})
+    saver.close()
+    assert list_steps(tmp_path) == [1] and not uncaught
+
+
+def test_a_rank_that_fails_finishes_its_save_which_is_no_hang(tmp_path, held_back, monkeypatch, capfd):
+    compute, seen = Compute(torch.device("cpu"), torch.float32), []
+    watch = Watch(torch.distributed.HashStore(), compute.pulse, rank=0, world_size=1)
+    watch.start()
+    compute.pulse.armed = True
+    saver = Saver(tmp_path, compute)
+    saver.save(1, some_state(), None, {})
+    threading.Timer(1, held_back.set).start()
+    monkeypatch.setattr(common, "_leave", lambda text: seen.append((text, list_steps(tmp_path), compute.pulse.armed)))
+    try:
+        common._fail_among_ranks(UserError("own"), "error: own")
+    finally:
+        watch.over.set()
+        saver.close()
+    assert seen == [("error: own", [1], False)]
+    assert capfd.readouterr().err == "rank 0 has failed and ends when its checkpoint is saved: error: own\n"
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("flock"), OSError(errno.ENOLCK, "No locks available")])
+def test_where_no_file_can_be_locked_saving_goes_on_without(tmp_path, monkeypatch, capsys, error):
+    def acquire(self, timeout):
+        raise error
+
+    monkeypatch.setattr(saving.FileLock, "acquire", acquire)
+    saver = Saver(tmp_path, CPU)
+    saver.save(1, some_state(), None, {})
+    saver.close()
+    assert list_steps(tmp_path) == [1]
+    assert capsys.readouterr().out.startswith(f"no file can be locked in {tmp_path}: ")
+
+
 def start(code, *arguments, **variables):
     command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
@@ -287,7 +333,7 @@ def test_one_run_at_a_time_and_none_is_in_the_way_once_it_is_dead(tmp_path):
     holder = start(HOLDER, tmp_path, "saving", PYTHONPATH=os.pathsep.join(sys.path))
     try:
         assert holder.stdout.readline() == "in the middle\n"
-        with pytest.raises(UserError, match=f"another run is training into {tmp_path}; .*--model-tag"):
+        with pytest.raises(UserError, match=f"another run is training into {tmp_path}; .*--model-tag.*delete {tmp_path}/.lock"):
             Saver(tmp_path, CPU, patience=0.2)
         threading.Timer(0.5, holder.send_signal, (signal.SIGKILL,)).start()
         saver = Saver(tmp_path, CPU)  # waits for the run that is dying

@@ -234,8 +234,9 @@ def strike(job: Job, kind: str) -> None:
 
     number, target = KINDS[kind]
     if isinstance(target, int):
-        job.wait_until(lambda: target in job.ranks())
-        victims = [job.ranks()[target]]
+        there = {}
+        job.wait_until(lambda: there.update(job.ranks()) or target in there)
+        victims = [there[target]]
     else:
         victims = [psutil.Process(job.process.pid), *(job.ranks().values() if target == "all" else ())]
     for victim in victims:
