@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import platform
 import shutil
 import signal
@@ -147,15 +148,15 @@ class StopSignal:
             signal.signal(number, self._hear)
 
     def _hear(self, number, frame):
-        self.heard = True  # no word here: the signal may have come in the midst of a print
+        self.heard = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.compute.is_main:
+            with suppress(OSError):  # not by print, in the midst of which the signal may have come
+                os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving\n".encode())
 
     def asked(self) -> bool:
         """Whether any rank was asked: the same answer on all, so that they stop after the same step."""
-        stopping = bool(self.compute.sum(torch.tensor(int(self.heard))) > 0)
-        if stopping:
-            print0("\nasked to stop: saving")
-        return stopping
+        return bool(self.compute.sum(torch.tensor(int(self.heard))) > 0)
 
 
 class Meter:

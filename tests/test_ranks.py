@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -112,14 +113,38 @@ def test_every_stage_has_the_same_curve_on_three_ranks_as_on_one_that_accumulate
     assert answers[0] == answers[1]
 
 
-def test_two_nodes_train_as_one_rank_does(source):
+@pytest.fixture(scope="module")
+def one(source):
+    """The curve of one rank that accumulates two micro-batches."""
+    finish([start([sys.executable], source, base_train(source, "one", "--total-batch-size=512"))])
+    return curve(source, "one")
+
+
+def test_two_nodes_train_as_one_rank_does(source, one):
     launcher = two_nodes("together")
     outputs = finish([start(launcher, source, base_train(source, "nodes", "--total-batch-size=512")) for _ in range(2)])
     assert sum("saved step 50" in output for output in outputs) == 1, "one rank of all writes and tells"
     saved = sorted(path.name for path in (source.parent / "base_checkpoints/nodes/step_000050").iterdir())
     assert saved == ["meta.json", "model.safetensors", "optimizer_rank0.safetensors", "optimizer_rank1.safetensors"]
-    finish([start([sys.executable], source, base_train(source, "one", "--total-batch-size=512"))])
-    assert_same_curve(curve(source, "nodes"), curve(source, "one"))
+    assert_same_curve(curve(source, "nodes"), one)
+
+
+def test_a_job_that_loses_a_rank_goes_on_by_itself(source, one):
+    """torchrun starts all ranks again, and they go on from what this job has saved, not from what lies there from before."""
+    stale = source.parent / "base_checkpoints" / "restarted"
+    shutil.copytree(source.parent / "base_checkpoints" / "one", stale)
+    launcher = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    job = start(launcher, source, base_train(source, "restarted", "--total-batch-size=512", "--save-every=4"))
+    seen = []
+    for line in job.stdout:
+        seen.append(line)
+        if line.startswith("saved step 8 "):
+            ranks = [child for child in psutil.Process(job.pid).children() if child.environ().get("RANK") == "1"]
+            ranks[0].kill()
+    assert job.wait(60) == 0, "".join(seen)
+    resumed = [int(match[1]) for match in re.finditer(r"resumed from step (\d+)", "".join(seen))]
+    assert len(resumed) == 1 and 8 <= resumed[0] < 50
+    assert curve(source, "restarted") == one, "bit for bit, with as many ranks as micro-batches"
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(source):

@@ -3,12 +3,14 @@
 import json
 import math
 import signal
+import time
 from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat import training
 from nanochat.common import Compute, UserError
 from nanochat.optim import MuonAdamW
 from nanochat.training import LossScale, Meter, StopSignal, due, inherit, set_rates, train_step
@@ -188,6 +190,38 @@ def test_all_ranks_stop_when_one_is_asked_to(run_ranks):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_what_a_restarted_job_goes_on_from(tmp_path, monkeypatch, capsys):
+    """From the newest that the job itself saved; a new job, or one that saved nothing, does what its flags say."""
+    saved = {}  # step -> when
+    monkeypatch.setattr(training, "job_name", lambda: job)
+
+    def find_last_step(directory, since=None):
+        steps = [step for step, when in saved.items() if when > (since or 0)]
+        if not steps:
+            raise UserError("no whole checkpoint")
+        return max(steps, key=saved.get)
+
+    monkeypatch.setattr(training, "find_last_step", find_last_step)
+    job, saved[900] = "monday/", time.time()  # another run's
+    assert training._step_to_resume(tmp_path, "-1", restarted=False) is None
+    assert training._step_to_resume(tmp_path, "-1", restarted=True) is None
+    assert "no whole checkpoint: beginning as at first" in capsys.readouterr().out
+    assert training._step_to_resume(tmp_path, "900", restarted=True) == 900
+    saved[20] = time.time() + 1
+    assert [training._step_to_resume(tmp_path, wanted, restarted=True) for wanted in ("-1", "latest", "900")] == [20] * 3
+    assert training._step_to_resume(tmp_path, "900", restarted=False) == 900, "a fresh start does as it is told"
+    job = "tuesday/"  # killed before it came so far as to say that it began
+    assert training._step_to_resume(tmp_path, "-1", restarted=True) is None
+
+
+def test_a_run_of_epochs_is_done_when_every_lane_is():
+    streams = {"0": {"next": [2, 0]}, "3": {"next": [1, 40]}}
+    state = {"finished": 30, "streams": streams}
+    assert training.conversations_done(state, 1.0).tolist() == [30, 1]
+    assert training.conversations_done(state, 0.5).tolist() == [30, 0]
+    assert training.conversations_done(state, 2.0).tolist() == [30, 2]
 
 
 def test_inherit():
