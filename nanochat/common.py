@@ -205,6 +205,10 @@ class Compute:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def mine(self, n: int) -> range:
+        """Which of n things that are dealt to the ranks in turn are this rank's: of 7 on rank 1 of 3, 1 and 4."""
+        return range(self.rank, n, self.world_size)
+
     def beat(self) -> None:
         """Tell that something got done. Long work calls this every few seconds."""
         self.pulse.beats += 1

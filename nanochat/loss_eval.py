@@ -39,7 +39,7 @@ def share_of(tokens: int, documents: int, B: int, T: int, compute: Compute) -> t
     """
     batches = max(1, tokens // (B * T))
     lanes = min(batches, MOST_LANES, max(1, documents // 8))
-    return lanes, batches // lanes * len(range(compute.rank, lanes, compute.world_size))
+    return lanes, batches // lanes * len(compute.mine(lanes))
 
 
 @torch.no_grad()

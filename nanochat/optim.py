@@ -82,6 +82,7 @@ def muon_update(grad, momentum_buffer, second_moment, momentum: float, beta2: fl
 # -----------------------------------------------------------------------------
 # Many ranks
 
+
 def reduce_scatter(mine: torch.Tensor, flat: torch.Tensor) -> Callable[[], object]:
     """Begin to sum `flat` (world_size * n,) over the ranks; this rank's chunk of the sum goes to `mine` (n,).
 
@@ -141,6 +142,7 @@ class Bucket:
             total = self.starts[-1] + named[-1][1].numel()
             self.chunk = -(-total // (world_size * ALIGNMENT)) * ALIGNMENT
         self.own = list(self._pieces(rank * self.chunk))
+        self.stacks: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []  # Muon: (which of `own`, its two buffers)
 
     def _pieces(self, begin: int) -> Iterator[Piece]:
         """What of the parameters lies in the chunk that begins there."""
@@ -215,7 +217,6 @@ class MuonAdamW:
         self.param_groups = [dict(group, initial_lr=group["lr"], initial_weight_decay=group["weight_decay"]) for group in param_groups]
         self.state: dict[str, torch.Tensor] = {}  # see the top of the file; for Muon views of the stacks below
         self.buckets: list[Bucket] = []
-        self._stacks: dict[Bucket, list[tuple[list[int], torch.Tensor, torch.Tensor]]] = {}
         many = dist.is_available() and dist.is_initialized()
         place = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
         # Muon first: its updates take longest, so that most of the other gradients travel meanwhile.
@@ -237,7 +238,6 @@ class MuonAdamW:
         by_shape = defaultdict(list)
         for i, piece in enumerate(bucket.own):
             by_shape[piece.values.shape].append(i)
-        self._stacks[bucket] = []
         for (rows, cols), members in by_shape.items():
             like = bucket.own[members[0]].values
             momentum = torch.zeros(len(members), rows, cols, device=like.device, dtype=like.dtype)
@@ -246,7 +246,7 @@ class MuonAdamW:
             for k, i in enumerate(members):
                 self.state[f"{bucket.own[i].name}.momentum"] = momentum[k]
                 self.state[f"{bucket.own[i].name}.second_moment"] = second[k]
-            self._stacks[bucket].append((members, momentum, second))
+            bucket.stacks.append((members, momentum, second))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -261,7 +261,7 @@ class MuonAdamW:
 
     def _step_muon(self, bucket: Bucket) -> None:
         grads, group = bucket.gradients(), bucket.group
-        for members, momentum, second in self._stacks[bucket]:
+        for members, momentum, second in bucket.stacks:
             if grads[members[0]] is None:
                 continue
             update = muon_update(torch.stack([grads[i] for i in members]), momentum, second, group["momentum"], group["beta2"])

@@ -73,7 +73,8 @@ def run_task(
 
 def _deal(n: int, size: int, compute: Compute) -> list[range]:
     """The blocks of up to `size` of n problems that fall to this rank."""
-    return [range(first, min(first + size, n)) for first in range(0, n, size)][compute.rank :: compute.world_size]
+    blocks = [range(first, min(first + size, n)) for first in range(0, n, size)]
+    return [blocks[i] for i in compute.mine(len(blocks))]
 
 
 def _tally(outcomes, total: int, name: str, compute: Compute, show: bool) -> tuple[int, int, int]:

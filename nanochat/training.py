@@ -247,10 +247,10 @@ class Meter:
 # Saving and resuming
 
 
-def save_training(saver: Saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state, loop_state) -> None:
+def save_training(saver: Saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state, loss_scale, measured) -> None:
     """Save all that a resumed run needs, in the background. Every rank calls this with its own loader state.
 
-    `loop_state` is what else the loop wants back.
+    `measured`: whether what was due at this step was measured, or is left to the run that is resumed.
     """
     meta = {
         "model_config": asdict(model.config),
@@ -259,7 +259,11 @@ def save_training(saver: Saver, step, model, optimizer, tokenizer, args, meter, 
         "user_config": vars(args),
         "val_bpb": val_bpb,
         "loader_state": loader_state,
-        "loop_state": {"meter": meter.state(step), **loop_state},
+        "loop_state": {
+            "meter": meter.state(step),
+            "measured": measured,
+            "loss_scale": vars(loss_scale) if loss_scale else {},
+        },
         "rng_state": rng_state(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }

@@ -129,7 +129,7 @@ def main(argv=None):
         unit = args.device_batch_size * args.max_seq_len
         args.total_batch_size = max(round(best_batch_size(ratio_tokens) / unit), compute.world_size) * unit
     lanes = micro_batches(args.total_batch_size, args.device_batch_size, args.max_seq_len, compute.world_size)
-    passes = len(range(compute.rank, lanes, compute.world_size))  # of this rank in each step
+    passes = len(compute.mine(lanes))  # of this rank in each step
     num_iterations = args.num_iterations if args.num_iterations > 0 else max(1, round(tokens / args.total_batch_size))
     tokens = num_iterations * args.total_batch_size
     warmup_steps = min(args.warmup_steps, num_iterations // 20)
@@ -201,8 +201,7 @@ def main(argv=None):
                 print(complete(model, tokenizer, prompt), flush=True)
                 compute.beat()
         if (due(step, args.save_every, last) or stopping) and fresh and step > 0:
-            again = {"measured": measuring, "loss_scale": vars(loss_scale) if loss_scale else {}}
-            save_training(saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state, again)
+            save_training(saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state, loss_scale, measuring)
         if last or stopping:
             break
 

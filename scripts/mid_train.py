@@ -90,7 +90,7 @@ def main(argv=None):
     saver = Saver(checkpoint_dir("mid", tag), compute, args.keep_last)
     inherit(args, origin)
     lanes = micro_batches(args.total_batch_size, args.device_batch_size, args.max_seq_len, compute.world_size)
-    passes = len(range(compute.rank, lanes, compute.world_size))  # of this rank in each step
+    passes = len(compute.mine(lanes))  # of this rank in each step
     args.short_run = origin.get("user_config", {}).get("short_run", 1.0)
     lr_scale = batch_lr_scale(args.total_batch_size) * args.short_run * args.init_lr_frac
     optimizer = MuonAdamW(
@@ -174,8 +174,7 @@ def main(argv=None):
             meter.log(step, val_bpb=val_bpb)
             print0(f"step {step:05d} | val bpb {val_bpb:.4f}")
         if (due(step, args.save_every, last) or stopping) and fresh and step > 0:
-            again = {"measured": measuring, "loss_scale": vars(loss_scale) if loss_scale else {}}
-            save_training(saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state, again)
+            save_training(saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state, loss_scale, measuring)
         if last or stopping:
             break
 

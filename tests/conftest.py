@@ -29,6 +29,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def write_text(folder: Path, row_group_size: int) -> None:
+    """900 documents of the sample world in three shards, the last of them for validation: enough to train for real."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from nanochat.sample_world import documents
+
+    folder.mkdir()
+    texts = [text for _, text in zip(range(900), documents())]
+    for shard in range(3):
+        table = pa.table({"text": texts[shard * 300 : (shard + 1) * 300]})
+        pq.write_table(table, folder / f"shard_{shard}.parquet", row_group_size=row_group_size)
+
+
 def pytest_configure(config) -> None:
     """Hermetic by default: no public address, no cache or artifact of the user's own."""
     config.hub_port = free_port()

@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from conftest import free_port
+from conftest import free_port, write_text
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -24,15 +22,11 @@ CHAT = ["--tasks=SampleWorld", *SIZE]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A base folder with text and a tokenizer; gives the folder of the text."""
-    from nanochat.sample_world import documents
     from scripts import tok_train
 
     base = tmp_path_factory.mktemp("nanochat")
     folder = base / "text"
-    folder.mkdir()
-    texts = [text for _, text in zip(range(900), documents())]
-    for shard in range(3):
-        pq.write_table(pa.table({"text": texts[shard * 300 : (shard + 1) * 300]}), folder / f"shard_{shard}.parquet", row_group_size=20)
+    write_text(folder, row_group_size=20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
         tok_train.main([f"--source={folder}", "--vocab-size=600"])

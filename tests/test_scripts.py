@@ -11,10 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import write_text
 from safetensors.torch import load_file
 
 from nanochat import training
@@ -44,14 +43,9 @@ def quiet_process(monkeypatch):
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     """A base folder in which text, tokenizer, base, mid and sft models have been made, eight steps each."""
-    from nanochat.sample_world import documents
-
     base = tmp_path_factory.mktemp("nanochat")
     source = base / "text"
-    source.mkdir()
-    texts = [text for _, text in zip(range(900), documents())]
-    for shard in range(3):
-        pq.write_table(pa.table({"text": texts[shard * 300 : (shard + 1) * 300]}), source / f"shard_{shard}.parquet", row_group_size=100)
+    write_text(source, row_group_size=100)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
         patch.setattr(torch, "compile", lambda model, **options: model)
