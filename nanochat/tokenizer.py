@@ -3,7 +3,9 @@
 The one idea to know: a tokenizer is three pieces of plain data. `pattern` splits text into words,
 `ranks` (bytes -> id, in the order in which the merges were learnt) says which neighbours inside a
 word are joined first, `special_tokens` (name -> id) are control tokens that no text can produce.
-rustbpe learns the ranks, tiktoken applies them, and both agree token for token.
+rustbpe learns the ranks and encodes text in bulk, tiktoken encodes single prompts, and both agree
+token for token. Where no Rust was at hand the published package called rustbpe is installed, which
+only learns; then tiktoken does the rest.
 
 This file does not know what a conversation looks like (conversation.py does) and normalises nothing:
 `decode(encode(text)) == text`, but for half a surrogate pair, which no UTF-8 can hold and which
@@ -17,8 +19,9 @@ import hashlib
 import os
 import re
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer  # the built-in one only from Python 3.11 on
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Sequence
 
@@ -27,6 +30,7 @@ from nanochat.conversation import render_conversation, render_for_completion
 from nanochat.vocabulary import read_vocabulary, write_vocabulary
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 SPECIAL_TOKENS = [
@@ -48,10 +52,9 @@ SPLIT_PATTERN = (
     r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
 
-# `\s+(?!\S)` needs a stack as deep as the run of blanks is long, and the regex engine gives up at a
-# million: tiktoken then panics and rustbpe silently skips the text. Runs are cut well before that.
+# `\s+(?!\S)` needs a stack as deep as the run of blanks is long, and tiktoken's regex engine gives up at a
+# million and panics (the published rustbpe then skips the text). Runs are cut well before that, for all alike.
 MAX_BLANKS = 100_000
-PARALLEL_CHARS = 100_000  # a batch with less text than this is encoded sooner than threads start
 PRETRAINED_PATIENCE = 15.0  # seconds in which a published vocabulary (under 3 MB) must arrive
 
 
@@ -183,9 +186,43 @@ class RustBPETokenizer:
             return before + self._encode_text(text) + after
         if not isinstance(text, (list, tuple)):
             raise TypeError(f"encode takes a str or a list of str, not {type(text).__name__}")
-        return [before + ids + after for ids in self._encode_batch(text, num_threads)]
+        ids, offsets = self.encode_to_numpy(text, num_threads)
+        return [before + ids[start:end].tolist() + after for start, end in zip(offsets[:-1], offsets[1:])]
 
     __call__ = encode
+
+    def encode_to_numpy(self, texts: Sequence[str], num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts end to end, uint16 or uint32, and where each text's begin: int64 of shape (len(texts) + 1,)."""
+        import numpy as np
+
+        num_threads = max(1, min(num_threads, os.cpu_count() or 1))
+        if max(map(len, texts), default=0) <= MAX_BLANKS:
+            try:
+                return self._encode_pieces(texts, num_threads)
+            except UnicodeEncodeError:
+                pass  # half a surrogate pair in one of them
+        pieces = [list(encodable_pieces(text)) for text in texts]
+        ids, offsets = self._encode_pieces([piece for pieces in pieces for piece in pieces], num_threads)
+        return ids, offsets[np.cumsum([0, *map(len, pieces)])]
+
+    def _encode_pieces(self, texts: Sequence[str], num_threads: int) -> tuple[np.ndarray, np.ndarray]:
+        import numpy as np
+
+        if self._bulk_encoder:
+            return self._bulk_encoder.encode_to_numpy(texts, num_threads)
+        rows = self.encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+        dtype = np.uint16 if len(self.ranks) <= 2**16 else np.uint32
+        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        return np.fromiter((id for ids in rows for id in ids), dtype, offsets[-1]), offsets
+
+    @cached_property
+    def _bulk_encoder(self):
+        """Our rustbpe with these ranks, or None where the published package is installed."""
+        import rustbpe
+
+        if not hasattr(rustbpe.Tokenizer, "encode_to_numpy"):
+            return None
+        return rustbpe.Tokenizer.from_ranks(self.ranks, self.pattern)
 
     def _special_ids(self, token: int | str | None) -> list[int]:
         if token is None:
@@ -196,20 +233,6 @@ class RustBPETokenizer:
         if len(text) <= MAX_BLANKS:  # nearly always: spare the copy
             return self.encoding.encode_ordinary(text)
         return [id for piece in encodable_pieces(text) for id in self.encoding.encode_ordinary(piece)]
-
-    def _encode_batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
-        """As `_encode_text` of each, in threads (tiktoken lets go of the interpreter while it works).
-
-        Threads take slices, not single texts: handing over a short text costs more than encoding it.
-        """
-        num_threads = min(num_threads, os.cpu_count() or 1, len(texts))
-        if num_threads <= 1 or sum(map(len, texts)) < PARALLEL_CHARS:
-            return [self._encode_text(text) for text in texts]
-        size = -(-len(texts) // (4 * num_threads))  # four slices each even out long and short texts
-        slices = [texts[i : i + size] for i in range(0, len(texts), size)]
-        with ThreadPoolExecutor(num_threads) as pool:
-            done = pool.map(lambda part: [self._encode_text(text) for text in part], slices)
-            return [ids for part in done for ids in part]
 
     # -------------------------------------------------------------------------
     # Ids to text

@@ -153,6 +153,31 @@ def test_encoding_agrees_with_rustbpe(tokenizer):
     agree()
 
 
+class Published:
+    """What the published package called rustbpe can do; it stands in for ours where there is no Rust."""
+
+    def __init__(self, everything=rustbpe.Tokenizer):
+        self._tokenizer = everything()
+
+    def train_from_iterator(self, iterator, vocab_size, buffer_size=8192, pattern=None):
+        self._tokenizer.train_from_iterator(iterator, vocab_size, buffer_size, pattern)
+
+    def get_mergeable_ranks(self):
+        return self._tokenizer.get_mergeable_ranks()
+
+
+def test_without_our_rustbpe_the_tokens_are_the_same(tokenizer, monkeypatch):
+    many = [text * (i % 50) for i, text in enumerate(TEXTS * 10)] + ["a\ud800b", " " * (MAX_BLANKS + 5) + "x"]
+    ids, offsets = tokenizer.encode_to_numpy(many)
+    monkeypatch.setattr(rustbpe, "Tokenizer", Published)
+    fallback = RustBPETokenizer.train_from_iterator(iter(TEXTS), VOCAB_SIZE)
+    assert fallback._bulk_encoder is None and fallback.fingerprint() == tokenizer.fingerprint()
+    fallback_ids, fallback_offsets = fallback.encode_to_numpy(many)
+    assert fallback_ids.dtype == ids.dtype and fallback_offsets.dtype == offsets.dtype
+    assert fallback_ids.tolist() == ids.tolist() and fallback_offsets.tolist() == offsets.tolist()
+    assert fallback.encode(many, prepend="<|bos|>") == tokenizer.encode(many, prepend="<|bos|>")
+
+
 def test_split_pattern_on_what_it_was_made_for():
     assert regex.findall(SPLIT_PATTERN, "It's 12345 dogs,\n\n  ok!!\n") == [
         "It", "'s", " ", "12", "34", "5", " dogs", ",\n\n", " ", " ok", "!!\n",
