@@ -131,7 +131,7 @@ class RowGroups:
         return texts
 
     def read_again(self, places: Iterable[list[int]]) -> Iterator[list[tuple[Place, str]]]:
-        """The documents at these places, those of one row group at a time."""
+        """The documents at these places (more numbers may follow in each), those of one row group at a time."""
         for (shard, group), there in groupby(sorted(places, key=lambda p: p[1:]), key=lambda p: p[1:3]):
             texts = self.read(shard, group) if group < len(self.rows(shard)) else []
             there = [tuple(place) for place in there]

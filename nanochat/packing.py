@@ -1,62 +1,104 @@
 """What shares a row: the best-fit buffer, and conversations dealt out through it.
 
-The one idea to know: a row opens with the piece that has waited longest, then takes the largest
-that fits, again and again. So nothing waits for ever, and little of a row is left over. Pure
-Python without tensors: `dataloader` turns rows into batches, and packs documents likewise.
+The one idea to know: a row opens with the piece that has waited longest, then takes pieces that
+fill the rest of it exactly, or the largest that fits, again and again. So nothing waits for ever,
+and little of a row is left over. Pure Python without tensors: `dataloader` turns rows into batches,
+and packs documents likewise.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, Callable, Iterator
 
 from nanochat.common import UserError
 
+TRIED = 8  # lengths tried as one of three that fill a row; more find hardly more
+
 
 class BestFitBuffer:
-    """Pieces of text that wait for a row, found by age or by length.
+    """Pieces of text that wait for a row of `row` places, found by age or by length.
 
     If every row opens with the oldest, a piece that finds n others waiting is in one of the next
     n + 1 rows. Without that rule, pieces that are hard to place slowly fill the buffer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, row: int) -> None:
+        self.row = row
         self.pieces: dict[int, tuple[int, Any]] = {}  # arrival number -> (length, piece), oldest first
-        self.lengths: list[tuple[int, int]] = []  # sorted (length, -arrival number)
-        self.arrivals = 0
+        self.arrivals: dict[int, deque[int]] = {}  # length, row + 1 for all that are longer -> who has it, oldest first
+        self.there = self.mirror = 0  # sets of lengths: bit n of the one, bit row - n of the other
+        self.total = 0  # of all lengths
+        self.arrived = 0
 
     def __len__(self) -> int:
         return len(self.pieces)
 
     def __iter__(self) -> Iterator[Any]:
         """The pieces from oldest to newest."""
-        return (piece for _, piece in self.pieces.values())
+        return map(itemgetter(1), self.pieces.values())
 
     def add(self, length: int, piece: Any) -> None:
-        self.pieces[self.arrivals] = (length, piece)
-        insort(self.lengths, (length, -self.arrivals))
-        self.arrivals += 1
+        self.pieces[self.arrived] = (length, piece)
+        self.total += length
+        length = min(length, self.row + 1)
+        if length not in self.arrivals:
+            self.arrivals[length] = deque()
+            self._mark(length)
+        self.arrivals[length].append(self.arrived)
+        self.arrived += 1
 
-    def oldest(self) -> Any:
-        return next(iter(self))
+    def _mark(self, length: int) -> None:
+        self.there ^= 1 << length
+        self.mirror ^= 1 << self.row >> length
 
-    def pop_oldest(self) -> Any:
-        arrival = next(iter(self.pieces))
-        length, piece = self.pieces.pop(arrival)
-        del self.lengths[bisect_left(self.lengths, (length, -arrival))]
+    def _pop(self, length: int) -> Any:
+        """The oldest piece of this length."""
+        same = self.arrivals[length]
+        length, piece = self.pieces.pop(same.popleft())
+        self.total -= length
+        if not same:
+            length = min(length, self.row + 1)
+            del self.arrivals[length]
+            self._mark(length)
         return piece
 
-    def pop_largest(self, limit: int) -> Any | None:
-        """The longest piece of at most `limit`, of equals the oldest; None where none fits."""
-        after = bisect_right(self.lengths, (limit, 0))
-        if not after:
-            return None
-        _, arrival = self.lengths.pop(after - 1)
-        return self.pieces.pop(-arrival)[1]
+    def pop_oldest(self) -> Any:
+        length, _ = next(iter(self.pieces.values()))
+        return self._pop(min(length, self.row + 1))
 
     def pop_shortest(self) -> Any:
-        return self.pop_largest(self.lengths[0][0])
+        return self._pop((self.there & -self.there).bit_length() - 1)
+
+    def pop_largest(self, room: int) -> Any | None:
+        """The longest piece of at most `room`, of equals the oldest; None where none fits."""
+        fitting = self.there & (2 << room) - 1
+        return self._pop(fitting.bit_length() - 1) if fitting else None
+
+    def pop_best(self, room: int) -> Any | None:
+        """The piece that fills `room` exactly; or the longer of two that do together, as equal as can be; or the
+        longest that leaves room for two such, if it is among the TRIED longest; or the longest that fits; or None."""
+        if room in self.arrivals:
+            return self._pop(room)
+        best = self._longer_of_two(room)
+        fitting = self.there & (2 << room) - 1
+        for _ in range(0 if best else TRIED):
+            length = fitting.bit_length() - 1
+            if length < 0 or self._longer_of_two(room - length):
+                best = length
+                break
+            fitting ^= 1 << length
+        return self._pop(best) if best > 0 else self.pop_largest(room)
+
+    def _longer_of_two(self, room: int) -> int:
+        """Of two lengths, as equal as can be, that fill `room` together, the longer; 0 where there are no two."""
+        half = -(-room // 2)
+        found = (self.there & self.mirror >> self.row - room) >> half  # bit n: lengths half + n and room - half - n
+        if 2 * half == room and found & 1 and len(self.arrivals[half]) == 1:
+            found ^= 1
+        return half + (found & -found).bit_length() - 1 if found else 0
 
 
 def split_conversation(ids: list[int], mask: list[int], T: int, supervise: str) -> list[tuple[list[int], list[int]]]:
@@ -78,15 +120,15 @@ class Conversations:
 
     def __init__(
         self, dataset, render: Callable, order: Callable, lane: int, lanes: int, was_read: Callable, buffer_size: int,
-        state: dict,
+        T: int, state: dict,
     ):
-        """`render(conversation)` gives its pieces, `order(epoch)` all indices, for all lanes.
+        """`render(conversation)` gives its pieces of at most T pairs, `order(epoch)` all indices, for all lanes.
 
         `was_read([epoch, position in the order], epoch + index)`: whether to leave a conversation out.
         """
         self.dataset, self.render, self.order, self.was_read = dataset, render, order, was_read
-        self.lane, self.lanes, self.buffer_size = lane, lanes, buffer_size
-        self.buffer = BestFitBuffer()
+        self.lane, self.lanes, self.buffer_size, self.T = lane, lanes, buffer_size, T
+        self.buffer = BestFitBuffer(T)
         self.skipped = state["skipped"]  # pieces without any supervised target, so far
         self.read = state["finished"]  # conversations read so far, in all epochs
         self.barren = 0  # epochs in a row without anything to train on
@@ -122,7 +164,7 @@ class Conversations:
                     self.found = True
                     self._add(self.epoch, index, number, piece)
 
-    def next_row(self, T: int) -> list[tuple[list[int], list[int]]]:
+    def next_row(self) -> list[tuple[list[int], list[int]]]:
         """The (inputs, targets) that share the next row of T pairs; never none."""
         self.refill()
         while not self.buffer:
@@ -134,13 +176,13 @@ class Conversations:
                 )
             self._begin_epoch(self.epoch + 1)
             self.refill()
-        row, popped = [], self.buffer.pop_oldest()
+        row, room, popped = [], self.T, self.buffer.pop_oldest()
         while popped:
             _, piece = popped
             row.append(piece)
-            T -= len(piece[0])
+            room -= len(piece[0])
             self.refill()
-            popped = self.buffer.pop_largest(T)
+            popped = self.buffer.pop_best(room)
         return row
 
     def state(self) -> dict:

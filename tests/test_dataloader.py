@@ -10,12 +10,14 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_packing import best_length
 
 from nanochat import dataloader
 from nanochat.common import UserError
@@ -32,8 +34,9 @@ class WordTokenizer:
     def get_bos_token_id(self):
         return BOS
 
-    def encode(self, texts, prepend=None, num_threads=8):
-        return [[prepend, *map(int, text.split())] for text in texts]
+    def encode_to_numpy(self, texts, num_threads=8):
+        rows = [[int(word) for word in text.split()] for text in texts]
+        return np.array([id for ids in rows for id in ids], np.uint16), np.cumsum([0, *map(len, rows)])
 
     def render_conversation(self, conversation, max_tokens=2048):
         assert max_tokens is None
@@ -86,32 +89,29 @@ def brute_force_rows(documents, n, T, buffer_size, at_a_time):
     """The rule, the slow way: lists, searched from the front."""
     texts = [ids for ids in documents if len(ids) > 1]
     chunks = [texts[i : i + at_a_time] for i in range(0, len(texts), at_a_time)]
-    buffer, read, rows = [], 0, []  # buffer: (epoch, ids), oldest first
+    buffer, read, rows = [], 0, []  # buffer: (epoch, ids), in the order of waiting
     for _ in range(n):
         row = []
-        while len(row) < T + 1:
-            if len(buffer) < buffer_size and (not buffer or read // len(chunks) <= buffer[0][0] + 1):
+        while len(row) < T:
+            if len(buffer) < buffer_size and (not buffer or read // len(chunks) <= min(epoch for epoch, _ in buffer) + 1):
                 buffer += [(read // len(chunks), ids) for ids in chunks[read % len(chunks)]]
                 read += 1
-            room = T + 1 - len(row)
-            fitting = [d for d in buffer if len(d[1]) <= room]
-            if not row:
-                best = buffer[0]
-            elif fitting:
-                best = max(fitting, key=lambda d: len(d[1]))
-            else:
-                best = min(buffer, key=lambda d: len(d[1]))
-            del buffer[[d is best for d in buffer].index(True)]
-            row += best[1][:room]
-        rows.append(row)
+            room, lengths = T + 1 - len(row), [len(ids) for _, ids in buffer]
+            best = best_length(lengths, room) or min(min(lengths), T + 2)
+            number = next(i for i, n in enumerate(lengths) if min(n, T + 2) == best) if row else 0
+            epoch, ids = buffer.pop(number)
+            row += ids[:room]
+            if len(ids) > room:
+                buffer.append((epoch, [BOS, *ids[room:]]))
+        rows.append(row + [BOS] * (T + 1 - len(row)))
     return rows
 
 
-corpora = st.lists(st.integers(1, 14), min_size=1, max_size=30).filter(lambda lengths: max(lengths) > 1)
+corpora = st.lists(st.integers(1, 25), min_size=1, max_size=30).filter(lambda lengths: max(lengths) > 1)
 
 
-@settings(max_examples=40, deadline=None)
-@given(corpora, st.integers(1, 9), st.integers(1, 3), st.integers(1, 40), st.integers(1, 5), st.integers(1, 6))
+@settings(max_examples=60, deadline=None)
+@given(corpora, st.integers(1, 12), st.integers(1, 3), st.integers(1, 40), st.integers(1, 5), st.integers(1, 6))
 def test_packed_rows_are_those_of_brute_force(lengths, T, B, buffer_size, at_a_time, row_group_size):
     with tempfile.TemporaryDirectory() as folder:
         documents = write_corpus(Path(folder), lengths, row_group_size)
@@ -119,6 +119,43 @@ def test_packed_rows_are_those_of_brute_force(lengths, T, B, buffer_size, at_a_t
     rows = rows_of(taken)
     assert rows == brute_force_rows(documents, 12 * B, T, buffer_size, at_a_time)
     assert all(row[0] == BOS for row in rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpora, st.integers(1, 12), st.integers(1, 3), st.integers(1, 40), st.integers(1, 5))
+def test_the_pieces_of_a_document_joined_in_their_order_are_the_document(lengths, T, B, buffer_size, at_a_time):
+    """No token is lost or seen twice, none is padding, and each piece begins with bos."""
+    shard_size, row_group_size = 10, 4
+    with tempfile.TemporaryDirectory() as folder:
+        documents = write_corpus(Path(folder), lengths, row_group_size, shard_size)
+        taken = batches(PACKED, folder, 15, B, T, tokenizer_batch_size=at_a_time, buffer_size=buffer_size)
+    where = {token: (d, i) for d, ids in enumerate(documents) for i, token in enumerate(ids[1:])}
+    begun = Counter()  # (document, how many of its tokens were seen) -> how often; several epochs may be under way
+    for row in rows_of(taken):
+        bos = [i for i, token in enumerate(row) if token == BOS] + [len(row)]
+        for start, end in zip(bos, bos[1:]):
+            piece = [where[token] for token in row[start + 1 : end]]
+            if not piece:
+                assert end == len(row)
+                continue
+            (d, first), (_, last) = piece[0], piece[-1]
+            assert piece == [(d, i) for i in range(first, last + 1)]
+            begun[d, first] -= first > 0
+            begun[d, last + 1] += 1
+            assert begun[d, first] >= 0
+    stream = taken[-1][2]["streams"]["0"]
+    epoch, *place = stream["next"]
+    waiting = Counter()
+    for _, shard, group, row, start in stream["buffer"]:
+        waiting[shard * shard_size + group * row_group_size + row, start] += 1
+    for d, ids in enumerate(documents):
+        shard, row = divmod(d, shard_size)
+        read = epoch - 1 + ([shard, *divmod(row, row_group_size)] < place) if len(ids) > 1 else 0
+        under_way = {start: n for (other, start), n in waiting.items() if other == d}
+        assert {i: n for (other, i), n in begun.items() if other == d and 0 < i < len(ids) - 1 and n} == {
+            start: n for start, n in under_way.items() if start
+        }
+        assert begun[d, len(ids) - 1] == read - sum(under_way.values()) or not read
 
 
 @settings(max_examples=25, deadline=None)
@@ -149,6 +186,38 @@ def test_resume_is_exact_at_every_point(tmp_path, loader_function, rank, world_s
         state = json.loads(json.dumps(uninterrupted[stop - 1][2]))
         assert state == uninterrupted[stop - 1][2]
         assert same(batches(loader_function, tmp_path, 4, resume=state, **kwargs), uninterrupted[stop : stop + 4])
+
+
+def test_a_state_of_documents_none_of_which_was_cut_may_be_of_an_older_version(tmp_path):
+    write_corpus(tmp_path, LENGTHS)
+    state = batches(PACKED, tmp_path, 3)[-1][2]
+    older = json.loads(json.dumps(state))
+    for entry in (stream := state["streams"]["0"])["buffer"]:
+        entry[4] = 0
+    older["streams"]["0"]["buffer"] = [entry[:4] for entry in stream["buffer"]]  # they had no fifth number
+    assert len(stream["buffer"]) > 5
+    assert same(batches(PACKED, tmp_path, 9, resume=older), batches(PACKED, tmp_path, 9, resume=state))
+
+
+def test_a_document_of_many_rows_neither_stops_the_others_nor_grows_the_state(tmp_path):
+    documents = write_corpus(tmp_path, [5, 4000, *[5 + i % 9 for i in range(300)]], shard_size=400)
+    taken = batches(PACKED, tmp_path, 60, B=2, T=8, buffer_size=10, tokenizer_batch_size=5)
+    rows = rows_of(taken)
+    of_the_long = [row for row in rows if row[1] in documents[1]]
+    assert 5 <= len(of_the_long) < 30
+    joined = [token for row in of_the_long for token in row if token in documents[1][1:]]
+    assert joined == documents[1][1 : len(joined) + 1]
+    *_, (_, _, state) = taken
+    assert len(state["streams"]["0"]["buffer"]) < 15
+    assert [1, 0, 0, 1, len(joined)] in state["streams"]["0"]["buffer"]
+
+
+def test_fewer_documents_wait_where_they_are_long(tmp_path, monkeypatch):
+    write_corpus(tmp_path, [100] * 60)
+    monkeypatch.setattr(dataloader, "LONG", 20)
+    *_, (_, _, state) = batches(PACKED, tmp_path, 20, buffer_size=30, tokenizer_batch_size=1)
+    waiting = state["streams"]["0"]["buffer"]
+    assert 6 <= len(waiting) <= 15 and sum(100 - start for *_, start in waiting) <= 30 * 20 + 100
 
 
 @pytest.mark.parametrize("buffer_size", [1, 6, 1000])
@@ -213,7 +282,10 @@ def test_a_resume_on_other_data_is_a_plain_error(tmp_path):
     write_corpus(tmp_path, LENGTHS)
     state = batches(PACKED, tmp_path, 3)[-1][2]
     write_corpus(tmp_path, [5, 5], row_group_size=1)
-    with pytest.raises(UserError, match="the data has changed: document . in row group . of shard ."):
+    with pytest.raises(UserError, match="the data has changed: document . in row group . of shard .*Put the shards back"):
+        batches(PACKED, tmp_path, 1, resume=state)
+    write_corpus(tmp_path, [2] * len(LENGTHS))
+    with pytest.raises(UserError, match="the data has changed: .* is shorter than when this run read it"):
         batches(PACKED, tmp_path, 1, resume=state)
 
 
@@ -390,9 +462,9 @@ def test_the_thread_runs_ahead_a_little_and_ends_when_the_loader_is_closed(tmp_p
     encoded = []
 
     class Counting(WordTokenizer):
-        def encode(self, texts, **kwargs):
+        def encode_to_numpy(self, texts, **kwargs):
             encoded.extend(texts)
-            return super().encode(texts, **kwargs)
+            return super().encode_to_numpy(texts, **kwargs)
 
     kwargs = dict(device="cpu", source=str(tmp_path), buffer_size=1, tokenizer_batch_size=1)
     loader = STREAM(Counting(), 1, 4, "train", **kwargs)
