@@ -261,6 +261,26 @@ def test_ids_are_tiktokens_on_documents(hub):
             assert np.array_equal(ids[offsets[row] : offsets[row + 1]], expected), f"document {row} by {pattern}"
 
 
+@pytest.mark.slow
+def test_ids_are_tiktokens_on_every_document_of_the_hub(hub):
+    """215 million characters, half a minute for tiktoken."""
+    import pyarrow.parquet as pq
+
+    url = f"{hub}/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main/shard_{{:05d}}.parquet"
+    tokenizer, documents = rustbpe.Tokenizer(), 0
+    for shard in range(8):
+        with urllib.request.urlopen(url.format(shard)) as response:
+            texts = pq.read_table(io.BytesIO(response.read()), columns=["text"])["text"]
+        if not documents:
+            tokenizer.train_from_iterator([texts], 32768, pattern=SPLIT_PATTERN)
+            encoding = tiktoken_with(dict(tokenizer.get_mergeable_ranks()), SPLIT_PATTERN)
+        ids, offsets = tokenizer.encode_to_numpy(texts)
+        for row, text in enumerate(texts.to_pylist()):
+            assert ids[offsets[row] : offsets[row + 1]].tolist() == encoding.encode_ordinary(text), (shard, row)
+            documents += 1
+    assert documents > 50_000
+
+
 small_tokens = st.binary(min_size=2, max_size=6) | st.text("ab ", min_size=2, max_size=7).map(str.encode)
 
 

@@ -202,42 +202,101 @@ impl Encoder {
         }
     }
 
-    /// The same with a heap, for words of any length.
+    /// The same with a queue, for words of any length.
     fn join_long(&self, word: &[u8], out: &mut Vec<u32>) {
         assert!(word.len() < NONE as usize, "a word of {} bytes", word.len());
+        #[derive(Clone, Copy)]
+        struct Node {
+            id: u32,
+            rank: u32, // of the pair that begins here; NONE also where no token begins any more
+            next: u32,
+            previous: u32,
+        }
         let n = word.len() as u32;
-        let mut ids: Vec<u32> = word.iter().map(|&byte| self.bytes[byte as usize]).collect();
-        let mut ranks: Vec<u32> = ids.windows(2).map(|pair| self.pairs.get(pair[0], pair[1])).collect();
-        ranks.push(NONE); // of the pair that begins here; NONE also where no token begins any more
-        let mut next: Vec<u32> = (1..=n).collect();
-        let mut previous: Vec<u32> = (0..n).map(|i| i.wrapping_sub(1)).collect();
-        let known = ranks.iter().zip(0..).filter(|(&rank, _)| rank != NONE);
-        let mut heap: BinaryHeap<Reverse<(u32, u32)>> = known.map(|(&rank, at)| Reverse((rank, at))).collect();
-        while let Some(Reverse((rank, at))) = heap.pop() {
-            if ranks[at as usize] != rank {
+        let pair = |left: &Node, right: Option<&Node>| right.map_or(NONE, |right| self.pairs.get(left.id, right.id));
+        let node = |(at, &byte): (u32, &u8)| Node { id: self.bytes[byte as usize], rank: NONE, next: at + 1, previous: at.wrapping_sub(1) };
+        let mut nodes: Vec<Node> = (0..).zip(word).map(node).collect();
+        let mut queue = Queue::new();
+        for at in 0..n {
+            let rank = pair(&nodes[at as usize], nodes.get(at as usize + 1));
+            nodes[at as usize].rank = rank;
+            if rank != NONE {
+                queue.push(rank, at);
+            }
+        }
+        while let Some((rank, at)) = queue.pop() {
+            let here = nodes[at as usize];
+            if here.rank != rank {
                 continue; // this pair is no more
             }
-            let right = next[at as usize] as usize;
-            let after = next[right];
-            (ids[at as usize], ranks[right], next[at as usize]) = (rank, NONE, after);
-            if after < n {
-                previous[after as usize] = at;
+            let right = &mut nodes[here.next as usize];
+            right.rank = NONE;
+            let after = right.next;
+            (nodes[at as usize].id, nodes[at as usize].next) = (rank, after);
+            if let Some(after) = nodes.get_mut(after as usize) {
+                after.previous = at;
             }
-            for (left, right) in [(previous[at as usize], at), (at, after)] {
+            for (left, right) in [(here.previous, at), (at, after)] {
                 if left < n {
-                    let rank = if right < n { self.pairs.get(ids[left as usize], ids[right as usize]) } else { NONE };
-                    ranks[left as usize] = rank;
+                    let rank = pair(&nodes[left as usize], nodes.get(right as usize));
+                    nodes[left as usize].rank = rank;
                     if rank != NONE {
-                        heap.push(Reverse((rank, left)));
+                        queue.push(rank, left);
                     }
                 }
             }
         }
         let mut at = 0;
         while at < n {
-            out.push(ids[at as usize]);
-            at = next[at as usize];
+            out.push(nodes[at as usize].id);
+            at = nodes[at as usize].next;
         }
+    }
+}
+
+/// (rank, place), the lowest first: a radix heap (Ahuja, Mehlhorn, Orlin and Tarjan, 1990, section 2). A pair
+/// contains the token that its merge made, so in a vocabulary that was learnt, ranks only rise while a word is
+/// joined, and a number that came out never has to be compared again. Where ranks fall, a usual heap helps out.
+struct Queue {
+    buckets: [Vec<u64>; 65], // by the highest bit in which a number differs from `last`
+    last: u64,               // came out of the buckets last
+    early: BinaryHeap<Reverse<u64>>, // numbers below `last`
+}
+
+impl Queue {
+    fn new() -> Queue {
+        Queue { buckets: [const { Vec::new() }; 65], last: 0, early: BinaryHeap::new() }
+    }
+
+    #[inline(always)]
+    fn push(&mut self, rank: u32, place: u32) {
+        let number = (rank as u64) << 32 | place as u64;
+        if number < self.last {
+            self.early.push(Reverse(number));
+        } else {
+            self.buckets[64 - (number ^ self.last).leading_zeros() as usize].push(number);
+        }
+    }
+
+    #[inline(always)]
+    fn pop(&mut self) -> Option<(u32, u32)> {
+        let number = match self.early.pop() {
+            Some(Reverse(number)) => number,
+            None => self.next()?,
+        };
+        Some(((number >> 32) as u32, number as u32))
+    }
+
+    fn next(&mut self) -> Option<u64> {
+        if self.buckets[0].is_empty() {
+            let lowest = self.buckets.iter().position(|bucket| !bucket.is_empty())?;
+            let numbers = std::mem::take(&mut self.buckets[lowest]);
+            self.last = *numbers.iter().min()?;
+            for number in numbers {
+                self.buckets[64 - (number ^ self.last).leading_zeros() as usize].push(number);
+            }
+        }
+        self.buckets[0].pop()
     }
 }
 
