@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extra=${1:-cpu}
 [[ $extra == cpu || $extra == gpu ]] || { echo "usage: bash dev/setup.sh [cpu|gpu]" >&2; exit 2; }
-PATH=$PATH:$HOME/.cargo/bin
+PATH=$PATH:${HOME:-}/.cargo/bin
 stamp=.venv/installed-$extra.toml core_stamp=.venv/installed-rustbpe
 core=$(cat rustbpe/*.toml rustbpe/setup.py rustbpe/src/*.rs rustbpe/python/rustbpe/*.py | cksum; command -v cargo || echo no cargo)
 is_current() { [[ -x .venv/bin/python ]] && cmp -s pyproject.toml "$stamp"; }
@@ -69,7 +69,7 @@ if ! core_is_current; then
         echo "setup: no Rust toolchain (cargo), so the published rustbpe learns vocabularies and tiktoken encodes:" \
             "the same tokens, several times slower. To change that, install Rust and run this again." >&2
     elif ! install --reinstall-package rustbpe ./rustbpe; then
-        echo "setup: rustbpe did not build (see above); the published one stays in its place" >&2
+        echo "setup: rustbpe did not build (see above); what was installed before stays (at first the published one)" >&2
         exit 0
     fi
     echo "$core" >"$core_stamp"

@@ -13,8 +13,8 @@ file fetches no data, and does not know what a conversation looks like.
 
 from __future__ import annotations
 
+import atexit
 import random
-import sys
 import threading
 from collections import deque
 from functools import lru_cache
@@ -30,7 +30,8 @@ from nanochat.lanes import Documents, Lanes, Place, RowGroups
 from nanochat.packing import BestFitBuffer, Conversations, split_conversation
 
 AHEAD = 4  # batches made before they are asked for
-LONG = 8192  # tokens; where documents are longer on average, fewer of them wait
+LONG = 8192  # tokens; where documents are longer on average, fewer of them wait ...
+FEW = 32  # ... but never fewer than these, so that one enormous document does not fill whole batches
 
 
 # -----------------------------------------------------------------------------
@@ -57,7 +58,7 @@ def _bestfit_batches(documents: Documents, B: int, T: int, bos: int, buffer_size
 
         Of a corpus smaller than the buffer, hold no more than this epoch and the next.
         """
-        if len(buffer) < buffer_size and buffer.total < buffer_size * LONG:
+        if len(buffer) < (buffer_size if buffer.total < buffer_size * LONG else min(FEW, buffer_size)):
             if not buffer or documents.next_place[0] <= 1 + min(entry[0] for entry, _ in buffer):
                 for document in documents.read():
                     add(*document)
@@ -132,7 +133,7 @@ def _document_loader(
     bos = tokenizer.get_bos_token_id()
     fresh = {"next": [1, 0, 0, 0], **({"buffer": []} if packed else {"offset": 0})}
     dealt = Lanes(lanes, rank, world_size, resume_state_dict, fresh)
-    # All lanes together hold 8000 documents, so that many lanes do not make the memory, the state and a resume large.
+    # All lanes together hold about 8000 documents, up to 80 lanes, so that many lanes do not make the memory, the state and a resume large.
     buffer_size = buffer_size or max(100, min(1000, 8000 // dealt.lanes))
 
     def encode(documents: list[tuple[Place, str]]) -> list[tuple[Place, np.ndarray]]:
@@ -312,7 +313,14 @@ def _prefetch(batches: Iterator[tuple], device: torch.device) -> Iterator[tuple]
             ready.put(error)
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
+
+    def stop() -> None:
+        closed.set()
+        free.release()
+        thread.join()
+
     thread.start()
+    atexit.register(stop)  # a thread that is in C++ or Rust when the interpreter ends takes the process down
     try:
         while not isinstance(item := ready.get(), BaseException):
             free.release()
@@ -325,7 +333,5 @@ def _prefetch(batches: Iterator[tuple], device: torch.device) -> Iterator[tuple]
             yield inputs.to(device), targets.to(device), state
         raise item
     finally:
-        closed.set()
-        free.release()
-        if not sys.is_finalizing():  # at interpreter exit the thread no longer runs, and a join would never end
-            thread.join()
+        atexit.unregister(stop)
+        stop()

@@ -24,10 +24,10 @@ class Lanes:
     """The lanes that one rank serves: where each stands, and what lanes of an earlier deal have read before.
 
     Rank r of W serves the lanes r, r + W, ... in turn. Whatever is dealt out has a number in each epoch, one more
-    in the next, and belongs to lane number % lanes; a lane walks its share in order of place. So even of
-    fewer documents than lanes every lane gets some. A state of as many lanes goes on exactly. Of another number, each new lane begins where the
-    least advanced of the old ones stood, and leaves out what its old lane has read, of which `deals`
-    keeps the record; what waited in the buffer of old lane i waits in that of new lane i % lanes.
+    in the next, and belongs to lane number % lanes; a lane walks its share in order of place. So even of fewer
+    documents than lanes every lane gets some. A state of as many lanes goes on exactly. Of another number, each
+    new lane begins where the least advanced of the old ones stood, and leaves out what its old lane has read, of
+    which `deals` keeps the record; what waited in the buffer of old lane i waits in that of new lane i % lanes.
     """
 
     def __init__(self, lanes: int | None, rank: int | None, world_size: int | None, state: dict | None, fresh: dict):

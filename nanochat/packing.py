@@ -15,8 +15,6 @@ from typing import Any, Callable, Iterator
 
 from nanochat.common import UserError
 
-TRIED = 8  # lengths tried as one of three that fill a row; more find hardly more
-
 
 class BestFitBuffer:
     """Pieces of text that wait for a row of `row` places, found by age or by length.
@@ -79,18 +77,11 @@ class BestFitBuffer:
 
     def pop_best(self, room: int) -> Any | None:
         """The piece that fills `room` exactly; or the longer of two that do together, as equal as can be; or the
-        longest that leaves room for two such, if it is among the TRIED longest; or the longest that fits; or None."""
+        longest that fits; or None."""
         if room in self.arrivals:
             return self._pop(room)
-        best = self._longer_of_two(room)
-        fitting = self.there & (2 << room) - 1
-        for _ in range(0 if best else TRIED):
-            length = fitting.bit_length() - 1
-            if length < 0 or self._longer_of_two(room - length):
-                best = length
-                break
-            fitting ^= 1 << length
-        return self._pop(best) if best > 0 else self.pop_largest(room)
+        longer = self._longer_of_two(room)
+        return self._pop(longer) if longer else self.pop_largest(room)
 
     def _longer_of_two(self, room: int) -> int:
         """Of two lengths, as equal as can be, that fill `room` together, the longer; 0 where there are no two."""
@@ -137,6 +128,9 @@ class Conversations:
             pieces = render(dataset[index])
             self.read += 1
             for *_, number in there:
+                if number >= len(pieces):
+                    raise UserError(f"the data set has changed: conversation {index} is shorter than when this run "
+                                    "read it. Bring the old data back, or start this stage again.")
                 self._add(epoch, index, number, pieces[number])
 
     def _begin_epoch(self, epoch: int, position: int = 0) -> None:

@@ -59,7 +59,7 @@ PRETRAINED_PATIENCE = 15.0  # seconds in which a published vocabulary (under 3 M
 
 
 class RustBPETokenizer:
-    """Text to token ids and back. Safe to share between threads: nothing in it changes once it is made."""
+    """Text to token ids and back. Safe to share between threads."""
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]):
         import tiktoken
@@ -80,6 +80,8 @@ class RustBPETokenizer:
 
         Raises UserError when the texts hold too few different words for so many tokens.
         """
+        if isinstance(iterator, str):
+            raise TypeError("train_from_iterator takes an iterator of texts, not one text")
         num_special = len(SPECIAL_TOKENS)
         if vocab_size < 256 + num_special:
             raise UserError(
@@ -211,16 +213,17 @@ class RustBPETokenizer:
         if self._bulk_encoder:
             return self._bulk_encoder.encode_to_numpy(texts, num_threads)
         rows = self.encoding.encode_ordinary_batch(texts, num_threads=num_threads)
-        dtype = np.uint16 if len(self.ranks) <= 2**16 else np.uint32
+        dtype = np.uint16 if max(self.ranks.values()) < 2**16 else np.uint32
         offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         return np.fromiter((id for ids in rows for id in ids), dtype, offsets[-1]), offsets
 
     @cached_property
     def _bulk_encoder(self):
-        """Our rustbpe with these ranks, or None where the published package is installed."""
+        """Our rustbpe with these ranks; None where the published package is installed, or for a pattern that it
+        would have to split with another regex engine than tiktoken's."""
         import rustbpe
 
-        if not hasattr(rustbpe.Tokenizer, "encode_to_numpy"):
+        if not hasattr(rustbpe.Tokenizer, "encode_to_numpy") or not rustbpe.is_known(self.pattern):
             return None
         return rustbpe.Tokenizer.from_ranks(self.ranks, self.pattern)
 

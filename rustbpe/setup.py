@@ -9,20 +9,21 @@ from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-BUILT, CORE = {
-    "win32": ("rustbpe.dll", "core.dll"),
-    "darwin": ("librustbpe.dylib", "core.dylib"),
-}.get(sys.platform, ("librustbpe.so", "core.so"))
+CORE = {"win32": "rustbpe.dll", "darwin": "librustbpe.dylib"}.get(sys.platform, "librustbpe.so")
 
 
 class BuildWithCore(build_py):
     def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)  # an earlier build may have left files that are no more
         super().run()
-        target = Path(self.build_lib, "rustbpe")
-        target.mkdir(parents=True, exist_ok=True)
-        folder = Path("build", "cargo").absolute()
-        subprocess.run(["cargo", "build", "--release", "--offline", "--target-dir", folder], check=True)
-        shutil.copy(folder / "release" / BUILT, target / CORE)
+        if not shutil.which("cargo"):
+            sys.exit("rustbpe is written in Rust: install a toolchain first (cargo, from 1.70 on)")
+        built = Path("build", "cargo").absolute()
+        subprocess.run(["cargo", "build", "--release", "--offline", "--target-dir", built], check=True)
+        package = Path("python" if self.editable_mode else self.build_lib, "rustbpe")
+        newest = max(built.rglob(f"release/{CORE}"), key=lambda path: path.stat().st_mtime)  # in target/TRIPLE for some
+        shutil.copy(newest, package / CORE)
 
 
 class WheelForEveryPython(bdist_wheel):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -215,9 +217,18 @@ def test_a_document_of_many_rows_neither_stops_the_others_nor_grows_the_state(tm
 def test_fewer_documents_wait_where_they_are_long(tmp_path, monkeypatch):
     write_corpus(tmp_path, [100] * 60)
     monkeypatch.setattr(dataloader, "LONG", 20)
+    monkeypatch.setattr(dataloader, "FEW", 3)
     *_, (_, _, state) = batches(PACKED, tmp_path, 20, buffer_size=30, tokenizer_batch_size=1)
     waiting = state["streams"]["0"]["buffer"]
     assert 6 <= len(waiting) <= 15 and sum(100 - start for *_, start in waiting) <= 30 * 20 + 100
+
+
+def test_a_document_larger_than_all_that_may_wait_shares_its_batches(tmp_path, monkeypatch):
+    documents = write_corpus(tmp_path, [5, 4000, *[5 + i % 9 for i in range(300)]], shard_size=400)
+    monkeypatch.setattr(dataloader, "LONG", 20)
+    taken = batches(PACKED, tmp_path, 60, B=4, T=8, buffer_size=100, tokenizer_batch_size=5)
+    for inputs, _, _ in taken[1:]:
+        assert sum(row[1] in documents[1] for row in inputs.tolist()) < 4
 
 
 @pytest.mark.parametrize("buffer_size", [1, 6, 1000])
@@ -497,6 +508,23 @@ def test_an_exception_in_the_thread_is_raised_where_the_batch_is_wanted():
     with pytest.raises(KeyError, match="the disk is gone"):
         next(loader)
     assert len(prefetch_threads()) == before
+
+
+def test_a_step_that_fails_ends_the_process_with_its_own_error(tmp_path):
+    """The thread is at work in C++ or Rust then, where it must not be when the interpreter ends."""
+    write_corpus(tmp_path, [1000] * 400, row_group_size=100, shard_size=400)
+    program = """
+import sys
+from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit as loader
+from nanochat.tokenizer import RustBPETokenizer
+tokenizer = RustBPETokenizer.train_from_iterator(["some words"], 270)
+batches = loader(tokenizer, 32, 2048, "train", device="cpu", source=sys.argv[1])
+next(batches)
+raise ZeroDivisionError("in a step")
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and done.stderr.endswith("ZeroDivisionError: in a step\n"), done.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,10 +1,14 @@
 """Our rustbpe: training, counts, interface. test_rustbpe_split.py has words and ids, test_rustbpe_bulk.py the rest."""
 
+import copy
 import inspect
 import os
+import pickle
 import shutil
 import subprocess
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +275,70 @@ def test_damaged_counts_are_refused(tmp_path):
         rustbpe.Counts.load(tmp_path / "missing")
     with pytest.raises(OSError):
         counted(TEXTS).save(tmp_path / "missing" / "counts")
+
+
+def test_a_file_of_counts_with_arrays_of_other_shapes_is_refused(tmp_path):
+    path, ends = tmp_path / "counts.npz", np.arange(1, 6, dtype=np.uint64)
+    good = {"pattern": np.frombuffer(OTHER.encode(), np.uint8), "bytes": np.full(5, 97, np.uint8), "ends": ends, "counts": ends}
+    np.savez(path, **good)
+    assert len(rustbpe.Counts.load(path)) == 1
+    for name, wrong in [("counts", np.zeros((5, 0), np.uint64)), ("bytes", np.zeros((10**9, 0), np.uint8)),
+                        ("counts", ends[:4]), ("ends", ends * 1000), ("bytes", np.full(5, 255, np.uint8))]:  # fmt: skip
+        np.savez(path, **{**good, name: wrong})
+        with pytest.raises(ValueError, match="damaged"):
+            rustbpe.Counts.load(path)
+
+
+def test_a_save_that_fails_leaves_the_file_of_before(tmp_path, monkeypatch):
+    path = tmp_path / "counts.npz"
+    counted(TEXTS).save(path)
+    before = path.read_bytes()
+
+    def fail(file, **arrays):
+        file.write(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError):
+        counted(["other text"]).save(path)
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
+
+
+def test_reading_while_others_add_loses_nothing():
+    words = [f"{i:x}" for i in range(20_000)]
+    counts = counted(words, OTHER)
+    with ThreadPoolExecutor(4) as pool:
+        adding = [pool.submit(counts.add, ["hello world" * 50] * 20, 1) for _ in range(200)]
+        assert all(len(counts) >= len(words) for _ in range(50))
+        assert all(task.result() is None for task in adding)
+    data, ends, numbers = counts._words()
+    assert len(ends) == len(counts) and numbers.sum() == len(words) + 200 * 20 * 101
+
+
+def test_a_tokenizer_is_copied_whole_and_counts_are_not():
+    tokenizer = trained(TEXTS)
+    for copied in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        del tokenizer
+        assert state(copied) == state(trained(TEXTS))
+        tokenizer = copied
+    assert pickle.loads(pickle.dumps(rustbpe.Tokenizer())).vocab_size == 256
+    for refuse in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="save"):
+            refuse(counted(TEXTS))
+
+
+def test_a_process_ends_well_while_a_thread_encodes():
+    program = "import rustbpe, threading, time\nt = rustbpe.Tokenizer()\nt.train_from_iterator(['some words'], 260)\n"
+    program += "def work():\n    while True: t.encode_to_numpy(['some words and more ' * 50] * 500, 1)\n"
+    program += "threading.Thread(target=work, daemon=True).start()\ntime.sleep(0.2)"
+    for _ in range(3):
+        assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+def test_one_text_is_no_list_of_texts():
+    for single in ("the theme", pa.array(["the theme"])):
+        with pytest.raises(TypeError, match="list"):
+            rustbpe.Tokenizer().train_from_iterator(single, 300)
 
 
 # -----------------------------------------------------------------------------

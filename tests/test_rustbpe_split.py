@@ -351,6 +351,7 @@ texts += [unit * (size // 5) for unit in ("A", "\\n", "\\t \\n", "'", "'s", "7",
 texts.append("".join(numbers.choices("abcdefghijklmnopqrstuvwxyz", k=size)))
 texts.append(numbers.randbytes(size).decode("utf-8", "replace"))
 texts.append(" " * 1_000_001 + "x")  # where tiktoken gives up
+rustbpe.Tokenizer().train_from_iterator(["=" * size], 5000)  # tokens of up to 300,000 bytes
 for pattern in patterns:
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_iterator(texts, 300, pattern=pattern)

@@ -14,6 +14,7 @@ use crate::table::Table;
 use crate::threads::{on_threads, Pool};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::sync::RwLock;
 
 // -----------------------------------------------------------------------------
 // Counting
@@ -22,6 +23,7 @@ use std::collections::BinaryHeap;
 pub struct Counts {
     pattern: Pattern,
     tables: Pool<Table>, // one for each thread that ever counted
+    adding: RwLock<()>,  // many may add at a time, but nobody while the tables are summed
 }
 
 /// Different words end to end in `bytes`, where each ends, and how often it occurs.
@@ -56,16 +58,18 @@ impl Words {
 
 impl Counts {
     pub fn new(pattern: Pattern) -> Counts {
-        Counts { pattern, tables: Pool::new() }
+        Counts { pattern, tables: Pool::new(), adding: RwLock::new(()) }
     }
 
     pub fn add(&self, texts: &[&str], threads: usize) {
+        let _adding = self.adding.read().unwrap();
         on_threads(texts, threads, |texts| {
             self.tables.with(Table::new, |table| {
                 for text in texts {
                     self.pattern.split(text, |words| {
                         for &(start, end) in words {
-                            *table.entry_word(text.as_bytes(), start, end) += 1;
+                            let count = table.entry_word(text.as_bytes(), start, end);
+                            *count = count.saturating_add(1);
                         }
                     });
                 }
@@ -74,6 +78,7 @@ impl Counts {
     }
 
     pub fn add_words(&self, words: &[&str], counts: &[u64]) {
+        let _adding = self.adding.read().unwrap();
         self.tables.with(Table::new, |table| {
             for (word, count) in words.iter().zip(counts).filter(|(word, _)| !word.is_empty()) {
                 let total = table.entry_word(word.as_bytes(), 0, word.len());
@@ -84,6 +89,7 @@ impl Counts {
 
     /// What all threads counted, in one table.
     fn with_sum<R>(&self, work: impl FnOnce(&Table) -> R) -> R {
+        let _alone = self.adding.write().unwrap();
         let mut tables = self.tables.take();
         let mut sum = tables.pop().unwrap_or_else(Table::new);
         for other in tables {
@@ -113,7 +119,7 @@ impl Counts {
 
 const DEAD: u32 = u32::MAX; // a cell in which no token begins any more
 const EDGE: u32 = u32::MAX - 1; // between two words
-const MOST_CELLS: usize = 1 << 30;
+const MOST_CELLS: usize = 1 << 30; // there are at most three places for each, numbered in 32 bits
 
 #[derive(Clone, Copy)]
 struct Cell {
@@ -261,7 +267,7 @@ impl Trainer {
             }
             top.number = kept as u32;
             if kept > 0 {
-                if top.count == known || self.heap.peek().is_none_or(|next| *next < top) {
+                if top.count == known || self.heap.peek().map_or(true, |next| *next < top) {
                     return Some(top);
                 }
                 self.heap.push(top);

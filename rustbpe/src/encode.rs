@@ -8,7 +8,7 @@ use crate::split::{Pattern, BATCH};
 use crate::table::{hash, key, prefetch, Table};
 use crate::threads::{on_threads, Pool};
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeSet, BinaryHeap};
 
 const NONE: u32 = u32::MAX;
 const SHORT: usize = 64; // up to here finding the lowest rank by looking at all is quickest
@@ -34,7 +34,7 @@ struct Pairs {
     slots: Vec<u64>, // of any: left id, right id, id in 21 bits each; a power of two of them; EMPTY where empty
 }
 
-const ID_BITS: u32 = 21;
+const ID_BITS: u32 = 21; // rustbpe/core.py knows this limit, too
 const EMPTY: u64 = u64::MAX;
 
 impl Pairs {
@@ -101,9 +101,11 @@ impl Encoder {
         for byte in 0..=255 {
             bytes[byte as usize] = id(&[byte]).ok_or(format!("the byte {byte} has no token"))?;
         }
+        // Only cuts into lengths that tokens have: an enormous token has too many to look at them all.
+        let lengths: BTreeSet<usize> = tokens.iter().map(|token| token.len()).collect();
         let mut pairs = vec![];
         for (number, token) in tokens.iter().enumerate() {
-            for cut in 1..token.len() {
+            for &cut in lengths.range(..token.len()).filter(|&cut| lengths.contains(&(token.len() - cut))) {
                 if let (Some(left), Some(right)) = (id(&token[..cut]), id(&token[cut..])) {
                     pairs.push((left, right, number as u32));
                 }
@@ -265,7 +267,7 @@ struct Queue {
 
 impl Queue {
     fn new() -> Queue {
-        Queue { buckets: [const { Vec::new() }; 65], last: 0, early: BinaryHeap::new() }
+        Queue { buckets: std::array::from_fn(|_| vec![]), last: 0, early: BinaryHeap::new() }
     }
 
     #[inline(always)]

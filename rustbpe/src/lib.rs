@@ -1,12 +1,12 @@
 //! The C interface, which python/rustbpe/__init__.py calls. Nothing is computed here.
 //!
-//! Every function returns -1 where it failed, and `rustbpe_error` then says why. A panic is such a
-//! failure, too: none crosses the border. Texts come as bytes end to end and the places between
+//! Every function that can fail returns -1 where it did, and `rustbpe_error` then says why. A panic is
+//! such a failure, too: none crosses the border. Texts come as bytes end to end and the places between
 //! them (`number + 1` offsets), which is how Arrow keeps strings; they are checked before use.
 
-pub mod bpe;
-pub mod encode;
-pub mod split;
+mod bpe;
+mod encode;
+mod split;
 mod table;
 mod threads;
 mod unicode;
@@ -51,10 +51,9 @@ pub struct Strings {
 impl Strings {
     unsafe fn slices<'a>(&self) -> Result<Vec<&'a [u8]>, String> {
         let data: &[u8] = if self.size == 0 { &[] } else { from_raw_parts(self.data, self.size as usize) };
-        let width = if self.wide != 0 { 8 } else { 4 };
-        let offset = |i: usize| match width {
-            8 => (self.offsets as *const i64).add(i).read_unaligned(),
-            _ => (self.offsets as *const i32).add(i).read_unaligned() as i64,
+        let offset = |i: usize| match self.wide {
+            0 => (self.offsets as *const i32).add(i).read_unaligned() as i64,
+            _ => (self.offsets as *const i64).add(i).read_unaligned(),
         };
         (0..self.number as usize)
             .map(|i| {
@@ -71,8 +70,8 @@ impl Strings {
 unsafe fn texts<'a>(parts: *const Strings, number: i64) -> Result<Vec<&'a str>, String> {
     let mut texts = vec![];
     for part in from_raw_parts(parts, number as usize) {
-        for (i, bytes) in part.slices()?.into_iter().enumerate() {
-            texts.push(std::str::from_utf8(bytes).map_err(|why| format!("text {i} is not UTF-8: {why}"))?);
+        for bytes in part.slices()? {
+            texts.push(std::str::from_utf8(bytes).map_err(|why| format!("text {} is not UTF-8: {why}", texts.len()))?);
         }
     }
     Ok(texts)
@@ -184,7 +183,7 @@ pub unsafe extern "C" fn rustbpe_counts_number(counts: *const Counts) -> i64 {
     guard(|| Ok((*counts).number() as i64))
 }
 
-/// All words and counts, sorted by word, to be copied out and freed.
+/// All words and counts, sorted by word, to be copied out.
 /// # Safety
 /// As above.
 #[no_mangle]
@@ -197,10 +196,17 @@ pub unsafe extern "C" fn rustbpe_words_new(counts: *const Counts, number: *mut i
 }
 
 /// # Safety
+/// As above.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_words_free(words: *mut Words) {
+    drop(Box::from_raw(words));
+}
+
+/// # Safety
 /// As above; there is room for what `rustbpe_words_new` said.
 #[no_mangle]
-pub unsafe extern "C" fn rustbpe_words_take(words: *mut Words, bytes: *mut u8, ends: *mut u64, counts: *mut u64) {
-    let words = Box::from_raw(words);
+pub unsafe extern "C" fn rustbpe_words_copy(words: *const Words, bytes: *mut u8, ends: *mut u64, counts: *mut u64) {
+    let words = &*words;
     from_raw_parts_mut(bytes, words.bytes.len()).copy_from_slice(&words.bytes);
     from_raw_parts_mut(ends, words.ends.len()).copy_from_slice(&words.ends);
     from_raw_parts_mut(counts, words.counts.len()).copy_from_slice(&words.counts);
@@ -252,7 +258,7 @@ pub unsafe extern "C" fn rustbpe_encoder_free(encoder: *mut Encoder) {
     drop(Box::from_raw(encoder));
 }
 
-/// Encodes texts; the ids wait, `number` of them, until `rustbpe_encoded_take`.
+/// Encodes texts; the ids wait, `number` of them, to be copied out.
 /// # Safety
 /// As above.
 #[no_mangle]
@@ -270,14 +276,21 @@ pub unsafe extern "C" fn rustbpe_encode(
     })
 }
 
-/// Writes the ids, two bytes each or four, and the offsets of the texts in them, and frees what waited.
+/// # Safety
+/// As above.
+#[no_mangle]
+pub unsafe extern "C" fn rustbpe_encoded_free(encoded: *mut Vec<Encoded>) {
+    drop(Box::from_raw(encoded));
+}
+
+/// Writes the ids, two bytes each or four, and the offsets of the texts in them.
 /// # Safety
 /// As above; there is room for the ids and for one offset more than there were texts.
 #[no_mangle]
-pub unsafe extern "C" fn rustbpe_encoded_take(encoded: *mut Vec<Encoded>, wide: i64, ids: *mut u8, mut offsets: *mut i64) {
+pub unsafe extern "C" fn rustbpe_encoded_copy(encoded: *const Vec<Encoded>, wide: i64, ids: *mut u8, mut offsets: *mut i64) {
     let (mut at, mut offset) = (0, 0);
     offsets.write(0);
-    for part in *Box::from_raw(encoded) {
+    for part in &*encoded {
         let length = part.ids.len();
         if wide != 0 {
             from_raw_parts_mut((ids as *mut u32).add(at), length).copy_from_slice(&part.ids);
@@ -286,8 +299,8 @@ pub unsafe extern "C" fn rustbpe_encoded_take(encoded: *mut Vec<Encoded>, wide: 
             out.iter_mut().zip(&part.ids).for_each(|(narrow, &id)| *narrow = id as u16);
         }
         at += length;
-        for length in part.lengths {
-            offset += length as i64;
+        for length in &part.lengths {
+            offset += *length as i64;
             offsets = offsets.add(1);
             offsets.write(offset);
         }

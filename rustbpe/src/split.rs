@@ -140,6 +140,14 @@ impl Scanner<'_> {
         }
     }
 
+    /// \p{N}{0,most}
+    fn digits(&self, at: usize, most: usize) -> usize {
+        (0..most).fold(at, |end, _| match self.character(end) {
+            (class, length) if class & NUMBER != 0 => end + length,
+            _ => end,
+        })
+    }
+
     /// [^\s\p{L}\p{N}]*
     #[inline(always)]
     fn run_of_others(&self, mut at: usize) -> usize {
@@ -220,10 +228,7 @@ impl Scanner<'_> {
         }
         let (class, length) = self.character(at);
         if class & NUMBER != 0 {
-            return (1..digits).fold(at + length, |end, _| match self.character(end) {
-                (class, length) if class & NUMBER != 0 => end + length,
-                _ => end,
-            });
+            return self.digits(at, digits);
         }
         if class & NEWLINE == 0 {
             let end = self.letters(at + length);
@@ -275,10 +280,7 @@ impl Scanner<'_> {
             }
         }
         if class & NUMBER != 0 {
-            return (1..3).fold(at + length, |end, _| match self.character(end) {
-                (class, length) if class & NUMBER != 0 => end + length,
-                _ => end,
-            });
+            return self.digits(at, 3);
         }
         let start = at + (self.text[at] == b' ') as usize;
         let mut end = self.run_of_others(start);

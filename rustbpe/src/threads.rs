@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 
-/// Runs `work(piece)` for all pieces of texts of about 64 kB each, on some threads; the results in order.
+/// Runs `work(piece)` for all pieces of texts of about 64 kB each, on so many threads (0: as many as this
+/// process may use); the results in order.
 pub fn on_threads<R: Send>(texts: &[&str], threads: usize, work: impl Fn(&[&str]) -> R + Sync) -> Vec<R> {
     let (mut pieces, mut first, mut size) = (vec![], 0, 0);
     for (i, text) in texts.iter().enumerate() {
@@ -13,6 +14,7 @@ pub fn on_threads<R: Send>(texts: &[&str], threads: usize, work: impl Fn(&[&str]
             (first, size) = (i + 1, 0);
         }
     }
+    let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { threads };
     let (next, results) = (AtomicUsize::new(0), Mutex::new(vec![]));
     let run = || loop {
         let i = next.fetch_add(1, Ordering::Relaxed);
@@ -22,7 +24,9 @@ pub fn on_threads<R: Send>(texts: &[&str], threads: usize, work: impl Fn(&[&str]
     };
     std::thread::scope(|scope| {
         for _ in 1..threads.clamp(1, pieces.len().max(1)) {
-            scope.spawn(run);
+            if std::thread::Builder::new().spawn_scoped(scope, run).is_err() {
+                break; // the system has no more threads; those that there are do it all
+            }
         }
         run();
     });
