@@ -27,9 +27,9 @@ def test_all_inputs_and_any_number_of_threads_give_the_same_rows():
     tokenizer = trained(TEXTS)
     texts = [text * (i % 30) + str(i) for i, text in enumerate(TEXTS * 60)]
     expected = [tokenizer.encode(text) for text in texts]
-    for threads in (None, 1, 2, 3, 4):
+    for number in (None, 1, 2, 3, 4):
         for items in (texts, *as_arrow(texts).values()):
-            assert rows(tokenizer, items, threads=threads) == expected
+            assert rows(tokenizer, items, threads=number) == expected
     assert rows(tokenizer, ["", "", "the", ""]) == [[], [], tokenizer.encode("the"), []]
     for nothing in ([], pa.array([], pa.string()), pa.chunked_array([], pa.large_string())):
         assert rows(tokenizer, nothing) == []
@@ -139,11 +139,11 @@ NO_TEXTS = {
 def test_what_is_no_text_is_refused(wrong):
     tokenizer, counts = trained(TEXTS), counted(TEXTS)
     before, words = state(tokenizer), len(counts)
-    for threads in (1, 2):
-        refuses(tokenizer.encode_to_numpy, wrong, threads=threads)
-        refuses(counts.add, wrong, threads=threads)
+    for number in (1, 2):
+        refuses(tokenizer.encode_to_numpy, wrong, threads=number)
+        refuses(counts.add, wrong, threads=number)
         items = wrong if isinstance(wrong, (list, int, type(None))) else [wrong]
-        refuses(tokenizer.train_from_iterator, items, 300, threads=threads)
+        refuses(tokenizer.train_from_iterator, items, 300, threads=number)
     assert state(tokenizer) == before
     assert len(counts) == words and state(trained_from_counts(counts)) == before
 
