@@ -1,8 +1,8 @@
 """Any causal language model of the `transformers` library behind the few names that our evaluations use.
 
 The one idea to know: CORE and bits per byte ask a model only for `hidden`, `logits`, losses,
-`config.sequence_len` and its device, and a tokenizer only for `encode`, `decode`, its bos and its
-bytes per token. Giving a foreign model those names measures it on the very same yardstick.
+`config.sequence_len` and its device, and a tokenizer only for `encode`, `encode_to_numpy`, `decode`,
+its bos and its bytes per token. Giving a foreign model those names measures it on the very same yardstick.
 It does not train, export or convert anything.
 """
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from nanochat.common import Compute, UserError
+from nanochat.tokenizer import end_to_end
 
 LOGIT_ROWS = 1024  # positions whose logits exist at the same time: vocabularies reach 250,000
 DEFAULT_CONTEXT = 2048  # where a model's configuration names no limit
@@ -98,6 +100,10 @@ class HFTokenizer:
         first = [] if prepend is None else [prepend]
         many = self.tokenizer(list(text), add_special_tokens=False, split_special_tokens=True, verbose=False)
         return [first + ids for ids in many["input_ids"]]
+
+    def encode_to_numpy(self, texts: list[str], num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts end to end, and where each text's begin, as our own tokenizer gives them."""
+        return end_to_end(self.encode(texts), 2**32 - 1)
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)

@@ -208,14 +208,10 @@ class RustBPETokenizer:
         return ids, offsets[np.cumsum([0, *map(len, pieces)])]
 
     def _encode_pieces(self, texts: Sequence[str], num_threads: int) -> tuple[np.ndarray, np.ndarray]:
-        import numpy as np
-
         if self._bulk_encoder:
             return self._bulk_encoder.encode_to_numpy(texts, num_threads)
         rows = self.encoding.encode_ordinary_batch(texts, num_threads=num_threads)
-        dtype = np.uint16 if max(self.ranks.values()) < 2**16 else np.uint32
-        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-        return np.fromiter((id for ids in rows for id in ids), dtype, offsets[-1]), offsets
+        return end_to_end(rows, max(self.ranks.values()))
 
     @cached_property
     def _bulk_encoder(self):
@@ -322,6 +318,15 @@ def encodable_pieces(text: str) -> Iterator[str]:
                 start = blanks.end()
     if start < len(text):
         yield text[start:]
+
+
+def end_to_end(rows: list[list[int]], largest_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of several texts as `encode_to_numpy` gives them: [[1, 2], [3]] -> ([1, 2, 3], [0, 2, 3])."""
+    import numpy as np
+
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    dtype = np.uint16 if largest_id < 2**16 else np.uint32
+    return np.fromiter((id for ids in rows for id in ids), dtype, offsets[-1]), offsets
 
 
 def call_within(seconds: float, function: Callable):

@@ -113,6 +113,8 @@ def test_token_bytes_add_up_to_the_bytes_of_the_text(make, tmp_path):
     ids = tokenizer.encode(TEXT, prepend=tokenizer.get_bos_token_id())
     assert ids[0] == tokenizer.get_bos_token_id()
     assert tokenizer.encode([TEXT, "tea"], prepend=ids[0])[0] == ids and tokenizer.encode([]) == []
+    joined, offsets = tokenizer.encode_to_numpy([TEXT, "", "tea"])
+    assert joined.tolist() == ids[1:] + tokenizer.encode("tea") and offsets.tolist() == [0, len(ids) - 1, len(ids) - 1, len(joined)]
     special = tokenizer.tokenizer.decode(ids[:1])
     assert tokenizer.decode(tokenizer.encode("a " + special)) == "a " + special
     assert ids[0] not in tokenizer.encode("a " + special)
