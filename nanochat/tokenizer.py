@@ -22,6 +22,7 @@ import threading
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NoAnswer  # the built-in one only from Python 3.11 on
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Sequence
 
@@ -204,7 +205,7 @@ class RustBPETokenizer:
             except UnicodeEncodeError:
                 pass  # half a surrogate pair in one of them
         pieces = [list(encodable_pieces(text)) for text in texts]
-        ids, offsets = self._encode_pieces([piece for pieces in pieces for piece in pieces], num_threads)
+        ids, offsets = self._encode_pieces(list(chain.from_iterable(pieces)), num_threads)
         return ids, offsets[np.cumsum([0, *map(len, pieces)])]
 
     def _encode_pieces(self, texts: Sequence[str], num_threads: int) -> tuple[np.ndarray, np.ndarray]:

@@ -59,11 +59,11 @@ impl Strings {
             .map(|i| {
                 let (start, end) = (offset(i), offset(i + 1));
                 let found = usize::try_from(start).ok().zip(usize::try_from(end).ok());
-                found.and_then(|(start, end)| data.get(start..end)).ok_or(format!("text {i} has impossible offsets: {start} to {end}"))
+                let text = found.and_then(|(start, end)| data.get(start..end));
+                text.ok_or_else(|| format!("text {i} has impossible offsets: {start} to {end}"))
             })
             .collect()
     }
-
 }
 
 /// The texts of several parts, all of them checked before any is used.

@@ -20,7 +20,6 @@ pub fn key(text: &[u8], start: usize, end: usize) -> Option<u128> {
     Some(bytes | (length as u128) << 120)
 }
 
-
 #[inline(always)]
 pub fn hash(key: u128) -> u64 {
     let product = (key as u64 ^ 0x9E37_79B9_7F4A_7C15) as u128 * ((key >> 64) as u64 ^ 0xD1B5_4A32_D192_ED03) as u128;
