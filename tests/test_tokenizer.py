@@ -178,6 +178,16 @@ def test_without_our_rustbpe_the_tokens_are_the_same(tokenizer, monkeypatch):
     assert fallback.encode(many, prepend="<|bos|>") == tokenizer.encode(many, prepend="<|bos|>")
 
 
+def test_a_pattern_that_only_tiktoken_can_read():
+    """A loaded vocabulary may have one; then tiktoken encodes lists, too, and nobody asks Python's `regex`."""
+    pattern = r"\x{61}+|(?s:.)"
+    with pytest.raises(regex.error):
+        regex.compile(pattern)
+    ranks = {**{bytes([byte]): byte for byte in range(256)}, b"aa": 256, b"ba": 257}
+    tokenizer = RustBPETokenizer(ranks, pattern, {"<|bos|>": 258})
+    assert tokenizer.encode(["aab", ""]) == [tokenizer.encode("aab"), []] == [[256, 98], []]
+
+
 def test_split_pattern_on_what_it_was_made_for():
     assert regex.findall(SPLIT_PATTERN, "It's 12345 dogs,\n\n  ok!!\n") == [
         "It", "'s", " ", "12", "34", "5", " dogs", ",\n\n", " ", " ok", "!!\n",

@@ -68,8 +68,7 @@ impl Counts {
                 for text in texts {
                     self.pattern.split(text, |words| {
                         for &(start, end) in words {
-                            let count = table.entry_word(text.as_bytes(), start, end);
-                            *count = count.saturating_add(1);
+                            table.add(text.as_bytes(), start, end, 1);
                         }
                     });
                 }
@@ -81,8 +80,7 @@ impl Counts {
         let _adding = self.adding.read().unwrap();
         self.tables.with(Table::new, |table| {
             for (word, count) in words.iter().zip(counts).filter(|(word, _)| !word.is_empty()) {
-                let total = table.entry_word(word.as_bytes(), 0, word.len());
-                *total = total.saturating_add(*count);
+                table.add(word.as_bytes(), 0, word.len(), *count);
             }
         });
     }
@@ -93,10 +91,7 @@ impl Counts {
         let mut tables = self.tables.take();
         let mut sum = tables.pop().unwrap_or_else(Table::new);
         for other in tables {
-            other.each(|word, count| {
-                let total = sum.entry_word(word, 0, word.len());
-                *total = total.saturating_add(count);
-            });
+            other.each(|word, count| sum.add(word, 0, word.len(), count));
         }
         self.tables.with(|| sum, |sum| work(sum))
     }

@@ -5,7 +5,7 @@
 //! are fetched from memory together. Only the rest is joined pair by pair, in time linear in the text.
 
 use crate::split::{Pattern, BATCH};
-use crate::table::{hash, key, prefetch, Table};
+use crate::table::{halves, hash, key, prefetch, Table};
 use crate::threads::{on_threads, Pool};
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap};
@@ -143,10 +143,10 @@ impl Encoder {
             }
             let (mut ids, mut used) = ([0; 4 * BATCH], 0);
             for (&(start, end), &(key, place)) in words.iter().zip(&keys) {
-                let parts = [key as u64, (key >> 64) as u64];
+                let halves = halves(key);
                 let Bucket(latest) = &mut cache[place];
-                let recent = &latest[(latest[0].key != parts) as usize];
-                if recent.key == parts && key != 0 {
+                let recent = &latest[(latest[0].key != halves) as usize];
+                if recent.key == halves && key != 0 {
                     ids[used..used + 4].copy_from_slice(&recent.ids);
                     used += recent.ids.iter().map(|&id| (id != NONE) as usize).sum::<usize>();
                     continue;
@@ -158,7 +158,7 @@ impl Encoder {
                 if key != 0 && out.len() - before <= 4 {
                     let mut ids = [NONE; 4];
                     ids[..out.len() - before].copy_from_slice(&out[before..]);
-                    *latest = [Recent { key: parts, ids }, latest[0]];
+                    *latest = [Recent { key: halves, ids }, latest[0]];
                 }
             }
             out.extend_from_slice(&ids[..used]);

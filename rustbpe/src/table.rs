@@ -36,10 +36,22 @@ pub fn prefetch<T>(_wanted: &T) {
     }
 }
 
+/// A key as slots keep it: a u128 would be aligned to 16 bytes.
+#[inline(always)]
+pub fn halves(key: u128) -> [u64; 2] {
+    [key as u64, (key >> 64) as u64]
+}
+
 #[derive(Clone, Copy)]
 struct Slot {
-    key: [u64; 2], // 0, 0: empty. Not a u128, which would be aligned to 16 bytes
+    key: [u64; 2], // 0, 0: empty
     value: u64,
+}
+
+impl Slot {
+    fn key(&self) -> u128 {
+        (self.key[1] as u128) << 64 | self.key[0] as u128
+    }
 }
 
 pub struct Table {
@@ -60,23 +72,23 @@ impl Table {
     /// Where the key is, or where it would be.
     #[inline(always)]
     fn find(&self, key: u128) -> usize {
-        let (parts, last) = ([key as u64, (key >> 64) as u64], self.slots.len() - 1);
+        let (halves, last) = (halves(key), self.slots.len() - 1);
         let mut at = hash(key) as usize & last;
-        while self.slots[at].key != parts && self.slots[at].key != [0, 0] {
+        while self.slots[at].key != halves && self.slots[at].key != [0, 0] {
             at = (at + 1) & last;
         }
         at
     }
 
     #[inline(always)]
-    pub fn get(&self, key: u128) -> Option<u64> {
+    fn get(&self, key: u128) -> Option<u64> {
         let slot = &self.slots[self.find(key)];
         (slot.key != [0, 0]).then_some(slot.value)
     }
 
     /// The value of a short word, 0 if it is new.
     #[inline(always)]
-    pub fn entry(&mut self, key: u128) -> &mut u64 {
+    fn entry(&mut self, key: u128) -> &mut u64 {
         let mut at = self.find(key);
         if self.slots[at].key == [0, 0] {
             if self.used * 4 >= self.slots.len() * 3 {
@@ -84,7 +96,7 @@ impl Table {
                 at = self.find(key);
             }
             self.used += 1;
-            self.slots[at].key = [key as u64, (key >> 64) as u64];
+            self.slots[at].key = halves(key);
         }
         &mut self.slots[at].value
     }
@@ -94,7 +106,7 @@ impl Table {
         let larger = vec![Slot { key: [0, 0], value: 0 }; self.slots.len() * 2];
         for slot in std::mem::replace(&mut self.slots, larger) {
             if slot.key != [0, 0] {
-                let at = self.find((slot.key[1] as u128) << 64 | slot.key[0] as u128);
+                let at = self.find(slot.key());
                 self.slots[at] = slot;
             }
         }
@@ -116,6 +128,13 @@ impl Table {
         }
     }
 
+    /// Counts the word at `text[start..end]` so many times more.
+    #[inline(always)]
+    pub fn add(&mut self, text: &[u8], start: usize, end: usize, count: u64) {
+        let total = self.entry_word(text, start, end);
+        *total = total.saturating_add(count);
+    }
+
     #[inline(never)]
     fn long_entry(&mut self, word: &[u8]) -> &mut u64 {
         if !self.long.contains_key(word) {
@@ -127,7 +146,7 @@ impl Table {
     /// Calls `each(word, value)` in no particular order.
     pub fn each(&self, mut each: impl FnMut(&[u8], u64)) {
         for slot in self.slots.iter().filter(|slot| slot.key != [0, 0]) {
-            let key = (slot.key[1] as u128) << 64 | slot.key[0] as u128;
+            let key = slot.key();
             each(&key.to_le_bytes()[..(key >> 120) as usize], slot.value);
         }
         for (word, &value) in &self.long {

@@ -17,7 +17,7 @@ from typing import Any, Callable, Iterable
 
 import numpy as np
 
-from rustbpe.core import Handle, Splitter, Strings, checked, encoded, in_a_row, is_arrow, lib, whole_number
+from rustbpe.core import Handle, Splitter, Strings, checked, encoded, in_a_row, is_arrow, lib, scanner_for, whole_number
 
 __all__ = ["Counts", "Tokenizer", "character_class", "is_known", "word_ends"]
 
@@ -31,16 +31,16 @@ MOST_TOKENS = 2**21  # one more than fit into the encoder's table
 
 def is_known(pattern: str) -> bool:
     """Whether a scanner in Rust splits by this pattern, exactly as tiktoken does; otherwise `regex` splits."""
-    return Splitter(pattern).regex is None
+    return scanner_for(pattern) != 0
 
 
 def word_ends(text: str, pattern: str) -> np.ndarray:
     """Where each word of a text ends, in bytes of its UTF-8, by the scanner for a known pattern: int64 (words,)."""
-    splitter, text = Splitter(pattern), encoded(text)
-    if splitter.regex:
+    scanner, text = scanner_for(pattern), encoded(text)
+    if not scanner:
         raise ValueError(f"there is no scanner for the pattern {pattern!r}")
     ends = np.empty(len(text), np.int64)
-    number = checked(lib.rustbpe_word_ends(splitter.scanner, text, len(text), ends.ctypes.data))
+    number = checked(lib.rustbpe_word_ends(scanner, text, len(text), ends.ctypes.data))
     return ends[:number].copy()
 
 

@@ -111,14 +111,19 @@ class Handle(ctypes.c_void_p):
         raise TypeError("what lies in the memory of Rust cannot be copied or pickled; save counts to a file")
 
 
+def scanner_for(pattern: str) -> int:
+    """The number of the scanner that splits by this pattern, exactly as tiktoken does; 0 where there is none."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"the pattern must be a str, not {type(pattern).__name__}")
+    spelt = pattern.encode()
+    return checked(lib.rustbpe_pattern(spelt, len(spelt)))
+
+
 class Splitter:
     """How a pattern cuts texts: by a scanner in Rust, or else by `regex`."""
 
     def __init__(self, pattern: str):
-        if not isinstance(pattern, str):
-            raise TypeError(f"the pattern must be a str, not {type(pattern).__name__}")
-        spelt = pattern.encode()
-        self.scanner, self.regex = checked(lib.rustbpe_pattern(spelt, len(spelt))), None
+        self.scanner, self.regex = scanner_for(pattern), None
         if not self.scanner:
             import regex
 
