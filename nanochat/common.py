@@ -12,6 +12,7 @@ shows that error last.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import errno
 import json
 import os
@@ -323,10 +324,25 @@ def compute_init(device_type: str = "") -> Compute:
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device(device_type)
+        _keep_freed_memory()
     compute = Compute(device, compute_dtype(device_type), rank, local_rank, world_size)
     if world_size > 1:
         _join_ranks(compute)
     return compute
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed instead of giving it back to the system, where there is glibc.
+
+    By default a block of megabytes, which is what a tensor is, is given back and taken anew for every
+    operation, and each of its pages is then cleared by the system first. That can take longer than the
+    operation itself (dev/LOG.md, 11).
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it takes
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _join_ranks(compute: Compute) -> None:

@@ -24,6 +24,15 @@ def softcapped_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
     return SOFTCAP * torch.tanh(logits / SOFTCAP)
 
 
+def softcap_(logits: torch.Tensor) -> torch.Tensor:
+    """The same cap in place on float32 products, for inference: 15 tanh(z / 15) = 15 - 30 / (1 + exp(2z / 15)).
+
+    In place because memory that is taken anew for each of several passes costs more than the passes, and by the
+    sigmoid because a CPU takes a tenth of the time for it.
+    """
+    return logits.mul_(-2 / SOFTCAP).sigmoid_().mul_(-2 * SOFTCAP).add_(SOFTCAP)
+
+
 def token_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The loss of each token in nats, (N,) float32, zero where the target is -1.
 

@@ -1,35 +1,40 @@
-"""Inference: tokens in, tokens out, as fast as a cache of keys and values allows.
+"""Inference: many conversations written at once, each as if it were alone.
 
-The one idea: a model is called once on the whole prompt, then once per new token, because the
-keys and values of earlier positions are kept. A `Row` is one sequence being written. It owns
-everything that is particular to it (its dice, the tool call it is in the middle of, the tokens a
-tool forces upon it, why it ended), so what a row says does not depend on its neighbours.
+The one idea: keys and values of earlier positions are kept, so a new token costs one pass through
+the model, and a pass costs about the same for one row as for sixteen. So all rows that are being
+written share each pass, and `scheduler.py` decides who takes part. What is particular to a row (its
+dice, its settings, the tool call it is in the middle of, the tokens a tool forces upon it) is kept
+with the row, so what a row says does not depend on its neighbours, up to the rounding of sums.
 
-The engine knows a model only by calling it: `model(ids, kv_cache=cache)` gives logits and moves
-the cache forward. It does not know about conversations, files or text beyond tool calls.
+The engine knows a model only by calling it: `model.hidden(ids, kv_cache=...)` moves a cache forward
+and `model.logits` reads it. It does not know about conversations, files or text beyond tool calls.
+One thread at a time may use an engine.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from nanochat.calculator import use_calculator
 from nanochat.common import UserError
+from nanochat.scheduler import Copy, Row, Scheduler
 
 
 class KVCache:
     """Keys and values of every layer for a batch of rows, each row with a length of its own.
 
     k_cache, v_cache: (layers, batch, seq, heads, dim). cache_seqlens: int32 (batch,), how many
-    positions of each row are filled. prev_embedding: (batch, 1, d) or None, the embedding of
-    each row's newest token, which the model leaves here for itself.
+    positions of each row are filled. last_tokens: int64 (batch,), each row's newest token, -1 where
+    there is none; the model looks at a token's left neighbour. rows: None, or int32 (batch,) where
+    this is a selection made by `select`: which rows of the tensors are meant.
     """
+
+    rows: torch.Tensor | None = None
 
     def __init__(self, batch_size, num_heads, seq_len, head_dim, num_layers, device, dtype):
         shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
@@ -37,12 +42,12 @@ class KVCache:
         self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.v_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.cache_seqlens = torch.zeros(batch_size, device=device, dtype=torch.int32)
-        self.prev_embedding: torch.Tensor | None = None
+        self.last_tokens = torch.full((batch_size,), -1, device=device)
 
     def reset(self) -> None:
         """Forget everything; the memory is kept."""
         self.cache_seqlens.zero_()
-        self.prev_embedding = None
+        self.last_tokens.fill_(-1)
 
     def get_pos(self) -> int:
         """How many positions the first row holds."""
@@ -64,8 +69,14 @@ class KVCache:
         self.k_cache[:, :, :length] = other.k_cache[:, :, :length]
         self.v_cache[:, :, :length] = other.v_cache[:, :, :length]
         self.cache_seqlens.copy_(other.cache_seqlens)
-        if other.prev_embedding is not None:
-            self.prev_embedding = other.prev_embedding.expand(self.k_cache.size(1), -1, -1).clone()
+        self.last_tokens.copy_(other.last_tokens)
+
+    def select(self, rows: torch.Tensor, seqlens: torch.Tensor, last_tokens: torch.Tensor) -> KVCache:
+        """The same memory seen as a batch of the given rows, which the caller says how far are filled."""
+        selection = object.__new__(KVCache)
+        selection.k_cache, selection.v_cache = self.k_cache, self.v_cache
+        selection.rows, selection.cache_seqlens, selection.last_tokens = rows, seqlens, last_tokens
+        return selection
 
 
 def cache_dtype(model) -> torch.dtype:
@@ -74,59 +85,147 @@ def cache_dtype(model) -> torch.dtype:
     return min((weight.dtype for weight in weights), key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
-def sample(logits: torch.Tensor, temperature: float, top_k: int | None, draws: torch.Tensor) -> torch.Tensor:
-    """One token per row, (B,) int64, from logits (B, V) and one uniform draw in [0, 1) per row.
+# -----------------------------------------------------------------------------
+# Sampling
 
-    A draw picks the token whose slice of the cumulative distribution it falls into, so a row
-    needs a single random number and the rows are still sampled together. Temperature 0 takes
-    the most likely token. `top_k` keeps only the k most likely.
+
+def sample(
+    logits: torch.Tensor,
+    temperatures: Sequence[float],
+    top_ks: Sequence[int | None],
+    top_ps: Sequence[float],
+    draws: Sequence[float],
+) -> torch.Tensor:
+    """One token per row, (B,) int64, from logits (B, V), each row with settings and a draw in [0, 1) of its own.
+
+    A draw picks the token whose slice of the cumulative distribution it falls into, so a row needs a
+    single random number and rows are sampled together. Temperature 0 takes the likeliest token. `top_k`
+    keeps the k likeliest; `top_p` keeps of these as few of the likeliest as have that share of the
+    probability (nucleus sampling, arXiv:1904.09751).
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    candidates = None
-    if top_k is not None and top_k < logits.size(-1):
-        logits, candidates = logits.topk(top_k, dim=-1)  # both (B, k)
-    logits = logits.float()
-    # The maximum goes first: a tiny temperature must not overflow to infinity minus infinity.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    cumulative = F.softmax(scaled, dim=-1).cumsum(dim=-1)
-    choice = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)  # (B, 1)
-    return (choice if candidates is None else candidates.gather(1, choice)).squeeze(1)
+    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    groups: dict[int, list[int]] = {}  # rows that need as many candidates in order of likelihood; 0: all, in no order
+    for row, temperature in enumerate(temperatures):
+        k = min(top_ks[row] or logits.size(-1), logits.size(-1))
+        ordered = k < logits.size(-1) or top_ps[row] < 1
+        width = 1 if temperature == 0 else 1 << (k - 1).bit_length() if ordered else 0
+        groups.setdefault(width, []).append(row)
+    for width, rows in groups.items():
+
+        def column(values):
+            return torch.tensor([values[row] for row in rows], device=logits.device)[:, None]
+
+        scores = logits if len(rows) == len(logits) else logits[rows]
+        if width == 1:
+            tokens[rows] = scores.argmax(dim=-1)
+            continue
+        if width:
+            scores, candidates = scores.topk(min(width, logits.size(-1)), dim=-1)  # (R, width), likeliest first
+        scores = scores.float()
+        # The maximum goes first: a tiny temperature must not overflow to infinity minus infinity.
+        weights = (scores - scores.amax(dim=-1, keepdim=True)).div_(column(temperatures)).exp_()
+        if width:
+            weights *= torch.arange(weights.size(-1), device=logits.device) < column([k or logits.size(-1) for k in top_ks])
+        cumulative = weights.cumsum(dim=-1)
+        total = cumulative[:, -1:]
+        if width:
+            kept = (cumulative - weights < column(top_ps) * total).sum(dim=-1, keepdim=True)
+            total = torch.where(column(top_ps) < 1, cumulative.gather(1, kept.clamp(min=1) - 1), total)
+        choice = torch.searchsorted(cumulative, column(draws) * total, right=True)  # (R, 1)
+        tokens[rows] = (candidates.gather(1, choice) if width else choice)[:, 0]
+    return tokens
 
 
-@dataclass
-class Row:
-    """One sequence being written."""
+# -----------------------------------------------------------------------------
+# The engine
 
-    dice: torch.Generator
-    forced: deque = field(default_factory=deque)  # tokens a tool has put in line
-    call: list | None = None  # tokens since python_start; None outside of a call
-    finish_reason: str | None = None  # "stop", "length" or "context" once the row has ended
-    last_token: int = -1
-
-    def draw(self) -> float:
-        """Uniform in [0, 1). 23 bits and no more, so that draw * total rounds to less than total in float32."""
-        return int(torch.randint(1 << 23, (), generator=self.dice)) / (1 << 23)
-
-
-def make_row(seed: int, index: int) -> Row:
-    """Row `index` of a request; neighbouring seeds and rows get unrelated dice."""
-    mixed = random.Random(f"{seed}/{index}").getrandbits(63)
-    return Row(dice=torch.Generator().manual_seed(mixed))
+# Prompt tokens that are read between two rounds, so that those who already write wait for about a round or two.
+READ_BUDGET = {"cpu": 128, "cuda": 2048}
 
 
 class Engine:
-    """Writes on from a prompt with `model`; `tokenizer` is needed for tool calls and to know when to stop."""
+    """Writes on from prompts with `model`; `tokenizer` is needed for tool calls and to know when to stop.
 
-    def __init__(self, model, tokenizer):
-        self.model = model
-        self.tokenizer = tokenizer
+    `max_rows` may be written at once, if they fit half of the free memory; more wait in line. Memory is
+    taken as rows need it. `context` bounds what a row may hold, prompt included (None: what the model can).
+    """
+
+    def __init__(self, model, tokenizer, max_rows: int = 64, context: int | None = None):
+        self.model, self.tokenizer = model, tokenizer
         self.python_start, self.python_end, self.output_start, self.output_end, assistant_end = (
             tokenizer.encode_special(f"<|{name}|>")
             for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end")
         )
         # assistant_end closes a reply; bos opens the next document, which is where a base model stops.
         self.terminal_tokens = frozenset((assistant_end, tokenizer.get_bos_token_id()))
+        self.context = min(context or model.config.sequence_len, model.config.sequence_len)
+        self.device = model.get_device()
+        self.max_rows = max_rows
+        self.tokens_read = self.tokens_reused = self.tokens_written = 0  # in all
+        self._forget()
+
+    # -------------------------------------------------------------------------
+    # Rows that come and go
+
+    def submit(
+        self,
+        tokens: list[int],
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 42,
+        stop: Sequence[str] = (),
+        sample_index: int = 0,
+    ) -> Row:
+        """Put a prompt in line; `step` writes it on. What it says depends on these arguments alone.
+
+        The row ends with a terminal token (assistant_end or bos), which is its last, after `max_tokens`,
+        when the context is full, or once its text contains one of the strings in `stop`. Rows of one seed
+        differ by `sample_index`. Raises UserError for arguments that cannot work.
+        """
+        row = self._make_row(tokens, max_tokens, temperature, top_k, top_p, seed, stop, sample_index)
+        self.scheduler.add(row)
+        return row
+
+    def cancel(self, row: Row) -> None:
+        """End `row` where it stands. Its place is free at once; nothing happens if it has ended."""
+        if row.finish_reason is None:
+            self.scheduler.end(row, "cancelled")
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to do."""
+        return self.scheduler.busy
+
+    @property
+    def num_running(self) -> int:
+        return len(self.scheduler.slot_of)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    def step(self) -> list[tuple[Row, int, int]]:
+        """One round: read some of the prompts in line, then one token for each running row.
+
+        Returns (row, token, mask) for each of these, mask 1 where the token was sampled and 0 where a tool
+        forced it. A row that ends by this token has its `finish_reason` now. If a round fails or is
+        interrupted, all rows end as "cancelled" and the engine can be used again.
+        """
+        try:
+            return self._step()
+        except BaseException:  # what the cache holds is no longer certain
+            self._forget()
+            raise
+
+    def finish(self) -> Iterator[Row]:
+        """Go on until nothing is left to do, yielding each row as it ends."""
+        while self.busy:
+            yield from [row for row, _, _ in self.step() if row.finish_reason]
+
+    # -------------------------------------------------------------------------
+    # One prompt
 
     def generate(
         self,
@@ -147,28 +246,10 @@ class Engine:
 
         Raises UserError, at once and not at the first step, for arguments that cannot work.
         """
-        context = self.model.config.sequence_len
-        if not tokens:
-            raise UserError("The prompt is empty; begin it with bos at least")
-        if len(tokens) >= context:
-            raise UserError(
-                f"The prompt has {len(tokens)} tokens and the model's context holds {context}, "
-                "which leaves no room for an answer; shorten the prompt"
-            )
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}; it must be 1 or more")
-        if max_tokens is not None and max_tokens < 1:
-            raise UserError(f"max_tokens is {max_tokens}; it must be 1 or more, or None for as many as fit")
-        if not 0 <= temperature < float("inf"):
-            raise UserError(f"temperature is {temperature}; it must be 0 (always the likeliest token) or more")
-        if top_k is not None and top_k < 1:
-            raise UserError(f"top_k is {top_k}; it must be 1 or more, or None for all tokens")
-        room = context - len(tokens)
-        budget = room if max_tokens is None else min(max_tokens, room)
-        # A row that has used up both at once has written all that was asked for.
-        exhausted = "length" if budget == max_tokens else "context"
-        rows = [make_row(seed, index) for index in range(num_samples)]
-        return self._write(list(tokens), rows, budget, exhausted, temperature, top_k)
+        rows = [self._make_row(tokens, max_tokens, temperature, top_k, 1.0, seed, (), i) for i in range(num_samples)]
+        return self._columns(rows)
 
     def generate_batch(
         self,
@@ -189,38 +270,134 @@ class Engine:
                     masks[row].append(mask)
         return sequences, masks
 
-    def _write(self, tokens, rows, budget, exhausted, temperature, top_k):
-        """The loop behind `generate`: sample a column, hand it out, feed it back."""
-        prompt_cache = self._make_cache(1, len(tokens))
-        logits = self._next_logits([tokens], prompt_cache)  # (1, V)
-        logits = logits.expand(len(rows), -1)
-        # The prompt is read once, however many rows continue it.
-        cache = self._make_cache(len(rows), len(tokens) + budget)
-        cache.prefill(prompt_cache)
-        del prompt_cache
-        for step in range(budget):
-            if step > 0:
-                logits = self._next_logits([[row.last_token] for row in rows], cache)  # (B, V)
-            draws = torch.tensor([row.draw() for row in rows], device=logits.device)
-            sampled = sample(logits, temperature, top_k, draws).tolist()
-            masks = [self._accept(row, token) for row, token in zip(rows, sampled)]
-            yield [row.last_token for row in rows], masks
-            if all(row.finish_reason for row in rows):
-                break
-        return [row.finish_reason or exhausted for row in rows]
+    def _columns(self, rows: list[Row]):
+        """The loop behind `generate`. The rows may have come by their i-th tokens in different rounds."""
+        for row in rows:
+            self.scheduler.add(row)
+        try:
+            column = 0
+            while any(row.finish_reason is None or column < len(row.masks) for row in rows):
+                while any(row.finish_reason is None and column == len(row.masks) for row in rows):
+                    self.step()
+                if any(column < len(row.masks) for row in rows):
+                    over = [column >= len(row.masks) for row in rows]
+                    tokens = [row.tokens[-1] if done else row.tokens[row.prompt_length + column] for row, done in zip(rows, over)]
+                    yield tokens, [0 if done else row.masks[column] for row, done in zip(rows, over)]
+                column += 1
+            return [row.finish_reason for row in rows]
+        finally:
+            for row in rows:
+                self.cancel(row)
 
-    def _accept(self, row: Row, token: int) -> int:
-        """Give `row` its next token, the sampled one unless a tool has put others in line. Returns its mask."""
-        if row.finish_reason:
-            return 0
+    # -------------------------------------------------------------------------
+    # Inside a round
+
+    def _make_row(self, tokens, max_tokens, temperature, top_k, top_p, seed, stop, sample_index) -> Row:
+        if not tokens:
+            raise UserError("The prompt is empty; begin it with bos at least")
+        if len(tokens) >= self.context:
+            raise UserError(
+                f"The prompt has {len(tokens)} tokens and the model's context holds {self.context}, "
+                "which leaves no room for an answer; shorten the prompt"
+            )
+        if max_tokens is not None and max_tokens < 1:
+            raise UserError(f"max_tokens is {max_tokens}; it must be 1 or more, or None for as many as fit")
+        if not 0 <= temperature < float("inf"):
+            raise UserError(f"temperature is {temperature}; it must be 0 (always the likeliest token) or more")
+        if top_k is not None and top_k < 1:
+            raise UserError(f"top_k is {top_k}; it must be 1 or more, or None for all tokens")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1 (all tokens)")
+        room = self.context - len(tokens)
+        budget = room if max_tokens is None else min(max_tokens, room)
+        return Row(
+            tokens=list(tokens),
+            limit=len(tokens) + budget,
+            # A row that has used up both at once has written all that was asked for.
+            exhausted="length" if budget == max_tokens else "context",
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=tuple(text.encode() for text in stop if text),
+            dice=random.Random(f"{seed}/{sample_index}"),  # neighbouring seeds and samples get unrelated dice
+        )
+
+    def _forget(self) -> None:
+        """Begin with nothing: no rows, and nothing of the cache that could be used again."""
+        if hasattr(self, "scheduler"):
+            for row in [*self.scheduler.waiting, *self.scheduler.slot_of]:
+                self.scheduler.end(row, "cancelled")
+        self.cache: KVCache | None = None
+        self.graphs: dict[int, DecodingGraph] = {}
+        budget = READ_BUDGET.get(self.device.type, READ_BUDGET["cpu"])
+        self.scheduler = Scheduler(min(self.max_rows, self._rows_that_fit()), budget)
+
+    # Around each call and not around a generator: a mode set there would leak to whoever reads from it.
+    @torch.inference_mode()
+    def _step(self) -> list[tuple[Row, int, int]]:
+        work = self.scheduler.plan()
+        self._make_room(len(self.scheduler.slots))
+        for item in work:
+            if isinstance(item, Copy):
+                for memory in (self.cache.k_cache, self.cache.v_cache):
+                    memory[:, item.target, : item.length] = memory[:, item.source, : item.length]
+                self.tokens_reused += item.length
+            else:
+                self._read(item.row.tokens, item.slot, item.start, item.end)
+        # In order of their places, so that attention finds neighbours in the cache next to one another.
+        rows = sorted(self.scheduler.running, key=lambda row: self.scheduler.slot_of[row].index)
+        if not rows:
+            return []
+        logits = self._logits(rows)
+        tokens = sample(
+            logits,
+            [row.temperature for row in rows],
+            [row.top_k for row in rows],
+            [row.top_p for row in rows],
+            [draw(row.dice) for row in rows],
+        ).tolist()
+        self.tokens_written += len(rows)
+        return [(row, *self._accept(row, token)) for row, token in zip(rows, tokens)]
+
+    def _read(self, tokens: list[int], slot: int, start: int, end: int) -> None:
+        """Fill the cache with tokens start .. end of a prompt. Nobody asks what the model expects after them."""
+        ids = torch.tensor([tokens[start:end]], device=self.device)
+        place = torch.tensor([[slot], [start], [tokens[start - 1] if start else -1]], dtype=torch.int32, device=self.device)
+        self.model.hidden(ids, kv_cache=self.cache.select(*place))
+        self.tokens_read += end - start
+
+    def _logits(self, rows: list[Row]) -> torch.Tensor:
+        """Feed each row's last token to the model: what it expects next, (B, V)."""
+        slots = [self.scheduler.slot_of[row].index for row in rows]
+        lengths = [len(row.tokens) - 1 for row in rows]
+        newest = [row.tokens[-1] for row in rows]
+        before = [row.tokens[-2] if len(row.tokens) > 1 else -1 for row in rows]
+        batch = torch.tensor([slots, lengths, before, newest], dtype=torch.int32)  # (4, B)
+        if self.device.type == "cuda":
+            return self._graph(len(rows)).run(batch)
+        return decode(self.model, self.cache, batch.to(self.device))
+
+    def _accept(self, row: Row, token: int) -> tuple[int, int]:
+        """Give `row` its next token, the sampled one unless a tool has put others in line: (token, mask)."""
+        mask = 0 if row.forced else 1
         if row.forced:
-            row.last_token = row.forced.popleft()
-            return 0
-        row.last_token = token
+            token = row.forced.popleft()
+        row.computed = len(row.tokens)
+        row.tokens.append(token)
+        row.masks.append(mask)
+        reason = row.exhausted if len(row.tokens) >= row.limit else None
+        if mask and self._says_the_end(row, token):
+            reason = "stop"
+        if reason:
+            self.scheduler.end(row, reason)
+        return token, mask
+
+    def _says_the_end(self, row: Row, token: int) -> bool:
+        """Whether a sampled token ends its row. Calls of the calculator are noticed, and answered, here, too."""
         if token in self.terminal_tokens:
-            row.finish_reason = "stop"
-        elif token == self.python_start:
-            row.call = []
+            return True
+        if token == self.python_start:
+            row.call, row.tail = [], b""
         elif token == self.python_end and row.call is not None:
             result = use_calculator(self.tokenizer.decode(row.call))
             row.call = None
@@ -228,7 +405,14 @@ class Engine:
                 row.forced.extend([self.output_start, *self.tokenizer.encode(str(result)), self.output_end])
         elif row.call is not None:
             row.call.append(token)
-        return 1
+        elif row.stop:
+            text = row.tail + self.tokenizer.id_to_bytes(token)
+            row.tail = text[-max(map(len, row.stop)) :]
+            return any(stop in text for stop in row.stop)
+        return False
+
+    # -------------------------------------------------------------------------
+    # Memory
 
     def _make_cache(self, batch_size: int, seq_len: int) -> KVCache:
         config = self.model.config
@@ -238,13 +422,76 @@ class Engine:
             seq_len=seq_len,
             head_dim=config.n_embd // config.n_head,
             num_layers=config.n_layer,
-            device=self.model.get_device(),
+            device=self.device,
             dtype=cache_dtype(self.model),
         )
 
-    # Around each call and not around the generator: a mode set there would leak to whoever reads from it.
-    @torch.no_grad()
-    def _next_logits(self, ids: list[list[int]], cache: KVCache) -> torch.Tensor:
-        """Feed ids (B, T) to the model and return what it expects next, (B, V)."""
-        ids = torch.tensor(ids, dtype=torch.long, device=self.model.get_device())
-        return self.model(ids, kv_cache=cache)[:, -1]
+    def _rows_that_fit(self) -> int:
+        """How many rows half of the free memory has room for, at least one."""
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            import psutil
+
+            free = psutil.virtual_memory().available
+        config = self.model.config
+        values = 2 * config.n_layer * config.n_kv_head * (config.n_embd // config.n_head) * self.context
+        return max(1, free // 2 // (values * cache_dtype(self.model).itemsize))
+
+    def _make_room(self, num_rows: int) -> None:
+        """A cache of `num_rows` rows at least; what the present one holds is kept."""
+        spare = 1 if self.device.type == "cuda" else 0  # where the empty places of a graph's batch write to
+        before = 0 if self.cache is None else self.cache.k_cache.size(1) - spare
+        if num_rows <= before:
+            return
+        cache = self._make_cache(min(max(num_rows, 2 * before), self.scheduler.max_rows) + spare, self.context)
+        if self.cache is not None:
+            cache.k_cache[:, :before] = self.cache.k_cache[:, :before]
+            cache.v_cache[:, :before] = self.cache.v_cache[:, :before]
+        self.cache = cache
+        self.graphs.clear()  # they write to where the cache was
+
+    def _graph(self, batch_size: int) -> DecodingGraph:
+        """The graph for a batch of this size or the next power of two."""
+        size = 1 << (batch_size - 1).bit_length()
+        if size not in self.graphs:
+            self.graphs[size] = DecodingGraph(self.model, self.cache, size)
+        return self.graphs[size]
+
+
+def draw(dice: random.Random) -> float:
+    """Uniform in [0, 1). 23 bits and no more, so that draw * total rounds to less than total in float32."""
+    return dice.getrandbits(23) / (1 << 23)
+
+
+def decode(model, cache: KVCache, batch: torch.Tensor) -> torch.Tensor:
+    """One token for each of B rows: batch int32 (4, B) of slots, lengths, last tokens but one, last tokens; gives (B, V)."""
+    slots, lengths, before, newest = batch.unbind()
+    return model.logits(model.hidden(newest[:, None], kv_cache=cache.select(slots, lengths, before))[:, -1])
+
+
+class DecodingGraph:
+    """`decode` for batches of up to `size` rows as one CUDA graph: its hundreds of kernels are started by one call.
+
+    A graph repeats itself on the same memory, so a batch is copied to where it reads and the logits
+    are read where it leaves them. Places without a row write to the cache's last row, which is nobody's.
+    """
+
+    def __init__(self, model, cache: KVCache, size: int):
+        self.empty = torch.tensor([[cache.k_cache.size(1) - 1], [0], [-1], [0]], dtype=torch.int32)
+        self.batch = self.empty.repeat(1, size).to(cache.k_cache.device)
+        stream = torch.cuda.Stream(self.batch.device)
+        stream.wait_stream(torch.cuda.current_stream(self.batch.device))
+        with torch.cuda.stream(stream):  # libraries set themselves up in their first calls, which must not be recorded
+            for _ in range(2):
+                decode(model, cache, self.batch.clone())
+        torch.cuda.current_stream(self.batch.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.logits = decode(model, cache, self.batch.clone())
+
+    def run(self, batch: torch.Tensor) -> torch.Tensor:
+        self.batch[:, : batch.size(1)].copy_(batch, non_blocking=True)
+        self.batch[:, batch.size(1) :] = self.empty.to(self.batch.device)
+        self.graph.replay()
+        return self.logits[: batch.size(1)]

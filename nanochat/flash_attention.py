@@ -88,33 +88,78 @@ def flash_attn_func(q, k, v, causal=True, window_size=(-1, -1)):
     return y.transpose(1, 2)
 
 
-def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, causal=True, window_size=(-1, -1)):
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, cache_batch_idx=None, causal=True, window_size=(-1, -1)
+):
     """Attention of new tokens to a cache, which first takes in their keys and values in place.
 
     q (B, T, H, D) the new tokens; k, v (B, T, H_kv, D) theirs; k_cache, v_cache
-    (B, S, H_kv, D); cache_seqlens (B,) int32, how many positions of each row are
-    already filled. Row b's new tokens stand at cache_seqlens[b] .. cache_seqlens[b] + T - 1.
-    The caller moves `cache_seqlens` forward. Returns (B, T, H, D).
+    (R, S, H_kv, D); cache_seqlens (B,) int32, how many positions of each row are already
+    filled; cache_batch_idx (B,) int32, which rows of the cache are meant (None: all, in order).
+    Row b's new tokens stand at cache_seqlens[b] .. cache_seqlens[b] + T - 1. The caller moves
+    `cache_seqlens` forward. Returns (B, T, H, D).
     """
     assert causal, "only causal attention is written"
     if _use_fa3(q):
         from flash_attn_interface import flash_attn_with_kvcache as fa3
 
-        return fa3(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, causal=True, window_size=window_size)
+        return fa3(
+            q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx,
+            causal=True, window_size=window_size,
+        )  # fmt: skip
     B, T = q.shape[:2]
+    rows = torch.arange(B, device=q.device) if cache_batch_idx is None else cache_batch_idx
     positions = cache_seqlens[:, None] + torch.arange(T, device=q.device)  # (B, T)
     if k is not None:
-        rows = torch.arange(B, device=q.device)[:, None]
-        k_cache[rows, positions] = k.to(k_cache.dtype)
-        v_cache[rows, positions] = v.to(v_cache.dtype)
-    # Off the GPU, reading a number costs nothing and keys that no row has reached yet are left out.
-    seen = k_cache.size(1) if q.is_cuda else int(positions.max()) + 1
-    columns = torch.arange(seen, device=q.device)
-    mask = columns <= positions[..., None]  # (B, T, seen)
-    if window_size[0] >= 0:
-        mask &= columns >= positions[..., None] - window_size[0]
-    q, k, v = (x.transpose(1, 2) for x in (q, k_cache[:, :seen], v_cache[:, :seen]))
+        k_cache[rows[:, None], positions] = k.to(k_cache.dtype)
+        v_cache[rows[:, None], positions] = v.to(v_cache.dtype)
+    window = window_size[0] if window_size[0] >= 0 else k_cache.size(1)
+    if q.device.type == "cpu":
+        return _cached_by_groups(q, k_cache, v_cache, rows.tolist(), cache_seqlens.tolist(), window)
+    columns = torch.arange(k_cache.size(1), device=q.device)
+    mask = (columns <= positions[..., None]) & (columns >= positions[..., None] - window)  # (B, T, S)
+    if cache_batch_idx is not None:
+        k_cache, v_cache = k_cache.index_select(0, rows), v_cache.index_select(0, rows)
+    q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
     return _sdpa(q, k.to(q.dtype), v.to(q.dtype), mask=mask[:, None]).transpose(1, 2)
+
+
+def _cached_by_groups(q, k_cache, v_cache, rows: list[int], seqlens: list[int], window: int):
+    """The same where reading a number costs nothing: only keys that are seen are read, and none is copied.
+
+    Rows that lie next to one another in the cache and are about as long are one call; others are calls of
+    their own. A row that is alone needs no mask.
+    """
+    T, outputs, first = q.size(1), [], 0
+    for group in _groups(rows, seqlens):
+        last = first + len(group)
+        start, end = max(0, min(group) - window), max(group) + T
+        cached = slice(rows[first], rows[first] + len(group)), slice(start, end)
+        k, v = (cache[cached].transpose(1, 2).to(q.dtype) for cache in (k_cache, v_cache))  # (n, H_kv, end - start, D)
+        mask = None
+        if T > 1 or start + window < max(group) or min(group) < max(group):
+            columns = torch.arange(start, end)
+            positions = torch.tensor(group)[:, None, None] + torch.arange(T)[:, None]  # (n, T, 1)
+            mask = ((columns <= positions) & (columns >= positions - window))[:, None]
+        outputs.append(_sdpa(q[first:last].transpose(1, 2), k, v, mask=mask))
+        first = last
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).transpose(1, 2)
+
+
+def _groups(rows: list[int], seqlens: list[int]) -> list[list[int]]:
+    """The lengths of rows, cut where two are not neighbours and where the longest would cost the others too much.
+
+    >>> _groups([3, 4, 5, 9], [100, 110, 900, 100])
+    [[100, 110], [900], [100]]
+    """
+    groups = [[seqlens[0]]]
+    for before, row, seqlen in zip(rows, rows[1:], seqlens[1:]):
+        group = [*groups[-1], seqlen]
+        if row == before + 1 and len(group) * max(group) <= 2 * sum(group) + 64 * len(group):
+            groups[-1] = group
+        else:
+            groups.append([seqlen])
+    return groups
 
 
 flash_attn = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_with_kvcache=flash_attn_with_kvcache)

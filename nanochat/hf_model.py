@@ -73,6 +73,19 @@ class HFModel:
         losses = [F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none") for h, t in pieces]
         return torch.cat(losses).view_as(targets)
 
+    @torch.inference_mode()
+    def complete(self, tokenizer: HFTokenizer, prompt: str, max_tokens: int = 16) -> str:
+        """The prompt and what the model finds likeliest to follow, up to the end of the document."""
+        bos = tokenizer.get_bos_token_id()
+        ids = tokenizer.encode(prompt, prepend=bos)
+        for _ in range(max_tokens):
+            window = torch.tensor([ids[-self.config.sequence_len :]], device=self.get_device())
+            token = int(self.logits(self.hidden(window)[:, -1]).argmax())
+            if token == bos:
+                break
+            ids.append(token)
+        return tokenizer.decode(ids[1:])
+
 
 class HFTokenizer:
     def __init__(self, tokenizer, name: str):

@@ -14,6 +14,7 @@ from typing import Iterable
 import torch
 
 from nanochat.common import Compute
+from nanochat.engine import Engine
 
 # What a base model is asked to go on with, so that a person sees what a loss means.
 SAMPLE_PROMPTS = [
@@ -65,15 +66,12 @@ def evaluate_bpb(model, batches: Iterable[tuple], steps: int, token_bytes: torch
     return nats / (math.log(2) * n_bytes) if n_bytes > 0 else math.inf
 
 
-@torch.inference_mode()
-def complete(model, tokenizer, prompt: str, max_tokens: int = 16) -> str:
-    """The prompt and what the model finds likeliest to follow, up to the end of the document."""
-    bos = tokenizer.get_bos_token_id()
-    ids = tokenizer.encode(prompt, prepend=bos)
-    for _ in range(max_tokens):
-        window = torch.tensor([ids[-model.config.sequence_len :]], device=model.get_device())
-        token = int(model.logits(model.hidden(window)[:, -1]).argmax())
-        if token == bos:
-            break
-        ids.append(token)
-    return tokenizer.decode(ids[1:])
+def sample_texts(model, tokenizer, max_tokens: int = 16) -> list[str]:
+    """`SAMPLE_PROMPTS`, each with what the model finds likeliest to follow, up to the end of the document."""
+    prompts = tokenizer.encode(SAMPLE_PROMPTS, prepend=tokenizer.get_bos_token_id())
+    # In the midst of training memory is dear: a row need not hold a whole context.
+    engine = Engine(model, tokenizer, context=max(map(len, prompts)) + max_tokens)
+    rows = [engine.submit(ids, max_tokens, temperature=0.0) for ids in prompts]
+    for _ in engine.finish():
+        pass
+    return [tokenizer.decode([id for id in row.tokens[1:] if id not in engine.terminal_tokens]) for row in rows]

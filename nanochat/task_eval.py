@@ -131,12 +131,20 @@ def _logits_at_end(model, prompts: list[list[int]], padding: int) -> torch.Tenso
 
 
 def _answer_in_words(task, model, tokenizer, engine, indices, num_samples, max_new_tokens, temperature, top_k):
-    """Yield (passed, was_cropped) for problems answered in free text."""
+    """Yield (passed, was_cropped) for problems answered in free text, in the order in which their answers end.
+
+    All are put in line at once; the engine writes as many of them together as it has room for.
+    """
     context = model.config.sequence_len
     room = context - min(max_new_tokens, context // 4)  # at least a quarter of the context is left to answer in
+    problems = {}  # of each row, shared by the samples of one problem
     for index, conversation, ids, was_cropped in _prompts(task, tokenizer, indices, room):
-        sequences, _ = engine.generate_batch(
-            ids, num_samples, max_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=index
-        )
-        completions = [tokenizer.decode(sequence[len(ids) :]) for sequence in sequences]
-        yield any(task.evaluate(conversation, completion) for completion in completions), was_cropped
+        ended: list = []
+        for i in range(num_samples):
+            row = engine.submit(ids, max_new_tokens, temperature, top_k, seed=index, sample_index=i)
+            problems[row] = conversation, was_cropped, ended
+    for row in engine.finish():
+        conversation, was_cropped, ended = problems.pop(row)
+        ended.append(tokenizer.decode([id for id in row.written if id not in engine.terminal_tokens]))
+        if len(ended) == num_samples:
+            yield any(task.evaluate(conversation, completion) for completion in ended), was_cropped

@@ -31,7 +31,7 @@ def main(argv=None):
     from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit
     from nanochat.dataset import count_documents
     from nanochat.hf_model import load_hf_model
-    from nanochat.loss_eval import SAMPLE_PROMPTS, complete, evaluate_bpb, share_of
+    from nanochat.loss_eval import SAMPLE_PROMPTS, evaluate_bpb, sample_texts, share_of
     from nanochat.tokenizer import get_token_bytes
 
     compute = compute_init(args.device_type)
@@ -65,7 +65,10 @@ def main(argv=None):
         print0(f"{split} bpb {results[f'{split} bpb']:.4f} over {measured} tokens of {source}")
 
     if compute.is_main:
-        samples = [complete(model, tokenizer, prompt) for prompt in SAMPLE_PROMPTS]
+        if args.hf_path:
+            samples = [model.complete(tokenizer, prompt) for prompt in SAMPLE_PROMPTS]
+        else:
+            samples = sample_texts(model, tokenizer)
         print("\n".join(samples))
         data = {**results, "samples": samples}
         if not args.hf_path:  # only our own models have a column in the report's final table

@@ -66,7 +66,7 @@ def main(argv=None):
     )
     from nanochat.dataset import count_documents
     from nanochat.gpt import GPT, GPTConfig
-    from nanochat.loss_eval import SAMPLE_PROMPTS, complete, evaluate_bpb, share_of
+    from nanochat.loss_eval import evaluate_bpb, sample_texts, share_of
     from nanochat.optim import MuonAdamW
     from nanochat.saver import Saver
     from nanochat.schedule import (
@@ -197,9 +197,7 @@ def main(argv=None):
             meter.log(step, core=core["core"])
             print0(f"step {step:05d} | CORE {core['core']:.4f} +- {core['stderr']:.4f}")
         if due(step, args.sample_every, last) and measuring and compute.is_main:
-            for prompt in SAMPLE_PROMPTS:
-                print(complete(model, tokenizer, prompt), flush=True)
-                compute.beat()
+            print("\n".join(sample_texts(model, tokenizer)), flush=True)
         if (due(step, args.save_every, last) or stopping) and fresh and step > 0:
             save_training(saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state, loss_scale, measuring)
         if last or stopping:

@@ -93,7 +93,7 @@ def main(argv=None):
 
     compute = compute_init(args.device_type)
     model, tokenizer, meta = load_model(args.source, compute, model_tag=args.model_tag, step=args.step)
-    engine = Engine(model, tokenizer)
+    engine = Engine(model.pack(), tokenizer)
 
     results = {}
     for name in names:

@@ -1,5 +1,6 @@
 """The engine against the model's naive `generate`, against hand-written scripts, and against statistics."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, KVCache, make_row, sample
+from nanochat.engine import READ_BUDGET, Engine, KVCache, draw, sample
 from nanochat.gpt import GPT, GPTConfig
 
 SPECIALS = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
@@ -25,9 +26,11 @@ class ByteTokenizer:
     def encode(self, text):
         return list(text.encode())
 
+    def id_to_bytes(self, i):
+        return bytes([i]) if i < 256 else f"<|{SPECIALS[i - 256]}|>".encode()
+
     def decode(self, ids):
-        parts = (bytes([i]) if i < 256 else f"<|{SPECIALS[i - 256]}|>".encode() for i in ids)
-        return b"".join(parts).decode(errors="replace")
+        return b"".join(map(self.id_to_bytes, ids)).decode(errors="replace")
 
 
 TOKENIZER = ByteTokenizer()
@@ -56,30 +59,33 @@ def make_model(seed=0, **changes):
 class Script:
     """A stand-in for a model: after each position it is all but certain of the token that `say` names.
 
-    `say(tokens)` gets one row's tokens so far and gives the next token.
+    `say(tokens)` gets one row's tokens so far and gives the next token. The tokens are kept where a model
+    keeps its keys, so they follow whatever the engine does with its cache.
     """
 
     def __init__(self, say, sequence_len=64):
         self.config = SimpleNamespace(sequence_len=sequence_len, n_layer=1, n_head=1, n_kv_head=1, n_embd=4)
         self.say = say
         self.calls = []  # shape of the ids of every call
-        self.rows = None
+        self.seen = []  # each row's tokens in the last call
 
     def get_device(self):
         return torch.device("cpu")
 
-    def __call__(self, ids, kv_cache):
+    def hidden(self, ids, kv_cache):
         self.calls.append(tuple(ids.shape))
-        new = ids.tolist()
-        if kv_cache.get_pos() == 0:
-            self.rows = new
-        else:
-            before = self.rows * len(new) if len(self.rows) == 1 else self.rows
-            self.rows = [old + more for old, more in zip(before, new)]
+        self.seen = []
+        for new, row, length in zip(ids, kv_cache.rows.tolist(), kv_cache.cache_seqlens.tolist()):
+            kept = kv_cache.k_cache[0, row, :, 0, 0]
+            kept[length : length + len(new)] = new
+            self.seen.append(kept[: length + len(new)].int().tolist())
         kv_cache.advance(ids.size(1))
-        logits = torch.full((*ids.shape, 262), -1e9)
-        for b, row in enumerate(self.rows):
-            logits[b, -1, self.say(row)] = 0.0
+        return torch.zeros(*ids.shape, 4)
+
+    def logits(self, hidden):
+        logits = torch.full((len(hidden), 262), -1e9)
+        for row, tokens in zip(logits, self.seen):
+            row[self.say(tokens)] = 0.0
         return logits
 
 
@@ -140,23 +146,22 @@ def test_cache_shapes_and_bookkeeping():
     assert cache.k_cache[2].eq(1).all() and cache.v_cache[2].eq(2).all() and not cache.k_cache[3].any()
     cache.advance(4)
     assert cache.get_pos() == 4 and cache.cache_seqlens.tolist() == [4, 4, 4]
-    cache.prev_embedding = torch.ones(3, 1, 4)
+    cache.last_tokens.fill_(7)
     cache.reset()
-    assert cache.get_pos() == 0 and cache.prev_embedding is None
+    assert cache.get_pos() == 0 and cache.last_tokens.tolist() == [-1, -1, -1]
 
 
 def test_prefill_copies_one_row_into_all():
     one = KVCache(1, 2, 3, 4, 2, "cpu", torch.float32)
     one.k_cache.normal_(), one.v_cache.normal_()
     one.advance(3)
-    one.prev_embedding = torch.randn(1, 1, 8)
+    one.last_tokens.fill_(5)
     many = KVCache(2, 2, 7, 4, 2, "cpu", torch.float32)
     many.prefill(one)
     for row in range(2):
         assert torch.equal(many.k_cache[:, row, :3], one.k_cache[:, 0])
         assert torch.equal(many.v_cache[:, row, :3], one.v_cache[:, 0])
-        assert torch.equal(many.prev_embedding[row], one.prev_embedding[0])
-    assert many.cache_seqlens.tolist() == [3, 3]
+    assert many.cache_seqlens.tolist() == [3, 3] and many.last_tokens.tolist() == [5, 5]
     assert not many.k_cache[:, :, 3:].any()
     with pytest.raises(AssertionError):
         many.prefill(one)  # no longer empty
@@ -213,24 +218,58 @@ def test_cache_takes_the_compute_dtype_of_the_model(dtype):
 # Sampling
 
 
-def test_sample_follows_the_softmax():
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]])
-    n, temperature = 40_000, 0.8
-    draws = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    counts = sample(logits.expand(n, -1), temperature, None, draws).bincount(minlength=5)
-    expected = F.softmax(logits[0].double() / temperature, dim=-1)
-    deviation = (counts / n - expected).abs() / (expected * (1 - expected) / n).sqrt()
-    assert deviation.max() < 4  # standard errors
+def draw_many(logits, n, temperature, top_k=None, top_p=1.0, seed=0):
+    """n tokens of one distribution, in one call."""
+    draws = torch.rand(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sample(logits.expand(n, -1), [temperature] * n, [top_k] * n, [top_p] * n, draws)
+
+
+def pick(logits, temperature, draw, top_k=None, top_p=1.0):
+    return sample(logits, [temperature], [top_k], [top_p], [draw]).item()
+
+
+def by_hand(logits, temperature, top_k, top_p):
+    """The distribution in float64: softmax of the k likeliest, of which the fewest that have mass p stay."""
+    p, order = F.softmax(logits.double() / temperature, dim=-1).sort(descending=True)
+    if top_k is not None:
+        p[top_k:] = 0
+    p /= p.sum()
+    p[p.cumsum(0) - p >= top_p] = 0
+    return torch.zeros_like(p).scatter(0, order, p / p.sum())
+
+
+@pytest.mark.parametrize("top_k, top_p", [(None, 1.0), (3, 1.0), (None, 0.7), (4, 0.8), (5, 0.01), (500, 0.999)])
+def test_sample_follows_the_distribution(top_k, top_p):
+    logits, n = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 1.9]), 40_000
+    counts = draw_many(logits, n, 0.8, top_k, top_p).bincount(minlength=6)
+    expected = by_hand(logits, 0.8, top_k, top_p)
+    assert not counts[expected == 0].any()
+    deviation = (counts / n - expected).abs() / (expected * (1 - expected) / n).sqrt().clamp(min=1e-9)
+    assert deviation[expected > 0].max() < 4  # standard errors
 
 
 def test_sample_top_k_keeps_exactly_the_k_likeliest():
-    logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(3))
-    draws = torch.rand(5000, generator=torch.Generator().manual_seed(4))
-    tokens = sample(logits.expand(5000, -1), 5.0, 7, draws)
-    assert set(tokens.tolist()) == set(logits[0].topk(7).indices.tolist())
-    assert sample(logits, 1.0, 1, torch.tensor([0.99])).tolist() == [int(logits.argmax())]
-    everything = sample(logits.expand(5000, -1), 5.0, 2000, draws)  # a k beyond the vocabulary cuts nothing
-    assert torch.equal(everything, sample(logits.expand(5000, -1), 5.0, None, draws))
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(3))
+    tokens = draw_many(logits, 5000, 5.0, top_k=7)
+    assert set(tokens.tolist()) == set(logits.topk(7).indices.tolist())
+    assert pick(logits[None], 1.0, 0.99, top_k=1) == int(logits.argmax())
+    # a k beyond the vocabulary cuts nothing
+    assert torch.equal(draw_many(logits, 5000, 5.0, top_k=2000), draw_many(logits, 5000, 5.0))
+
+
+def test_rows_with_settings_of_their_own_are_sampled_as_if_alone():
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(60, 500, generator=generator) * 3
+    dice = random.Random(0)
+    settings = [
+        (dice.choice([0.0, 0.3, 1.0, 2.0]), dice.choice([None, 1, 5, 50, 64]), dice.choice([1.0, 0.5, 0.95]), dice.random())
+        for _ in logits
+    ]
+    together = sample(logits, *map(list, zip(*settings))).tolist()
+    alone = [pick(row[None], t, draw, k, p) for row, (t, k, p, draw) in zip(logits, settings)]
+    assert together == alone
+    greedy = [row for row, (t, *_) in enumerate(settings) if t == 0]
+    assert greedy and [together[row] for row in greedy] == logits[greedy].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -239,16 +278,18 @@ def test_sample_at_its_edges(dtype):
     largest = 1 - 2**-23
     for temperature in (1e-30, 1e-3, 1.0, 1e3):
         for draw in (0.0, 0.5, largest):
-            assert sample(logits, temperature, None, torch.tensor([draw])).item() in (0, 1, 2)
-    assert sample(logits, 1e-30, None, torch.tensor([largest])).item() == 1
-    assert sample(logits, 0, None, torch.tensor([0.5])).item() == 1
+            assert pick(logits, temperature, draw) in (0, 1, 2)
+            assert pick(logits, temperature, draw, top_p=1e-9) == 1
+    assert pick(logits, 1e-30, largest) == 1
+    assert pick(logits, 0, 0.5) == 1
 
 
 def test_draws_stay_below_the_total_in_float32():
     """The largest draw times any total near one rounds to less than the total, so a token is always found."""
     totals = 1 + torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 1e-4
     assert (totals * torch.tensor(1 - 2**-23) < totals).all()
-    draws = [make_row(0, i).draw() for i in range(500)]
+    dice = random.Random(0)
+    draws = [draw(dice) for _ in range(500)]
     assert 0 <= min(draws) and max(draws) <= 1 - 2**-23 and 0.4 < sum(draws) / 500 < 0.6
 
 
@@ -304,10 +345,10 @@ def test_rows_call_tools_on_their_own():
     class TwoWays(Script):
         """Both ways to begin are equally likely, so that the seed decides."""
 
-        def __call__(self, ids, kv_cache):
-            logits = super().__call__(ids, kv_cache)
-            if ids.tolist() == [[BOS]]:
-                logits[0, -1, ord("a")] = logits[0, -1, CALL]
+        def logits(self, hidden):
+            logits = super().logits(hidden)
+            if self.seen[0] == [BOS]:
+                logits[:, ord("a")] = logits[:, CALL]
             return logits
 
     say.called = False
@@ -358,7 +399,7 @@ def test_generation_stops_when_every_row_has_ended():
     script = Script(lambda tokens: END)
     columns, _, _ = run(Engine(script, TOKENIZER), [BOS], num_samples=3, temperature=0.0)
     assert columns == [[END] * 3]
-    assert script.calls == [(1, 1)]  # the prompt was read once, for all rows, and nothing after the end
+    assert script.calls == [(3, 1)]  # and nothing after the end
 
 
 def test_max_tokens_and_context_bound_the_length():
@@ -401,3 +442,191 @@ def test_the_readers_of_a_generator_keep_their_gradients():
     for _ in Engine(model, TOKENIZER).generate([BOS], max_tokens=2):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     model(torch.tensor([[1, 2]]), targets=torch.tensor([[2, 3]])).backward()
+
+
+# -----------------------------------------------------------------------------
+# Many at once
+
+
+def spoken(model, request):
+    """What a request gets from an engine of its own."""
+    engine = Engine(model, TOKENIZER, max_rows=1)
+    row = engine.submit(**request)
+    list(engine.finish())
+    return row
+
+
+def requests_of(n, seed=0):
+    dice = random.Random(seed)
+    return [
+        {
+            "tokens": [BOS, *(dice.randrange(256) for _ in range(dice.choice([0, 3, 40, 160])))],
+            "max_tokens": dice.randint(1, 24),
+            "temperature": dice.choice([0.0, 0.7, 1.5]),
+            "top_k": dice.choice([None, 20]),
+            "top_p": dice.choice([1.0, 0.9]),
+            "seed": i,
+        }
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize("max_rows", [32, 5])
+def test_a_row_says_the_same_alone_and_among_31_others(max_rows):
+    """They join one by one while others write, share beginnings, and leave at different times."""
+    model = make_model()
+    requests = requests_of(32)
+    engine = Engine(model, TOKENIZER, max_rows=max_rows)
+    rows = []
+    for request in requests:
+        rows.append(engine.submit(**request))
+        engine.step()
+        assert engine.num_running <= max_rows
+    list(engine.finish())
+    for row, request in zip(rows, requests):
+        alone = spoken(model, request)
+        assert (row.written, row.masks, row.finish_reason) == (alone.written, alone.masks, alone.finish_reason)
+        if request["temperature"] == 0:
+            naive = list(model.generate(request["tokens"], request["max_tokens"], temperature=0.0))
+            assert row.written == until_terminal(naive)
+    assert not engine.busy and engine.num_running == engine.num_waiting == 0
+    assert engine.tokens_written == sum(len(row.written) for row in rows)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 100])
+def test_pieces_in_which_a_prompt_is_read_do_not_matter(monkeypatch, budget):
+    model = make_model()
+    prompt = [BOS, *range(200)]
+    naive = list(model.generate(prompt, max_tokens=8, temperature=0.0))
+    monkeypatch.setitem(READ_BUDGET, "cpu", budget)
+    assert spoken(model, {"tokens": prompt, "max_tokens": 8, "temperature": 0.0}).written == until_terminal(naive)
+
+
+def test_the_next_turn_reads_only_what_is_new_and_says_the_same():
+    model = make_model()
+    engine = Engine(model, TOKENIZER)
+    first = engine.submit([BOS, *range(60)], max_tokens=20, temperature=0.0)
+    list(engine.finish())
+    assert (engine.tokens_read, engine.tokens_reused) == (60, 0)
+    turn = [*first.tokens, *b"and then?"]
+    second = engine.submit(turn, max_tokens=20, temperature=0.0)
+    other = engine.submit([BOS, *range(50), 99], max_tokens=20, temperature=0.0)  # begins alike, too
+    list(engine.finish())
+    assert second.reused == len(first.tokens) - 1 and other.reused == 51
+    assert engine.tokens_read == 60 + len(b"and then?")
+    for row in (second, other):
+        naive = model.generate(row.tokens[: row.prompt_length], max_tokens=20, temperature=0.0)
+        assert row.written == until_terminal(list(naive))
+
+
+def test_a_cancelled_row_is_gone_and_the_others_do_not_notice():
+    model = make_model()
+    requests = requests_of(6, seed=3)
+    engine = Engine(model, TOKENIZER, max_rows=3)
+    rows = [engine.submit(**{**request, "max_tokens": 24}) for request in requests]
+    for victim in (0, 4):  # one that writes, one that waits
+        engine.step()
+        engine.cancel(rows[victim])
+        assert rows[victim].finish_reason == "cancelled"
+        assert all(row is not rows[victim] for row, _, _ in engine.step())
+    list(engine.finish())
+    engine.cancel(rows[1])  # has ended by itself: nothing happens
+    for i in (1, 2, 3, 5):
+        assert rows[i].written == spoken(model, {**requests[i], "max_tokens": 24}).written
+        assert rows[i].finish_reason in ("stop", "length")
+
+
+def test_an_abandoned_generator_leaves_no_row_behind():
+    engine = Engine(Script(lambda tokens: 65), TOKENIZER)
+    generator = engine.generate([BOS], num_samples=3)
+    next(generator)
+    assert engine.num_running == 3
+    generator.close()
+    assert not engine.busy
+    engine.generate([BOS])  # never read from
+    assert not engine.busy
+
+
+def test_two_generators_may_take_turns():
+    model = make_model()
+    prompts = ([BOS, *b"one"], [BOS, *b"another"])
+    expected = [Engine(model, TOKENIZER).generate_batch(prompt, 2, 10, seed=4)[0] for prompt in prompts]
+    engine = Engine(model, TOKENIZER)
+    said = [[[], []], [[], []]]
+    generators = [engine.generate(prompt, 2, 10, seed=4) for prompt in prompts]
+    for columns in zip(*generators):
+        for rows, (column, _) in zip(said, columns):
+            for row, token in zip(rows, column):
+                row.append(token)
+    for prompt, rows, sequences in zip(prompts, said, expected):
+        for row, sequence in zip(rows, sequences):
+            assert [*prompt, *row][: len(sequence)] == sequence
+
+
+def test_text_that_stops_a_row():
+    story = [*"It was cold. The énd is near. Really.".encode()]
+    for stop, expected in (("énd", "It was cold. The énd"), ("cold. T", "It was cold. T"), ("absent", None), ("R", None)):
+        engine = Engine(Script(recite(story, 1)), TOKENIZER)
+        row = engine.submit([BOS], temperature=0.0, stop=["zzz", stop] if stop != "R" else [])
+        list(engine.finish())
+        text = TOKENIZER.decode([token for token in row.written if token != END])
+        assert text == (expected or TOKENIZER.decode(story)) and row.finish_reason == "stop"
+
+
+def test_text_of_a_tool_does_not_stop_a_row():
+    said = [*b"a", CALL, *b"11+1", CALL_END, *b"b12c"]
+    engine = Engine(Script(recite(said, 1)), TOKENIZER)
+    row = engine.submit([BOS], temperature=0.0, stop=["11", "ab", "12c"])
+    list(engine.finish())
+    assert row.written == [*b"a", CALL, *b"11+1", CALL_END, OUT, *b"12", OUT_END, *b"b12c"]
+
+
+def test_a_round_that_fails_ends_all_rows_and_the_engine_goes_on():
+    model = make_model()
+    engine = Engine(model, TOKENIZER)
+    first = engine.submit([BOS, *range(100)], max_tokens=4, temperature=0.0)
+    list(engine.finish())
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    rows = [engine.submit([BOS, *range(100)]), engine.submit([BOS, 1])]
+    hidden, model.hidden = model.hidden, fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.step()
+    model.hidden = hidden
+    assert [row.finish_reason for row in rows] == ["cancelled"] * 2 and not engine.busy
+    again = engine.submit([BOS, *range(100)], max_tokens=4, temperature=0.0)
+    list(engine.finish())
+    assert again.written == first.written and again.reused == 0
+
+
+def test_the_cache_grows_with_the_rows_and_no_further():
+    engine = Engine(Script(lambda tokens: 65, sequence_len=10), TOKENIZER, max_rows=6)
+    for wanted, capacity in ((1, 1), (2, 3), (3, 6), (20, 6)):  # newcomers prefer places that hold nothing yet
+        for i in range(wanted):
+            engine.submit([BOS, wanted, i], temperature=0.0)
+        list(engine.finish())
+        assert engine.cache.k_cache.size(1) == capacity
+    with pytest.raises(UserError, match="the model's context holds 5"):
+        Engine(Script(lambda tokens: 65), TOKENIZER, context=5).submit([1] * 5)
+
+
+@pytest.mark.parametrize("arguments, says", [({"top_p": 0.0}, "top_p is 0"), ({"top_p": 1.1}, "top_p is 1.1")])
+def test_submit_refuses_what_generate_does_not_know(arguments, says):
+    with pytest.raises(UserError, match=says):
+        Engine(Script(lambda tokens: 65), TOKENIZER).submit([BOS], **arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_graphs_on_a_gpu_say_what_the_naive_loop_says():
+    model = make_model().to("cuda")
+    model.set_compute_dtype(torch.float32)
+    requests = [request for request in requests_of(40, seed=1) if request["temperature"] == 0]
+    engine = Engine(model, TOKENIZER)
+    rows = [engine.submit(**request) for request in requests]
+    list(engine.finish())
+    for row, request in zip(rows, requests):
+        naive = list(model.generate(request["tokens"], request["max_tokens"], temperature=0.0))
+        assert row.written == until_terminal(naive)
+    assert set(engine.graphs) >= {1, 2, 4, 8}

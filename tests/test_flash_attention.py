@@ -82,3 +82,22 @@ def test_with_cache(seqlens, T, left, H, H_kv):
             assert torch.equal(cache[b, :n], before[b, :n]) and torch.equal(cache[b, n + T :], before[b, n + T :])
         expected = naive(q[b], k_cache[b], v_cache[b], left, range(n, n + T))
         assert torch.allclose(y[b].double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("left", [-1, 0, 3, 50])
+@pytest.mark.parametrize("T", [1, 3])
+def test_with_some_rows_of_a_larger_cache(T, left):
+    """Neighbours and loners, long and short, in any order; the rows that are not named stay as they are."""
+    g = torch.Generator().manual_seed(3)
+    S, rows, lens = 400, [4, 5, 6, 7, 2, 0, 9], [5, 6, 390, 7, 0, 100, 1]
+    q, k_new, v_new = tensors(len(rows), T, T, 4, 2, seed=4)
+    k_cache, v_cache = (torch.randn(10, S, 2, 8, generator=g) for _ in range(2))
+    before = k_cache.clone()
+    y = flash_attn.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k=k_new, v=v_new, cache_seqlens=torch.tensor(lens, dtype=torch.int32),
+        cache_batch_idx=torch.tensor(rows, dtype=torch.int32), causal=True, window_size=(left, 0),
+    )  # fmt: skip
+    for b, (row, n) in enumerate(zip(rows, lens)):
+        before[row, n : n + T] = k_new[b]
+        assert torch.allclose(y[b].double(), naive(q[b], k_cache[row], v_cache[row], left, range(n, n + T)), atol=1e-5)
+    assert torch.equal(k_cache, before)

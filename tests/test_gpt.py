@@ -226,3 +226,40 @@ def test_the_training_step_is_one_graph():
     torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)(x, y).backward()
     for name, p in model.named_parameters():
         assert torch.allclose(p.grad, expected[name], atol=1e-4 * expected[name].abs().max()), name
+
+
+def test_packed_weights_say_the_same_and_are_left_aside_once_stale():
+    """Also for one and two tokens, where the product is padded; with gradients they are not used at all."""
+    model = make(n_embd=256, n_head=4, vocab_size=257)
+    idx = ids(vocab=257)
+    with torch.no_grad():
+        plain = model(idx)
+    assert model.pack() is model
+    if model.lm_head.packed is None:
+        pytest.skip("this processor has no packed products")
+    with torch.no_grad():
+        for part in (idx, idx[:1, :1], idx[:2, :1]):
+            packed = model(part)
+            assert torch.allclose(packed, plain[: len(part), : part.size(1)], atol=2e-5)
+        assert not torch.equal(model(idx), plain), "the packed product should have been used"
+        block = model.transformer.h[0]
+        block.attn.c_k.weight.mul_(1.5)
+        block.mlp.c_fc.weight.mul_(0.5)
+        model.lm_head.weight.mul_(2.0)
+        changed = model(idx)
+    fresh = make(n_embd=256, n_head=4, vocab_size=257)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(changed, fresh(idx), atol=5e-5) and not torch.allclose(changed, plain, atol=1e-2)
+    model.pack()
+    model(idx, idx).backward()
+    fresh(idx, idx).backward()
+    for mine, theirs in zip(model.parameters(), fresh.parameters()):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_logits_of_inference_are_those_of_training():
+    model = make()
+    trained = model(ids())
+    with torch.no_grad():
+        assert torch.allclose(model(ids()), trained, atol=1e-5)

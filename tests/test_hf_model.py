@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from nanochat.common import Compute, UserError
 from nanochat.hf_model import HFTokenizer, load_hf_model
-from nanochat.loss_eval import complete, evaluate_bpb
+from nanochat.loss_eval import evaluate_bpb
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 TEXT = "The café sells naïve tea, 東京 style: 3.50 €. 🙂 Once upon a time there was a tea pot; it said \"no\".\n"
@@ -134,7 +134,10 @@ def test_bits_per_byte_and_samples_run_on_a_foreign_model(gpt2):
     nats = -sum(log_probabilities[t, token].item() for t, token in enumerate(ids[0, 1:].tolist()))
     n_bytes = tokenizer.token_bytes()[ids[0, 1:]].sum().item()
     assert bpb == pytest.approx(nats / n_bytes / 0.6931471805599453, rel=1e-6)
-    assert complete(model, tokenizer, "the tea", max_tokens=3).startswith("the tea")
+    expected = model.model.generate(
+        torch.tensor([tokenizer.encode("the tea", prepend=tokenizer.get_bos_token_id())]), max_new_tokens=3, do_sample=False
+    )  # fmt: skip
+    assert model.complete(tokenizer, "the tea", max_tokens=3) == tokenizer.decode(expected[0, 1:].tolist())
 
 
 def test_mistakes_are_named(tmp_path, monkeypatch):

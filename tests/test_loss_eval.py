@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nanochat.common import Compute
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import complete, evaluate_bpb, share_of
+from nanochat.loss_eval import SAMPLE_PROMPTS, evaluate_bpb, sample_texts, share_of
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 V = 40
@@ -109,36 +109,29 @@ def test_no_text_at_all_is_infinite(model):
 
 
 class Letters:
-    """Characters as tokens; bos is 0."""
+    """Characters as tokens; 0 is bos, 1 and above no letter's are the other special tokens."""
 
     def get_bos_token_id(self):
         return 0
 
-    def encode(self, text, prepend):
-        return [prepend, *map(ord, text)]
+    def encode_special(self, name):
+        return 1
+
+    def encode(self, texts, prepend):
+        return [[prepend, *(2 + ord(c) % 36 for c in text)] for text in texts]
 
     def decode(self, ids):
-        return "".join(map(chr, ids))
+        return " ".join(map(str, ids))
 
 
-class Alphabet:
-    """After each letter the next one is likeliest, after z the end of the document."""
-
-    class config:
-        sequence_len = 3
-
-    def get_device(self):
-        return torch.device("cpu")
-
-    def hidden(self, idx):
-        assert idx.size(1) <= 3
-        return idx[..., None]
-
-    def logits(self, hidden):
-        last = hidden[..., 0]
-        return F.one_hot(torch.where(last == ord("z"), 0, last + 1), 128).float()
-
-
-def test_complete_goes_on_greedily_and_stops_at_the_end_of_the_document():
-    assert complete(Alphabet(), Letters(), "abc", max_tokens=4) == "abcdefg"
-    assert complete(Alphabet(), Letters(), "x", max_tokens=9) == "xyz"
+def test_sample_texts_are_what_is_likeliest_to_follow(model):
+    tokenizer = Letters()
+    model = GPT(dataclasses.replace(model.config, sequence_len=80)).to_empty(device="cpu")
+    torch.manual_seed(1)
+    model.init_weights()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    texts = sample_texts(model, tokenizer, max_tokens=5)
+    for ids, text in zip(tokenizer.encode(SAMPLE_PROMPTS, prepend=0), texts, strict=True):
+        naive = list(model.generate(ids, max_tokens=5, temperature=0.0))
+        end = next((i for i, token in enumerate(naive) if token in (0, 1)), 5)
+        assert text == tokenizer.decode([*ids[1:], *naive[:end]])
