@@ -363,7 +363,7 @@ class Engine:
         """Fill the cache with tokens start .. end of a prompt. Nobody asks what the model expects after them."""
         ids = torch.tensor([tokens[start:end]], device=self.device)
         place = torch.tensor([[slot], [start], [tokens[start - 1] if start else -1]], dtype=torch.int32, device=self.device)
-        self.model.hidden(ids, kv_cache=self.cache.select(*place))
+        self.model.hidden(ids, kv_cache=self.cache.select(*place), last_only=True)
         self.tokens_read += end - start
 
     def _logits(self, rows: list[Row]) -> torch.Tensor:

@@ -93,11 +93,11 @@ def flash_attn_with_kvcache(
 ):
     """Attention of new tokens to a cache, which first takes in their keys and values in place.
 
-    q (B, T, H, D) the new tokens; k, v (B, T, H_kv, D) theirs; k_cache, v_cache
+    k, v (B, T, H_kv, D) of the new tokens; q (B, Q, H, D) of the last Q <= T of them; k_cache, v_cache
     (R, S, H_kv, D); cache_seqlens (B,) int32, how many positions of each row are already
     filled; cache_batch_idx (B,) int32, which rows of the cache are meant (None: all, in order).
     Row b's new tokens stand at cache_seqlens[b] .. cache_seqlens[b] + T - 1. The caller moves
-    `cache_seqlens` forward. Returns (B, T, H, D).
+    `cache_seqlens` forward. Returns (B, Q, H, D).
     """
     assert causal, "only causal attention is written"
     if _use_fa3(q):
@@ -107,7 +107,8 @@ def flash_attn_with_kvcache(
             q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx,
             causal=True, window_size=window_size,
         )  # fmt: skip
-    B, T = q.shape[:2]
+    B, Q = q.shape[:2]
+    T = Q if k is None else k.size(1)
     rows = torch.arange(B, device=q.device) if cache_batch_idx is None else cache_batch_idx
     positions = cache_seqlens[:, None] + torch.arange(T, device=q.device)  # (B, T)
     if k is not None:
@@ -115,31 +116,31 @@ def flash_attn_with_kvcache(
         v_cache[rows[:, None], positions] = v.to(v_cache.dtype)
     window = window_size[0] if window_size[0] >= 0 else k_cache.size(1)
     if q.device.type == "cpu":
-        return _cached_by_groups(q, k_cache, v_cache, rows.tolist(), cache_seqlens.tolist(), window)
-    columns = torch.arange(k_cache.size(1), device=q.device)
-    mask = (columns <= positions[..., None]) & (columns >= positions[..., None] - window)  # (B, T, S)
+        return _cached_by_groups(q, k_cache, v_cache, rows.tolist(), positions[:, T - Q].tolist(), window)
+    columns, positions = torch.arange(k_cache.size(1), device=q.device), positions[:, T - Q :, None]
+    mask = (columns <= positions) & (columns >= positions - window)  # (B, Q, S)
     if cache_batch_idx is not None:
         k_cache, v_cache = k_cache.index_select(0, rows), v_cache.index_select(0, rows)
     q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
     return _sdpa(q, k.to(q.dtype), v.to(q.dtype), mask=mask[:, None]).transpose(1, 2)
 
 
-def _cached_by_groups(q, k_cache, v_cache, rows: list[int], seqlens: list[int], window: int):
+def _cached_by_groups(q, k_cache, v_cache, rows: list[int], starts: list[int], window: int):
     """The same where reading a number costs nothing: only keys that are seen are read, and none is copied.
 
-    Rows that lie next to one another in the cache and are about as long are one call; others are calls of
+    The queries of a row stand at `starts` and after. Rows that lie next to one another in the cache and are about as long are one call; others are calls of
     their own. A row that is alone needs no mask.
     """
-    T, outputs, first = q.size(1), [], 0
-    for group in _groups(rows, seqlens):
+    Q, outputs, first = q.size(1), [], 0
+    for group in _groups(rows, starts):
         last = first + len(group)
-        start, end = max(0, min(group) - window), max(group) + T
+        start, end = max(0, min(group) - window), max(group) + Q
         cached = slice(rows[first], rows[first] + len(group)), slice(start, end)
         k, v = (cache[cached].transpose(1, 2).to(q.dtype) for cache in (k_cache, v_cache))  # (n, H_kv, end - start, D)
         mask = None
-        if T > 1 or start + window < max(group) or min(group) < max(group):
+        if Q > 1 or start + window < max(group) or min(group) < max(group):
             columns = torch.arange(start, end)
-            positions = torch.tensor(group)[:, None, None] + torch.arange(T)[:, None]  # (n, T, 1)
+            positions = torch.tensor(group)[:, None, None] + torch.arange(Q)[:, None]  # (n, Q, 1)
             mask = ((columns <= positions) & (columns >= positions - window))[:, None]
         outputs.append(_sdpa(q[first:last].transpose(1, 2), k, v, mask=mask))
         first = last

@@ -140,7 +140,7 @@ class Attention(nn.Module):
         self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]
         self.packed: Packed | None = None  # of c_q, c_k and c_v together
 
-    def forward(self, x, value_embed, cos, sin, window, kv_cache):
+    def forward(self, x, value_embed, cos, sin, window, kv_cache, last_only=False):
         B, T, _ = x.shape
         if is_current(self.packed):
             q, k, v = self.packed(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)
@@ -151,8 +151,10 @@ class Attention(nn.Module):
         if value_embed is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, H_kv)
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
-        q = norm(rotate(q, cos, sin)) * self.qk_scale
         k = norm(rotate(k, cos, sin)) * self.qk_scale
+        if last_only:
+            q, cos, sin = q[:, -1:], cos[:, -1:], sin[:, -1:]
+        q = norm(rotate(q, cos, sin)) * self.qk_scale
         if kv_cache is None:
             y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
         else:
@@ -161,7 +163,7 @@ class Attention(nn.Module):
                 q, k_cache, v_cache, k=k, v=v, cache_seqlens=kv_cache.cache_seqlens, cache_batch_idx=kv_cache.rows,
                 causal=True, window_size=(window, 0),
             )  # fmt: skip
-        return self.c_proj(y.reshape(B, T, -1))
+        return self.c_proj(y.flatten(2))
 
 
 class MLP(nn.Module):
@@ -180,8 +182,9 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, value_embed, cos, sin, window, kv_cache):
-        x = x + self.attn(norm(x), value_embed, cos, sin, window, kv_cache)
+    def forward(self, x, value_embed, cos, sin, window, kv_cache, last_only=False):
+        y = self.attn(norm(x), value_embed, cos, sin, window, kv_cache, last_only)
+        x = (x[:, -1:] if last_only else x) + y
         return x + self.mlp(norm(x))
 
 
@@ -290,12 +293,14 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # Forward
 
-    def hidden(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor:
+    def hidden(self, idx: torch.Tensor, kv_cache=None, last_only: bool = False) -> torch.Tensor:
         """What the head reads: idx (B, T) -> (B, T, n_embd), normed.
 
-        With a cache, idx are the tokens after those that the cache has seen, and the cache
-        is advanced. Raises UserError when the tokens do not fit the context.
+        With a cache, idx are the tokens after those that the cache has seen, and the cache is advanced.
+        With a cache and `last_only` it is (B, 1, n_embd), of the last position, and the last layer computes
+        little besides keys and values. Raises UserError when the tokens do not fit the context.
         """
+        assert kv_cache is not None or not last_only
         B, T = idx.shape
         if kv_cache is None:
             if T > self.config.sequence_len:
@@ -324,10 +329,11 @@ class GPT(nn.Module):
                 x_middle = x
             x = resid_lambdas[layer] * x + x0_lambdas[layer] * x0
             value_embed = self.value_embeds[str(layer)](idx) if str(layer) in self.value_embeds else None
-            x = block(x, value_embed, cos, sin, self.window_sizes[layer], kv_cache)
+            at_end = last_only and layer == self.config.n_layer - 1
+            x = block(x, value_embed, cos, sin, self.window_sizes[layer], kv_cache, at_end)
         if kv_cache is not None:
             kv_cache.advance(T)
-        return norm(x - self.backout_lambda.to(x.dtype) * x_middle)
+        return norm(x - self.backout_lambda.to(x.dtype) * (x_middle[:, -1:] if last_only else x_middle))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Soft-capped float32 logits of any number of positions: (..., n_embd) -> (..., vocab_size)."""

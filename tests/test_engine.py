@@ -72,7 +72,7 @@ class Script:
     def get_device(self):
         return torch.device("cpu")
 
-    def hidden(self, ids, kv_cache):
+    def hidden(self, ids, kv_cache, last_only=False):
         self.calls.append(tuple(ids.shape))
         self.seen = []
         for new, row, length in zip(ids, kv_cache.rows.tolist(), kv_cache.cache_seqlens.tolist()):

@@ -101,3 +101,13 @@ def test_with_some_rows_of_a_larger_cache(T, left):
         before[row, n : n + T] = k_new[b]
         assert torch.allclose(y[b].double(), naive(q[b], k_cache[row], v_cache[row], left, range(n, n + T)), atol=1e-5)
     assert torch.equal(k_cache, before)
+
+
+def test_queries_of_the_last_new_tokens_only():
+    q, k_new, v_new = tensors(2, 2, 5, 4, 2, seed=5)
+    caches = [torch.zeros(2, 20, 2, 8) for _ in range(4)]
+    lens = torch.tensor([3, 9], dtype=torch.int32)
+    five = torch.cat([torch.zeros(2, 3, 4, 8), q], dim=1)
+    some = flash_attn.flash_attn_with_kvcache(q, *caches[:2], k=k_new, v=v_new, cache_seqlens=lens, window_size=(4, 0))
+    every = flash_attn.flash_attn_with_kvcache(five, *caches[2:], k=k_new, v=v_new, cache_seqlens=lens, window_size=(4, 0))
+    assert torch.allclose(some, every[:, 3:], atol=1e-6) and torch.equal(caches[0], caches[2])

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat.engine import KVCache
 from nanochat.gpt import GPT, GPTConfig, add_missing_weights, has_value_embed, window_sizes
 
 
@@ -263,3 +264,16 @@ def test_logits_of_inference_are_those_of_training():
     trained = model(ids())
     with torch.no_grad():
         assert torch.allclose(model(ids()), trained, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 5])
+def test_the_last_position_alone_is_that_of_all(n_layer):
+    """And what the cache then holds serves the next tokens as well."""
+    model = make(n_layer=n_layer)
+    cache = KVCache(2, 2, 64, 16, n_layer, "cpu", torch.float32)
+    with torch.no_grad():
+        whole = model.hidden(ids())
+        for start, end in ((0, 20), (20, 21), (21, 60)):
+            last = model.hidden(ids()[:, start:end], kv_cache=cache, last_only=True)
+            assert last.shape == (2, 1, 64) and torch.allclose(last, whole[:, end - 1 : end], atol=1e-5)
+        assert torch.allclose(model.hidden(ids()[:, 60:], kv_cache=cache), whole[:, 60:], atol=1e-5)

@@ -1,0 +1,181 @@
+"""For the tests of the web server: an engine that says what it is told to, and a real server around it.
+
+The one idea to know: every step of the engine may be made to wait for the test's permission, so that a test
+knows where in an answer it stands without ever looking at a clock.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+from nanochat.common import UserError
+from nanochat.serving import EngineThread, Workers
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
+
+# Every byte is a token; nothing is merged.
+TOKENIZER = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+END = TOKENIZER.encode_special("<|assistant_end|>")
+PATIENCE = 30  # seconds that anything may take before a test fails
+
+
+def tokens_of(text: str) -> list[int]:
+    """Ids of a text in which special tokens, written out, are meant: "<|python_start|>1+1<|python_end|>"."""
+    pieces = re.split(r"(<\|\w+\|>)", text)
+    return [id for piece in pieces for id in ([TOKENIZER.encode_special(piece)] if piece in SPECIAL_TOKENS else TOKENIZER.encode(piece))]
+
+
+@dataclass(eq=False)
+class Row:
+    tokens: list[int]
+    script: list[int]
+    limit: int
+    settings: dict
+    finish_reason: str | None = None
+
+    def __post_init__(self):
+        self.prompt_length = len(self.tokens)
+
+
+class ScriptedEngine:
+    """The interface of engine.Engine. `reply(prompt)` is what is said, one byte per step; `hold` makes steps wait for `allow`."""
+
+    def __init__(self, reply=lambda prompt: "hello", max_rows: int = 4, context: int = 400):
+        self.reply, self.max_rows, self.context = reply, max_rows, context
+        self.tokenizer, self.terminal_tokens = TOKENIZER, frozenset([END])
+        self.tokens_read = self.tokens_reused = self.tokens_written = self.steps = 0
+        self.rows: list[Row] = []
+        self.asked: list[Row] = []  # all there ever were
+        self.error: Exception | None = None  # what the next step fails with
+        self.in_step, self.dropped = threading.Event(), threading.Event()
+        self._permits: threading.Semaphore | None = None
+
+    def hold(self) -> None:
+        self._permits = threading.Semaphore(0)
+
+    def allow(self, steps: int) -> None:
+        for _ in range(steps):
+            self._permits.release()
+
+    def release(self) -> None:
+        permits, self._permits = self._permits, None
+        permits.release()
+
+    @property
+    def num_running(self) -> int:
+        return min(len(self.rows), self.max_rows)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.rows) - self.num_running
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.rows)
+
+    def submit(self, tokens, max_tokens=None, **settings) -> Row:
+        prompt = TOKENIZER.decode(tokens)
+        if "refuse me" in prompt:
+            raise UserError("the engine does not like this")
+        script = self.reply(prompt)
+        script = script if isinstance(script, list) else [*tokens_of(script), END]
+        row = Row(list(tokens), script, len(tokens) + min(max_tokens or self.context, self.context - len(tokens)), settings)
+        self.rows.append(row)
+        self.asked.append(row)
+        return row
+
+    def cancel(self, row: Row) -> None:
+        if row in self.rows:
+            self.rows.remove(row)
+            row.finish_reason = "cancelled"
+            self.dropped.set()
+
+    def step(self) -> list[tuple[Row, int, int]]:
+        self.in_step.set()
+        if self._permits:
+            assert self._permits.acquire(timeout=PATIENCE)
+        self.steps += 1
+        if self.error:
+            error, self.error, self.rows = self.error, None, []
+            raise error
+        events = []
+        for row in self.rows[: self.max_rows]:
+            row.tokens.append(row.script[len(row.tokens) - row.prompt_length])
+            self.tokens_written += 1
+            if row.tokens[-1] == END:
+                row.finish_reason = "stop"
+            elif len(row.tokens) >= row.limit:
+                row.finish_reason = "context" if row.limit == self.context else "length"
+            events.append((row, row.tokens[-1], 1))
+        self.rows = [row for row in self.rows if not row.finish_reason]
+        return events
+
+
+class Site:
+    """A running server as a test talks to it."""
+
+    def __init__(self, address: str, engines: list, workers: Workers, server):
+        self.address, self.engines, self.engine, self.workers, self.server = address, engines, engines[0], workers, server
+        self.client = httpx.Client(base_url=address, timeout=PATIENCE)
+
+    def get(self, path: str) -> httpx.Response:
+        return self.client.get(path)
+
+    def post(self, path: str, **body) -> httpx.Response:
+        return self.client.post(path, json=body)
+
+    def ask(self, text: str = "hi", path: str = "/chat/completions", **settings) -> httpx.Response:
+        return self.post(path, messages=[{"role": "user", "content": text}], **settings)
+
+    def open(self, text: str = "hi", path: str = "/chat/completions", **settings):
+        """A stream to read from, and to leave: `with site.open() as response`."""
+        return self.client.stream("POST", path, json={"messages": [{"role": "user", "content": text}], **settings})
+
+
+def events_of(response: httpx.Response) -> list[dict]:
+    """The events of a complete stream, whose form is checked on the way."""
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+    text = response.content.decode()
+    assert text.endswith("\n\n")
+    lines = text.removesuffix("\n\n").split("\n\n")
+    assert all(line.startswith("data: ") and "\n" not in line for line in lines)
+    return [json.loads(line[6:]) for line in lines if line != "data: [DONE]"]
+
+
+def pieces_of(response: httpx.Response) -> list[tuple[str, str]]:
+    """A reply of the page's route as [(kind, text), ...], neighbours of a kind joined."""
+    joined: list[tuple[str, str]] = []
+    for event in events_of(response):
+        if "token" in event:
+            same = joined and joined[-1][0] == event["type"]
+            joined[-1:] = [(event["type"], joined[-1][1] + event["token"])] if same else [*joined[-1:], (event["type"], event["token"])]
+    return joined
+
+
+@contextmanager
+def serving(*engines, max_queue: int = 64, log_content: bool = False, grace: float = PATIENCE, **defaults):
+    """A Site whose server has these engines, one thread each. It is gone afterwards."""
+    from scripts.chat_web import listen, make_app, make_server
+
+    workers = Workers([EngineThread(lambda engine=engine: engine, f"fake:{i}", max_queue, log_content) for i, engine in enumerate(engines)])
+    workers.start()
+    sock = listen("127.0.0.1", 0)
+    sock.listen()  # so that clients need not wait until the server does
+    address = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    server = make_server(make_app(workers, "sft d2 step 8", **defaults), workers, sock, grace)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    site = Site(address, list(engines), workers, server)
+    try:
+        yield site
+    finally:
+        site.client.close()
+        server.should_exit = True
+        thread.join(PATIENCE)
+        workers.stop()
+        assert not thread.is_alive()
