@@ -72,9 +72,11 @@ def check_lengths(messages: list[dict]) -> None:
         length = len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
         total += length
         if length > MAX_MESSAGE:
-            raise ApiError(400, f"messages[{i}] has {length:,} characters; at most {MAX_MESSAGE:,} are allowed", param=f"messages[{i}].content")
+            message = f"messages[{i}] has {length:,} characters; at most {MAX_MESSAGE:,} are allowed"
+            raise ApiError(400, message, param=f"messages[{i}].content")
     if total > MAX_CONVERSATION:
-        raise ApiError(400, f"the messages have {total:,} characters in all; at most {MAX_CONVERSATION:,} are allowed", param="messages")
+        message = f"the messages have {total:,} characters in all; at most {MAX_CONVERSATION:,} are allowed"
+        raise ApiError(400, message, param="messages")
 
 
 def fit(tokenizer, messages: list[dict], context: int, max_tokens: int) -> tuple[list[int], int]:

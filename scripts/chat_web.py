@@ -139,8 +139,9 @@ def make_server(app, workers, sock, grace: float = GRACE):
             await super().shutdown(sockets)
 
     # Clients close idle connections after some seconds; the server must be more patient than they are.
-    return Server(uvicorn.Config(app, lifespan="off", ws="none", log_config=None, log_level="warning", access_log=False, server_header=False,
-                                 timeout_keep_alive=75, timeout_graceful_shutdown=5))
+    config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None, log_level="warning", access_log=False,
+                            server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=5)  # fmt: skip
+    return Server(config)
 
 
 def make_workers(args):
@@ -165,9 +166,13 @@ def make_workers(args):
     compute = compute_init(args.device_type)
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if compute.device.type == "cuda" else [compute.device]
     if args.num_gpus > len(devices):
-        raise UserError(f"--num-gpus is {args.num_gpus}, but there is {len(devices)} of {compute.device.type} here; ask for as many at most")
+        kind = compute.device.type
+        raise UserError(f"--num-gpus is {args.num_gpus}, but there is only {len(devices)} x {kind} here; ask for as many at most")
     directory, step = resolve_checkpoint(args.source, args.model_tag, args.step)
-    threads = [EngineThread(partial(make_engine, device), str(device), args.max_queue, args.log_content) for device in devices[: args.num_gpus]]
+    threads = [
+        EngineThread(partial(make_engine, device), str(device), args.max_queue, args.log_content)
+        for device in devices[: args.num_gpus]
+    ]
     return Workers(threads), f"{args.source} {directory.name} step {step}"
 
 

@@ -69,8 +69,11 @@ def test_health_and_stats_answer_while_a_step_takes_its_time(site):
     assert [pieces_of(reply.result(PATIENCE)) for reply in (answer, *others)] == [[("text", "hello")]] * 4
     stats = site.get("/stats").json()
     assert stats.pop("uptime_s") >= 0
-    assert stats == {"requests": 4, "completed": 4, "cancelled": 0, "failed": 0, "rejected": 0, "tokens_written": 4 * len("hello."), "tokens_read": 0,
-                     "tokens_reused": 0, "workers": [{"device": "fake:0", "running": 0, "waiting": 0, "rows": 2}]}  # fmt: skip
+    assert stats == {
+        "requests": 4, "completed": 4, "cancelled": 0, "failed": 0, "rejected": 0,
+        "tokens_written": 4 * len("hello."), "tokens_read": 0, "tokens_reused": 0,
+        "workers": [{"device": "fake:0", "running": 0, "waiting": 0, "rows": 2}],
+    }  # fmt: skip
 
 
 def test_the_second_of_two_engines_serves_too():
@@ -90,7 +93,9 @@ def test_the_second_of_two_engines_serves_too():
 # Clients that leave
 
 
-@pytest.mark.parametrize("path, settings", [("/chat/completions", {}), (V1, {"stream": True}), (V1, {}), (V1, {"n": 2, "stream": True}), (V1, {"n": 2})])
+@pytest.mark.parametrize("path, settings", [
+    ("/chat/completions", {}), (V1, {"stream": True}), (V1, {}), (V1, {"n": 2, "stream": True}), (V1, {"n": 2}),
+])  # fmt: skip
 def test_a_client_that_leaves_frees_its_rows(site, path, settings):
     """Before the next step: the one during which it left is the last."""
     rows = settings.get("n", 1)
@@ -102,7 +107,8 @@ def test_a_client_that_leaves_frees_its_rows(site, path, settings):
     else:
         body = json.dumps({"messages": [{"role": "user", "content": "hi"}], **settings})
         with socket.create_connection(site.address.removeprefix("http://").split(":")) as connection:
-            connection.sendall(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall((head + body).encode())
             assert site.engine.in_step.wait(PATIENCE)
     wait_for_rows(site, 0)
     site.engine.allow(1)
@@ -234,8 +240,12 @@ def model():
 
 def test_what_a_real_engine_writes_for_many_is_what_it_writes_for_each(model):
     """Through OpenAI's client, 16 at once, some streaming, some with stop strings; against one at a time."""
-    kinds = [{"temperature": 0}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "seed": 3, "stop": ["e", "k"]}, {"temperature": 0.7, "seed": 5, "top_p": 0.8}]
-    requests = [{**kinds[i % 4], "messages": [{"role": "user", "content": "x" * i}], "max_tokens": 40, "model": "sft"} for i in range(16)]
+    kinds = [
+        {"temperature": 0}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "seed": 3, "stop": ["e", "k"]},
+        {"temperature": 0.7, "seed": 5, "top_p": 0.8},
+    ]  # fmt: skip
+    questions = [[{"role": "user", "content": "x" * i}] for i in range(16)]
+    requests = [{**kinds[i % 4], "messages": question, "max_tokens": 40, "model": "sft"} for i, question in enumerate(questions)]
     alone = Engine(model, TOKENIZER)
 
     def expected(request) -> str:
@@ -268,7 +278,8 @@ def test_what_a_real_engine_writes_for_many_is_what_it_writes_for_each(model):
 @pytest.fixture
 def base_dir(base_dir, model):
     TOKENIZER.save(base_dir / "tokenizer")
-    save_checkpoint(checkpoint_dir("sft", "d2"), 5, model.state_dict(), None, {"model_config": vars(model.config)}, Compute(torch.device("cpu"), torch.float32))
+    compute = Compute(torch.device("cpu"), torch.float32)
+    save_checkpoint(checkpoint_dir("sft", "d2"), 5, model.state_dict(), None, {"model_config": vars(model.config)}, compute)
     return base_dir
 
 
@@ -276,7 +287,8 @@ def base_dir(base_dir, model):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_program_serves_until_it_is_told_to_stop(base_dir, number):
     server = subprocess.Popen(
-        [sys.executable, "-m", "scripts.chat_web", "-p", "0", "--device-type", "cpu"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "scripts.chat_web", "-p", "0", "--device-type", "cpu"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what runs in the background of a shell
     )  # fmt: skip
     watchdog = threading.Timer(120, server.kill)
@@ -312,8 +324,8 @@ def test_a_port_in_use_is_told_in_a_line():
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["-p", "70000"], "--port is 70000"), (["-t", "3"], "--temperature is 3"), (["-k", "-1"], "--top-k is -1"), (["-m", "0"], "--max-tokens is 0"),
-    (["-n", "0"], "--num-gpus is 0"), (["--max-rows", "0"], "--max-rows is 0"), (["--max-queue", "-1"], "--max-queue is -1"),
+    (["-p", "70000"], "--port is 70000"), (["-t", "3"], "--temperature is 3"), (["-k", "-1"], "--top-k is -1"),
+    (["-m", "0"], "--max-tokens is 0"), (["-n", "0"], "--num-gpus is 0"), (["--max-rows", "0"], "--max-rows is 0"), (["--max-queue", "-1"], "--max-queue is -1"),
     (["--host", "no.such.host.example"], "cannot listen on no.such"), (["-n", "2"], "--num-gpus is 2"), (["-g", "d99"], "d99.*d2"),
 ])  # fmt: skip
 def test_mistakes_are_told_in_a_line(base_dir, arguments, says):

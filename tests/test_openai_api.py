@@ -133,12 +133,14 @@ def test_settings_reach_the_engine(client, site):
 
 
 def test_messages_may_be_parts_and_a_system_message_comes_first(client, site):
-    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts},
                 {"role": "assistant", "content": "c"}, {"role": "user", "name": "me", "content": "d"}]
     client.chat.completions.create(model=MODEL, messages=messages)
     row = site.engine.asked[-1]
     said = site.engine.tokenizer.decode(row.tokens[: row.prompt_length])
-    assert said == "<|bos|><|user_start|>Be brief.\n\na\nb<|user_end|><|assistant_start|>c<|assistant_end|><|user_start|>d<|user_end|><|assistant_start|>"
+    assert said == ("<|bos|><|user_start|>Be brief.\n\na\nb<|user_end|><|assistant_start|>c<|assistant_end|>"
+                    "<|user_start|>d<|user_end|><|assistant_start|>")
 
 
 def test_sixteen_at_once(site):
@@ -163,8 +165,8 @@ def test_sixteen_at_once(site):
 @pytest.mark.parametrize("settings, param", [
     ({"temperature": 2.5}, "temperature"), ({"temperature": "hot"}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"),
     ({"n": 0}, "n"), ({"n": 9}, "n"), ({"max_tokens": 0}, "max_tokens"), ({"max_completion_tokens": -1}, "max_completion_tokens"),
-    ({"stop": ["a"] * 5}, "stop"), ({"stop": ""}, "stop"), ({"stop": ["a", 3]}, "stop[1]"), ({"seed": 1.5}, "seed"), ({"stream": "yes"}, "stream"),
-    ({"model": 7}, "model"), ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"stop": ["a"] * 5}, "stop"), ({"stop": ""}, "stop"), ({"stop": ["a", 3]}, "stop[1]"), ({"seed": 1.5}, "seed"),
+    ({"stream": "yes"}, "stream"), ({"model": 7}, "model"), ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     ({"messages": []}, "messages"), ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages[0].content[0].type"),

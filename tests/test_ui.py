@@ -797,3 +797,35 @@ def test_nothing_is_asked_of_anybody_else(page, stub):
     page.locator("#messages a").first.hover()
     page.reload()
     assert {url.partition("#")[0] for url in seen} <= {"", "logo.svg", "health", "chat/completions"}
+
+
+# -----------------------------------------------------------------------------
+# With the real server
+
+
+def test_the_page_and_the_real_server_understand_each_other(browser):
+    """Words, a call of the calculator, a hostile reply and the memory of both, under the headers that chat_web sends."""
+    from chat_server import TOKENIZER, ScriptedEngine, serving
+
+    hostile = "<script>window.harm = 1</script><img src=x onerror='window.harm = 1'>\n```html\n<b onclick=harm()>x</b>\n```"
+    replies = iter(["It is <|python_start|>6*7<|python_end|><|output_start|>42<|output_end|> é!", hostile])
+    with serving(ScriptedEngine(lambda prompt: next(replies))) as site:
+        page = browser.new_page(reduced_motion="reduce")
+        page.set_default_timeout(WAIT * 1000)
+        complaints = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(site.address)
+        say(page, "How much is 6 times 7?")
+        expect(page.locator("main")).to_contain_text("6*7 = 42")
+        expect(page.locator("main")).to_contain_text("é!")
+        say(page, "And now?")
+        expect(page.locator("main")).to_contain_text("<script>window.harm = 1</script>")
+        expect(page.locator("main pre")).to_have_text("<b onclick=harm()>x</b>")
+        expect(page.get_by_role("button", name="Stop")).to_have_count(0)
+        assert page.evaluate("window.harm") is None and page.locator("main script, main [onerror], main [onclick]").count() == 0
+        page.close()
+        memory = TOKENIZER.decode(site.engine.asked[1].tokens[: site.engine.asked[1].prompt_length])
+        assert "<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>" in memory
+        assert memory.endswith("<|user_start|>And now?<|user_end|><|assistant_start|>")
+        assert not complaints

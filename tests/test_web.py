@@ -47,12 +47,16 @@ def with_value(raw: str, field: str = "temperature") -> bytes:
 
 BODIES = {
     "empty": b"", "blank": b" ", "no JSON": b"hello", "half": json.dumps(SOUND)[:-1].encode(), "two": json.dumps(SOUND).encode() * 2,
-    "a list": b"[]", "a string": b'"x"', "null": b"null", "a number": b"1", "NaN": with_value("NaN"), "infinity": with_value("-Infinity"),
-    "a number too large": with_value("1e999"), "5,000 digits": with_value("9" * 5000), "400 digits": with_value("9" * 400, "max_tokens"),
-    "a seed of 5,000 digits": with_value("9" * 5000, "seed"), "half a surrogate pair as a role": json.dumps(SOUND).replace('"user"', '"\\ud800"').encode(),
-    "deep lists": b"[" * 100_000 + b"]" * 100_000, "deep in a field": with_value("[" * 100_000 + "]" * 100_000, "messages"), "deep objects": b'{"a":' * 50_000,
-    "not UTF-8": b'{"messages": "\xff"}', "UTF-16 without a mark": json.dumps(SOUND).encode("utf-16-be")[1:], "zeros": bytes(1000), "compressed": b"\x1f\x8b\x08\x00" + bytes(20),
+    "a list": b"[]", "a string": b'"x"', "null": b"null", "a number": b"1",
+    "NaN": with_value("NaN"), "infinity": with_value("-Infinity"), "a number too large": with_value("1e999"),
+    "5,000 digits": with_value("9" * 5000), "400 digits": with_value("9" * 400, "max_tokens"),
+    "a seed of 5,000 digits": with_value("9" * 5000, "seed"),
+    "half a surrogate pair as a role": json.dumps(SOUND).replace('"user"', '"\\ud800"').encode(),
+    "deep lists": b"[" * 100_000 + b"]" * 100_000, "deep objects": b'{"a":' * 50_000,
+    "deep in a field": with_value("[" * 100_000 + "]" * 100_000, "messages"),
     "wide": json.dumps({**SOUND, "messages": [{}] * 240_000}).encode(),
+    "not UTF-8": b'{"messages": "\xff"}', "UTF-16 without a mark": json.dumps(SOUND).encode("utf-16-be")[1:],
+    "zeros": bytes(1000), "compressed": b"\x1f\x8b\x08\x00" + bytes(20),
 }  # fmt: skip
 
 
@@ -63,7 +67,7 @@ def test_bodies_that_make_no_sense(site, route, what):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/xml", "json", "\x22"])
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "json", '"'])
 def test_only_json_that_says_so_is_taken(site, route, content_type):
     """No form of another site's page can send such a type without asking first, which is never granted."""
     assert "application/json" in error_of(send(site, route, json.dumps(SOUND), content_type), 400)["message"]
@@ -91,12 +95,14 @@ def test_a_body_that_never_ends_is_not_awaited_for_ever(site, monkeypatch):
         assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-    st.sampled_from(["role", "content", "type", "text", "messages"]), inner, max_size=3), max_leaves=8)
+atoms = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+names = st.sampled_from(["role", "content", "type", "text", "messages"])
+json_values = st.recursive(atoms, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=8)
+fields = st.sampled_from(["messages", "temperature", "top_k", "max_tokens", "seed", "n", "stop", "stream", "model"])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.sampled_from(ROUTES), st.dictionaries(st.sampled_from(["messages", "temperature", "top_k", "max_tokens", "seed", "n", "stop", "stream", "model"]), json_values))
+@given(st.sampled_from(ROUTES), st.dictionaries(fields, json_values))
 def test_any_json_is_answered_or_refused(site, route, body):
     response = send(site, route, json.dumps(body).encode())
     assert response.status_code in (200, 400, 404)
@@ -108,12 +114,15 @@ def test_any_json_is_answered_or_refused(site, route, body):
 # Addresses
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/v1", "/v1/", "/health/", "/chat/completions/", "/docs", "/..%2f..%2fetc/passwd", "/%00", "/v1/models/nothing"])
+@pytest.mark.parametrize("path", ["/nothing", "/v1", "/v1/", "/health/", "/docs", "/..%2f..%2fetc/passwd", "/%00", "/v1/models/nothing"])
 def test_unknown_addresses(site, path):
     error_of(site.get(path), 404)
 
 
-@pytest.mark.parametrize("method, path", [("GET", "/chat/completions"), ("PUT", "/v1/chat/completions"), ("DELETE", "/"), ("POST", "/health"), ("OPTIONS", "/chat/completions"), ("PATCH", "/v1/models")])
+@pytest.mark.parametrize("method, path", [
+    ("GET", "/chat/completions"), ("PUT", "/v1/chat/completions"), ("OPTIONS", "/chat/completions"),
+    ("DELETE", "/"), ("POST", "/health"), ("PATCH", "/v1/models"),
+])  # fmt: skip
 def test_wrong_methods(site, method, path):
     response = site.client.request(method, path)
     error_of(response, 405)

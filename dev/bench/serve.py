@@ -145,13 +145,14 @@ async def level(server: Server, clients: int, seconds: float, rng: random.Random
 async def streams(server: Server, args) -> None:
     rng = random.Random(args.seed)
     await level(server, 2, 2, rng)  # warm up
-    print(f"\n{'clients':>7s} {'tok/s':>7s} {'x one':>6s} {'slowest/fastest':>16s} {'first token p50':>16s} {'max':>8s} {'/health p99':>12s} {'answers':>8s}")
+    print(f"\n{'clients':>7s} {'tok/s':>7s} {'x one':>6s} {'slowest/fastest':>16s} {'first token p50':>16s} {'max':>8s} {'/health p99':>12s} "
+          f"{'answers':>8s}")
     single = None
     for clients in (1, 4, 16, 64):
         seen = await level(server, clients, args.seconds, rng)
         single = single or seen["rate"]
-        print(f"{clients:7d} {seen['rate']:7.0f} {seen['rate'] / single:6.2f} {seen['fair']:16.2f} {seen['first'] * 1e3:13.0f} ms {seen['worst'] * 1e3:5.0f} ms "
-              f"{seen['health'] * 1e3:9.0f} ms {seen['replies']:8d}")
+        print(f"{clients:7d} {seen['rate']:7.0f} {seen['rate'] / single:6.2f} {seen['fair']:16.2f} "
+              f"{seen['first'] * 1e3:13.0f} ms {seen['worst'] * 1e3:5.0f} ms {seen['health'] * 1e3:9.0f} ms {seen['replies']:8d}")
 
 
 # -----------------------------------------------------------------------------
@@ -191,9 +192,11 @@ async def leave(server: Server, args) -> list[str]:
 # bad
 
 FIELDS = "messages role content type text temperature top_k top_p max_tokens max_completion_tokens seed n stop stream stream_options model".split()
-VALUES = ["NaN", "Infinity", "-Infinity", "1e999", "-1", "0.5", "1e308", "9" * 400, "9" * 5000, "null", "true", '""', '"x"', '"\\ud800"', '"\\u0000"', "[]",
-          "[[]]", "{}", '{"a": 1}', "[" * 900 + "]" * 900, "[" * 20000 + "]" * 20000, json.dumps("x" * 9000), json.dumps(["x"] * 600), "[NaN]", "'x'", "undefined"]
-TYPES = ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "application/xml", "application/json; charset=utf-7", "\"", "json"]
+VALUES = ["NaN", "Infinity", "-Infinity", "1e999", "-1", "0.5", "1e308", "9" * 400, "9" * 5000, "null", "true", "undefined", "'x'", '""', '"x"',
+          '"\\ud800"', '"\\u0000"', "[]", "[[]]", "[NaN]", "{}", '{"a": 1}', "[" * 900 + "]" * 900, "[" * 20000 + "]" * 20000,
+          json.dumps("x" * 9000), json.dumps(["x"] * 600)]
+TYPES = ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "application/xml",
+         "application/json; charset=utf-7", "\"", "json"]
 
 
 def malformed(rng: random.Random) -> tuple[str, bytes]:
@@ -208,12 +211,14 @@ def malformed(rng: random.Random) -> tuple[str, bytes]:
     elif kind == "value":
         body = json.dumps({**sound, rng.choice(FIELDS): "@"}).replace('"@"', rng.choice(VALUES)).encode()
     elif kind == "inner value":
-        message = {"role": rng.choice(["user", "assistant", "system", "tool"]), "content": rng.choice(["hi", [{"type": "text", "text": "@"}], "@"]), rng.choice(FIELDS): "@"}
+        content = rng.choice(["hi", [{"type": "text", "text": "@"}], "@"])
+        message = {"role": rng.choice(["user", "assistant", "system", "tool"]), "content": content, rng.choice(FIELDS): "@"}
         body = json.dumps({**sound, "messages": [message] * rng.choice([1, 2, 3])}).replace('"@"', rng.choice(VALUES)).encode()
     elif kind == "top":
         body = rng.choice(VALUES).encode()
     elif kind == "encoding":
-        body = body.decode().encode(rng.choice(["utf-16", "utf-32", "utf-8-sig", "utf-7"])) if rng.random() < 0.5 else rng.randbytes(rng.randrange(200))
+        encoded = body.decode().encode(rng.choice(["utf-16", "utf-32", "utf-8-sig", "utf-7"]))
+        body = rng.choice([encoded, rng.randbytes(rng.randrange(200))])
     elif kind == "size":
         body = json.dumps({**sound, rng.choice(FIELDS): "x" * rng.choice([900_000, 999_900, 1_100_000, 3_000_000])}).encode()
     return kind, post(path, body, rng.choice(TYPES) if kind == "type" else "application/json")
@@ -241,8 +246,8 @@ async def bad(server: Server, args) -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder:  # where it leaves its reports
         Path(folder, "schemathesis.toml").write_text("[checks.negative_data_rejection]\nexpected-statuses = [400, 404, 405, 413]\n")
-        command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{server.port}/openapi.json", "--max-examples=200", f"--seed={args.seed}",
-                   "--phases=coverage,fuzzing", "--request-timeout=20", "--continue-on-failure", "--no-color",
+        command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{server.port}/openapi.json",
+                   "--max-examples=200", f"--seed={args.seed}", "--phases=coverage,fuzzing", "--request-timeout=20", "--continue-on-failure", "--no-color",
                    "--exclude-checks=positive_data_acceptance"]  # a schema cannot say that roles take turns
         run = await asyncio.create_subprocess_exec(*command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         output = (await asyncio.wait_for(run.communicate(), 300))[0].decode()
@@ -252,7 +257,8 @@ async def bad(server: Server, args) -> list[str]:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="The web server as its clients see it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="The web server as its clients see it.", formatter_class=formatter)
     parser.add_argument("parts", nargs="*", default=["cost", "streams", "leave", "bad"], help="cost, streams, leave, bad")
     parser.add_argument("--source", default="sft", help="which model serves: mid, sft or rl")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
