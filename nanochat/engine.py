@@ -160,7 +160,7 @@ class Engine:
         self.terminal_tokens = frozenset((assistant_end, tokenizer.get_bos_token_id()))
         self.context = min(context or model.config.sequence_len, model.config.sequence_len)
         self.device = model.get_device()
-        self.max_rows = max_rows
+        self.max_rows = min(max_rows, self._rows_that_fit())
         self.tokens_read = self.tokens_reused = self.tokens_written = 0  # in all
         self._forget()
 
@@ -330,7 +330,7 @@ class Engine:
         self.cache: KVCache | None = None
         self.graphs: dict[int, DecodingGraph] = {}
         budget = READ_BUDGET.get(self.device.type, READ_BUDGET["cpu"])
-        self.scheduler = Scheduler(min(self.max_rows, self._rows_that_fit()), budget)
+        self.scheduler = Scheduler(self.max_rows, budget)
 
     # Around each call and not around a generator: a mode set there would leak to whoever reads from it.
     @torch.inference_mode()

@@ -1,11 +1,11 @@
 """chat_eval's own decisions: which tasks run, what counts as ChatCORE, what is skipped and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-import torch
 
-from nanochat import checkpoint_manager, report, task_eval
+from nanochat import checkpoint_manager, engine, report, task_eval
 from nanochat.common import UserError
 from scripts import chat_eval
 from scripts.chat_eval import CHATCORE, chat_core, chosen_tasks, main
@@ -31,14 +31,6 @@ def test_chatcore_is_the_mean_of_centred_accuracies():
     assert chat_core(results) is None
 
 
-class FakeTokenizer:
-    def encode_special(self, name):
-        return 0
-
-    def get_bos_token_id(self):
-        return 1
-
-
 class FakeTask:
     def __init__(self, baseline):
         self.baseline = baseline
@@ -62,9 +54,9 @@ def fake(tmp_path, monkeypatch):
 
     monkeypatch.setattr(chat_eval, "make_task", make_task)
     monkeypatch.setattr(task_eval, "run_task", run_task)
-    monkeypatch.setattr(
-        checkpoint_manager, "load_model", lambda *args, **kwargs: (torch.nn.Identity(), FakeTokenizer(), {"step": 7})
-    )
+    monkeypatch.setattr(engine, "Engine", lambda model, tokenizer: None)
+    model = SimpleNamespace(pack=lambda: None)
+    monkeypatch.setattr(checkpoint_manager, "load_model", lambda *args, **kwargs: (model, None, {"step": 7}))
     return out_of_reach, asked, tmp_path
 
 
