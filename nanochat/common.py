@@ -345,6 +345,15 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def share_cores() -> None:
+    """For a server on a CPU, before torch is loaded: compute threads that wait for one another go to sleep sooner.
+
+    By default they spin, and beside one busy process, such as a browser on the same laptop, each wait then takes
+    as long as that process is let run: a few tokens a second remain (dev/LOG.md, 11).
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+
 def _join_ranks(compute: Compute) -> None:
     import torch
     import torch.distributed as dist

@@ -12,7 +12,7 @@ What is said is not written to the log unless --log-content is given.
 import argparse
 from pathlib import Path
 
-from nanochat.common import UserError, compute_init, ranks, run_script
+from nanochat.common import UserError, compute_init, ranks, run_script, share_cores
 
 GRACE = 30.0  # seconds that answers get to come to their end when the server is stopped
 PAGE = Path(__file__).resolve().parents[1] / "nanochat"
@@ -149,6 +149,7 @@ def make_workers(args):
     from dataclasses import replace
     from functools import partial
 
+    share_cores()
     import torch
 
     from nanochat.checkpoint_manager import load_model, resolve_checkpoint
