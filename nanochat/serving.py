@@ -147,7 +147,7 @@ class EngineThread:
 
     `make_engine` is called in that thread, and should do there all that is to be done with the model, loading
     included: a second thread that uses torch gets worker threads of its own, and when there are more of them
-    than cores, OpenMP lets them sleep between any two products (a third of the speed, see the log book).
+    than cores, OpenMP lets them sleep between any two products (a third of the speed; dev/LOG.md, 12).
     `max_queue` rows may wait when all of the engine's are taken.
     """
 

@@ -30,6 +30,11 @@ def tokens_of(text: str) -> list[int]:
     return [id for piece in pieces for id in ([TOKENIZER.encode_special(piece)] if piece in SPECIAL_TOKENS else TOKENIZER.encode(piece))]
 
 
+def answering(replies: dict[str, str]):
+    """A `reply` for ScriptedEngine: what stands under the first of these words that is in the prompt, else "hello"."""
+    return lambda prompt: next((text for word, text in replies.items() if word in prompt), "hello")
+
+
 @dataclass(eq=False)
 class Row:
     tokens: list[int]

@@ -70,6 +70,29 @@ def base_dir(tmp_path, monkeypatch) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def make_babbler():
+    """`make_babbler(tokenizer, sequence_len)` gives a small model that says nearly nothing but letters; bytes are its tokens."""
+    import torch
+
+    from nanochat.gpt import GPT, GPTConfig
+
+    def make(tokenizer, sequence_len: int):
+        vocab_size = tokenizer.get_vocab_size()
+        config = GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=2, n_head=1, n_kv_head=1, n_embd=64)
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            model = GPT(config)
+        model.to_empty(device="cpu")
+        model.init_weights(torch.float32)
+        with torch.no_grad():
+            model.lm_head.weight.zero_()  # a logit of 0 for all but the letters, which are far above or below
+            model.lm_head.weight[ord("a") : ord("z") + 1].normal_(std=3.0)
+        return model.eval()
+
+    return make
+
+
 @pytest.fixture
 def run_ranks():
     """`run_ranks(3, work)` calls `work(compute)` on three ranks that are threads of this process: what each gave, in order."""

@@ -12,7 +12,6 @@ import torch
 
 from nanochat.checkpoint_manager import checkpoint_dir
 from nanochat.common import Compute, UserError
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.saver import save_checkpoint
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 from scripts.chat_cli import Chat, main
@@ -168,25 +167,16 @@ def test_a_base_model_continues_text_and_remembers_nothing(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def artifacts(tokenizer, tmp_path_factory):
+def artifacts(tokenizer, tmp_path_factory, make_babbler):
     """A base folder with a tokenizer and a small model for two stages, which babbles and never ends an answer."""
     base = tmp_path_factory.mktemp("artifacts")
-    vocab_size = tokenizer.get_vocab_size()
-    config = GPTConfig(sequence_len=4096, vocab_size=vocab_size, n_layer=2, n_head=1, n_kv_head=1, n_embd=64)
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device="cpu")
-    model.init_weights(torch.float32)
-    with torch.no_grad():
-        model.lm_head.weight.zero_()  # a logit of 0 for all but the letters, which are far above or below
-        model.lm_head.weight[ord("a") : ord("z") + 1].normal_(std=3.0)
+    model = make_babbler(tokenizer, sequence_len=4096)
     compute = Compute(torch.device("cpu"), torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
         tokenizer.save(base / "tokenizer")
         for stage in ("base", "sft"):
-            meta = {"model_config": vars(config)}
+            meta = {"model_config": vars(model.config)}
             save_checkpoint(checkpoint_dir(stage, "d2"), 5, model.state_dict(), None, meta, compute)
     return base
 

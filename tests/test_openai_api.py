@@ -4,7 +4,7 @@ import asyncio
 
 import openai
 import pytest
-from chat_server import ScriptedEngine, serving
+from chat_server import ScriptedEngine, answering, serving
 
 REPLIES = {
     "emoji": "né 👩‍🚀!",
@@ -15,13 +15,9 @@ REPLIES = {
 MODEL = "sft-d2-step-8"
 
 
-def reply(prompt: str) -> str:
-    return next((text for word, text in REPLIES.items() if word in prompt), "hello")
-
-
 @pytest.fixture(scope="module")
 def site():
-    with serving(ScriptedEngine(reply)) as site:
+    with serving(ScriptedEngine(answering(REPLIES))) as site:
         yield site
 
 

@@ -1,7 +1,7 @@
 """POST /chat/completions, which the page talks to: events, limits, and what is forgotten when the context is full."""
 
 import pytest
-from chat_server import TOKENIZER, ScriptedEngine, events_of, pieces_of, serving
+from chat_server import TOKENIZER, ScriptedEngine, answering, events_of, pieces_of, serving
 
 from nanochat.conversation import render_for_completion
 from nanochat.page_api import fit
@@ -15,13 +15,9 @@ REPLIES = {
 }
 
 
-def reply(prompt: str) -> str:
-    return next((text for word, text in REPLIES.items() if word in prompt), "hello")
-
-
 @pytest.fixture(scope="module")
 def site():
-    with serving(ScriptedEngine(reply)) as site:
+    with serving(ScriptedEngine(answering(REPLIES))) as site:
         yield site
 
 
