@@ -95,15 +95,17 @@ def sample(
     top_ks: Sequence[int | None],
     top_ps: Sequence[float],
     draws: Sequence[float],
-) -> torch.Tensor:
-    """One token per row, (B,) int64, from logits (B, V), each row with settings and a draw in [0, 1) of its own.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row, from logits (B, V), each row with settings and a draw in [0, 1) of its own.
 
+    Returns (tokens (B,) int64, log-probabilities (B,) float32): how likely each was under its row's settings.
     A draw picks the token whose slice of the cumulative distribution it falls into, so a row needs a
     single random number and rows are sampled together. Temperature 0 takes the likeliest token. `top_k`
     keeps the k likeliest; `top_p` keeps of these as few of the likeliest as have that share of the
     probability (nucleus sampling, arXiv:1904.09751).
     """
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    log_probs = torch.zeros(len(logits), device=logits.device)
     groups: dict[int, list[int]] = {}  # rows that need as many candidates in order of likelihood; 0: all, in no order
     for row, temperature in enumerate(temperatures):
         k = min(top_ks[row] or logits.size(-1), logits.size(-1))
@@ -133,7 +135,8 @@ def sample(
             total = torch.where(column(top_ps) < 1, cumulative.gather(1, kept.clamp(min=1) - 1), total)
         choice = torch.searchsorted(cumulative, column(draws) * total, right=True)  # (R, 1)
         tokens[rows] = (candidates.gather(1, choice) if width else choice)[:, 0]
-    return tokens
+        log_probs[rows] = (weights.gather(1, choice) / total).log()[:, 0]
+    return tokens, log_probs
 
 
 # -----------------------------------------------------------------------------
@@ -162,7 +165,9 @@ class Engine:
         self.device = model.get_device()
         self.max_rows = min(max_rows, self._rows_that_fit())
         self.tokens_read = self.tokens_reused = self.tokens_written = 0  # in all
-        self._forget()
+        self.cache: KVCache | None = None
+        self.graphs: dict[int, DecodingGraph] = {}
+        self.scheduler = self._make_scheduler()
 
     # -------------------------------------------------------------------------
     # Rows that come and go
@@ -216,8 +221,15 @@ class Engine:
         try:
             return self._step()
         except BaseException:  # what the cache holds is no longer certain
-            self._forget()
+            self.forget()
+            self.cache, self.graphs = None, {}
             raise
+
+    def forget(self) -> None:
+        """End all rows and reuse nothing of earlier ones, as when the model's weights have changed. Memory is kept."""
+        for row in [*self.scheduler.waiting, *self.scheduler.slot_of]:
+            self.scheduler.end(row, "cancelled")
+        self.scheduler = self._make_scheduler()
 
     def finish(self) -> Iterator[Row]:
         """Go on until nothing is left to do, yielding each row as it ends."""
@@ -322,15 +334,8 @@ class Engine:
             dice=random.Random(f"{seed}/{sample_index}"),  # neighbouring seeds and samples get unrelated dice
         )
 
-    def _forget(self) -> None:
-        """Begin with nothing: no rows, and nothing of the cache that could be used again."""
-        if hasattr(self, "scheduler"):
-            for row in [*self.scheduler.waiting, *self.scheduler.slot_of]:
-                self.scheduler.end(row, "cancelled")
-        self.cache: KVCache | None = None
-        self.graphs: dict[int, DecodingGraph] = {}
-        budget = READ_BUDGET.get(self.device.type, READ_BUDGET["cpu"])
-        self.scheduler = Scheduler(self.max_rows, budget)
+    def _make_scheduler(self) -> Scheduler:
+        return Scheduler(self.max_rows, READ_BUDGET.get(self.device.type, READ_BUDGET["cpu"]))
 
     # Around each call and not around a generator: a mode set there would leak to whoever reads from it.
     @torch.inference_mode()
@@ -349,15 +354,16 @@ class Engine:
         if not rows:
             return []
         logits = self._logits(rows)
-        tokens = sample(
+        tokens, log_probs = sample(
             logits,
             [row.temperature for row in rows],
             [row.top_k for row in rows],
             [row.top_p for row in rows],
             [draw(row.dice) for row in rows],
-        ).tolist()
+        )
         self.tokens_written += len(rows)
-        return [(row, *self._accept(row, token)) for row, token in zip(rows, tokens)]
+        sampled = torch.stack([tokens.double(), log_probs.double()], dim=1).tolist()  # in one transfer from a GPU
+        return [(row, *self._accept(row, int(token), log_prob)) for row, (token, log_prob) in zip(rows, sampled)]
 
     def _read(self, tokens: list[int], slot: int, start: int, end: int) -> None:
         """Fill the cache with tokens start .. end of a prompt. Nobody asks what the model expects after them."""
@@ -377,7 +383,7 @@ class Engine:
             return self._graph(len(rows)).run(batch)
         return decode(self.model, self.cache, batch.to(self.device))
 
-    def _accept(self, row: Row, token: int) -> tuple[int, int]:
+    def _accept(self, row: Row, token: int, log_prob: float) -> tuple[int, int]:
         """Give `row` its next token, the sampled one unless a tool has put others in line: (token, mask)."""
         mask = 0 if row.forced else 1
         if row.forced:
@@ -385,6 +391,7 @@ class Engine:
         row.computed = len(row.tokens)
         row.tokens.append(token)
         row.masks.append(mask)
+        row.log_probs.append(log_prob * mask)
         reason = row.exhausted if len(row.tokens) >= row.limit else None
         if mask and self._says_the_end(row, token):
             reason = "stop"

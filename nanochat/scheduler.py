@@ -37,6 +37,7 @@ class Row:
     call: list[int] | None = None  # the tool call it is in the middle of
     tail: bytes = b""  # its newest text, as far as that may be the beginning of a stop
     masks: list[int] = field(default_factory=list)  # of what was written: 1 sampled, 0 forced by a tool
+    log_probs: list[float] = field(default_factory=list)  # of what was sampled, under the row's settings; 0 where forced
     finish_reason: str | None = None  # "stop", "length", "context" or "cancelled" once it has ended
     prompt_length: int = 0
     computed: int = 0  # how many of its tokens' keys and values its slot holds

@@ -219,13 +219,13 @@ def test_cache_takes_the_compute_dtype_of_the_model(dtype):
 
 
 def draw_many(logits, n, temperature, top_k=None, top_p=1.0, seed=0):
-    """n tokens of one distribution, in one call."""
+    """n tokens of one distribution, in one call, and the log-probability that each is said to have."""
     draws = torch.rand(n, generator=torch.Generator().manual_seed(seed)).tolist()
     return sample(logits.expand(n, -1), [temperature] * n, [top_k] * n, [top_p] * n, draws)
 
 
 def pick(logits, temperature, draw, top_k=None, top_p=1.0):
-    return sample(logits, [temperature], [top_k], [top_p], [draw]).item()
+    return sample(logits, [temperature], [top_k], [top_p], [draw])[0].item()
 
 
 def by_hand(logits, temperature, top_k, top_p):
@@ -241,8 +241,10 @@ def by_hand(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("top_k, top_p", [(None, 1.0), (3, 1.0), (None, 0.7), (4, 0.8), (5, 0.01), (500, 0.999)])
 def test_sample_follows_the_distribution(top_k, top_p):
     logits, n = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 1.9]), 40_000
-    counts = draw_many(logits, n, 0.8, top_k, top_p).bincount(minlength=6)
+    tokens, log_probs = draw_many(logits, n, 0.8, top_k, top_p)
+    counts = tokens.bincount(minlength=6)
     expected = by_hand(logits, 0.8, top_k, top_p)
+    assert torch.allclose(log_probs.double(), expected[tokens].log(), atol=1e-5)
     assert not counts[expected == 0].any()
     deviation = (counts / n - expected).abs() / (expected * (1 - expected) / n).sqrt().clamp(min=1e-9)
     assert deviation[expected > 0].max() < 4  # standard errors
@@ -250,11 +252,11 @@ def test_sample_follows_the_distribution(top_k, top_p):
 
 def test_sample_top_k_keeps_exactly_the_k_likeliest():
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(3))
-    tokens = draw_many(logits, 5000, 5.0, top_k=7)
+    tokens, _ = draw_many(logits, 5000, 5.0, top_k=7)
     assert set(tokens.tolist()) == set(logits.topk(7).indices.tolist())
     assert pick(logits[None], 1.0, 0.99, top_k=1) == int(logits.argmax())
     # a k beyond the vocabulary cuts nothing
-    assert torch.equal(draw_many(logits, 5000, 5.0, top_k=2000), draw_many(logits, 5000, 5.0))
+    assert torch.equal(draw_many(logits, 5000, 5.0, top_k=2000)[0], draw_many(logits, 5000, 5.0)[0])
 
 
 def test_rows_with_settings_of_their_own_are_sampled_as_if_alone():
@@ -265,11 +267,13 @@ def test_rows_with_settings_of_their_own_are_sampled_as_if_alone():
         (dice.choice([0.0, 0.3, 1.0, 2.0]), dice.choice([None, 1, 5, 50, 64]), dice.choice([1.0, 0.5, 0.95]), dice.random())
         for _ in logits
     ]
-    together = sample(logits, *map(list, zip(*settings))).tolist()
+    tokens, log_probs = sample(logits, *map(list, zip(*settings)))
+    together = tokens.tolist()
     alone = [pick(row[None], t, draw, k, p) for row, (t, k, p, draw) in zip(logits, settings)]
     assert together == alone
     greedy = [row for row, (t, *_) in enumerate(settings) if t == 0]
     assert greedy and [together[row] for row in greedy] == logits[greedy].argmax(-1).tolist()
+    assert not log_probs[greedy].any() and log_probs.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
