@@ -170,6 +170,12 @@ def ranks() -> tuple[int, int, int]:
     return tuple(int(os.environ.get(name, default)) for name, default in defaults.items())
 
 
+def cores_per_rank() -> int:
+    """How many cores of this machine fall to each of the ranks on it, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def restarts() -> int:
     """How often this job was started again: by torchrun for a failure on this very node, or by Slurm (`--requeue`)."""
     return sum(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
@@ -361,11 +367,9 @@ def _join_ranks(compute: Compute) -> None:
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not (address and port):
         raise UserError(f"WORLD_SIZE is {compute.world_size} but MASTER_ADDR is not set; start the ranks with torchrun")
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if compute.device.type == "cpu" and local_world_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        # This 1 is what torchrun sets where nothing is set.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // local_world_size))
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
+    if compute.device.type == "cpu" and several and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(cores_per_rank())  # this 1 is what torchrun sets where nothing is set
 
     # torchrun's own store is there before the ranks are: without it torchrun has been killed, and nobody would end us.
     reach = PATIENCE if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else JOINING

@@ -5,16 +5,23 @@ the logits of the letters, at the position where its answer would begin, are com
 generative one has the engine write an answer, which the task checks; with several samples a
 problem counts as solved when any of them is right (pass@n).
 
-The one idea: blocks of problems are dealt to the ranks in turn, and only three sums cross them. Nothing
+The one idea: blocks of problems are dealt to the ranks in turn, and only sums cross them. Nothing
 here depends on the number of ranks: a block is computed alike wherever it lands, padding stands
 to the right, where causal attention never looks, and a problem's seed is its index.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import torch
 
-from nanochat.common import Compute, UserError, print0
+from nanochat.common import Compute, UserError, cores_per_rank, print0
+from nanochat.scheduler import Row
 
 
 def standard_error(accuracy: float, n: int) -> float:
@@ -22,7 +29,26 @@ def standard_error(accuracy: float, n: int) -> float:
     return (accuracy * (1 - accuracy) / n) ** 0.5
 
 
-def run_task(
+def pass_at_k(right: torch.Tensor, num_samples: int, k: int) -> tuple[float, float]:
+    """How often one of `k` answers is right, from `right` (n,), the right ones among `num_samples` to each of n problems.
+
+    Returns (mean over the problems, half the width of its 95% confidence interval). The estimate for a problem with c
+    right answers, 1 - C(num_samples - c, k) / C(num_samples, k), is unbiased (Chen et al. 2021, arXiv:2107.03374, section 2.1).
+    """
+    assert 1 <= k <= num_samples, f"{k} of {num_samples} answers"
+    wrong = [math.comb(num_samples - int(c), k) / math.comb(num_samples, k) for c in right]
+    solved = 1 - torch.tensor(wrong, dtype=torch.float64)
+    deviation = solved.std().item() if len(solved) > 1 else 0.0
+    return solved.mean().item(), 1.96 * deviation / len(solved) ** 0.5
+
+
+def run_task(*args, **options) -> tuple[float, int]:
+    """(share of the problems that are solved, number of problems) of a task; the arguments are those of `count_right`."""
+    right = count_right(*args, **options)
+    return (right > 0).double().mean().item(), len(right)
+
+
+def count_right(
     task,
     model,
     tokenizer,
@@ -36,10 +62,10 @@ def run_task(
     top_k: int | None = 50,
     name: str | None = None,
     progress: bool = True,
-) -> tuple[float, int]:
+) -> torch.Tensor:
     """Measure `model` on the first `max_problems` problems of `task` (all of them if None or if it has fewer).
 
-    Returns (accuracy, number of problems), the same on every rank; every rank must call.
+    Returns how many answers to each problem are right, (n,) int64, the same on every rank; every rank must call.
     `batch_size` problems share a forward pass where answers are letters; `num_samples` answers
     are written where they are words. `name` is what bar and messages call the task. A prompt that does not
     fit the context loses its beginning, and a line says how many did. Raises UserError when the
@@ -56,19 +82,18 @@ def run_task(
         blocks = _deal(n, 1, compute)
         indices = [index for block in blocks for index in block]
         outcomes = _answer_in_words(
-            task, model, tokenizer, engine, indices, num_samples, max_new_tokens, temperature, top_k
+            task, model, tokenizer, engine, compute, indices, num_samples, max_new_tokens, temperature, top_k
         )
     else:
         raise UserError(f"{name} is for training only; it has no way to check an answer")
     mine = sum(len(block) for block in blocks)
-    correct, asked, cropped = _tally(outcomes, mine, name, compute, show=progress and compute.is_main)
-    sums = compute.sum(torch.tensor([correct, asked, cropped], device=compute.device)).tolist()
-    correct, asked, cropped = (int(x) for x in sums)
-    assert asked == n, f"{asked} of {n} problems were asked"
-    if cropped:
+    counts = _tally(outcomes, n, mine, name, compute, show=progress and compute.is_main)
+    right, asked, cropped = compute.sum(counts.to(compute.device)).cpu()
+    assert (asked == 1).all(), f"{(asked == 1).sum()} of {n} problems were asked"
+    if cropped.any():
         context = model.config.sequence_len
-        print0(f"{name}: {cropped} of {n} prompts did not fit the context of {context} tokens and lost their beginning")
-    return correct / n, n
+        print0(f"{name}: {cropped.sum()} of {n} prompts did not fit the context of {context} tokens and lost their beginning")
+    return right
 
 
 def _deal(n: int, size: int, compute: Compute) -> list[range]:
@@ -77,21 +102,23 @@ def _deal(n: int, size: int, compute: Compute) -> list[range]:
     return [blocks[i] for i in compute.mine(len(blocks))]
 
 
-def _tally(outcomes, total: int, name: str, compute: Compute, show: bool) -> tuple[int, int, int]:
-    """Count (correct, asked, cropped) over pairs (passed, was_cropped), with a bar that shows the accuracy so far."""
+def _tally(outcomes, n: int, mine: int, name: str, compute: Compute, show: bool) -> torch.Tensor:
+    """(3, n) of each problem: right answers, whether it was asked here, whether its prompt was cropped. With a bar."""
     from tqdm import tqdm
 
-    correct = asked = cropped = 0
-    with tqdm(total=total, desc=name, disable=not show, leave=False) as bar:
-        for passed, was_cropped in outcomes:
-            correct, asked, cropped = correct + passed, asked + 1, cropped + was_cropped
-            bar.set_postfix_str(f"{correct}/{asked} = {100 * correct / asked:.1f}%", refresh=False)
+    counts = torch.zeros(3, n, dtype=torch.long)
+    asked = solved = 0
+    with tqdm(total=mine, desc=name, disable=not show, leave=False) as bar:
+        for index, right, was_cropped in outcomes:
+            counts[:, index] = torch.tensor([right, 1, was_cropped])
+            asked, solved = asked + 1, solved + (right > 0)
+            bar.set_postfix_str(f"{solved}/{asked} = {100 * solved / asked:.1f}%", refresh=False)
             bar.update()
             compute.beat()
-    return correct, asked, cropped
+    return counts
 
 
-def _prompts(task, tokenizer, indices, room: int):
+def render_prompts(task, tokenizer, indices, room: int):
     """Yield (index, conversation, prompt ids, was_cropped); a prompt keeps its last `room` tokens."""
     for index in indices:
         conversation = task[index]
@@ -100,17 +127,17 @@ def _prompts(task, tokenizer, indices, room: int):
 
 
 def _answer_letters(task, model, tokenizer, blocks, batch_size):
-    """Yield (passed, was_cropped) for problems whose answer is one of their `letters`."""
+    """Yield (index, right, was_cropped) for problems whose answer is one of their `letters`."""
     for block in blocks:
         # Problems of similar length share a batch, so that little is padding.
-        prompts = sorted(_prompts(task, tokenizer, block, model.config.sequence_len), key=lambda prompt: -len(prompt[2]))
+        prompts = sorted(render_prompts(task, tokenizer, block, model.config.sequence_len), key=lambda prompt: -len(prompt[2]))
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             logits = _logits_at_end(model, [ids for _, _, ids, _ in batch], tokenizer.get_bos_token_id())  # (B, V)
-            for (_, conversation, _, was_cropped), row in zip(batch, logits):
+            for (index, conversation, _, was_cropped), row in zip(batch, logits):
                 letters = conversation["letters"]
                 scores = row[[_letter_id(tokenizer, letter) for letter in letters]]
-                yield bool(task.evaluate(conversation, letters[int(scores.argmax())])), was_cropped
+                yield index, int(task.evaluate(conversation, letters[int(scores.argmax())])), was_cropped
 
 
 def _letter_id(tokenizer, letter: str) -> int:
@@ -130,21 +157,46 @@ def _logits_at_end(model, prompts: list[list[int]], padding: int) -> torch.Tenso
     return model.logits(hidden[torch.arange(len(prompts), device=padded.device), ends]).cpu()
 
 
-def _answer_in_words(task, model, tokenizer, engine, indices, num_samples, max_new_tokens, temperature, top_k):
-    """Yield (passed, was_cropped) for problems answered in free text, in the order in which their answers end.
+def _answer_in_words(task, model, tokenizer, engine, compute, indices, num_samples, max_new_tokens, temperature, top_k):
+    """Yield (index, right answers, was_cropped) for problems answered in free text, each when its last answer is judged.
 
     All are put in line at once; the engine writes as many of them together as it has room for.
     """
     context = model.config.sequence_len
     room = context - min(max_new_tokens, context // 4)  # at least a quarter of the context is left to answer in
     problems = {}  # of each row, shared by the samples of one problem
-    for index, conversation, ids, was_cropped in _prompts(task, tokenizer, indices, room):
-        ended: list = []
+    for index, conversation, ids, was_cropped in render_prompts(task, tokenizer, indices, room):
+        judged: list = []
         for i in range(num_samples):
             row = engine.submit(ids, max_new_tokens, temperature, top_k, seed=index, sample_index=i)
-            problems[row] = conversation, was_cropped, ended
-    for row in engine.finish():
-        conversation, was_cropped, ended = problems.pop(row)
-        ended.append(tokenizer.decode([id for id in row.written if id not in engine.terminal_tokens]))
-        if len(ended) == num_samples:
-            yield any(task.evaluate(conversation, completion) for completion in ended), was_cropped
+            problems[row] = index, conversation, was_cropped, judged
+
+    def judge(row: Row) -> bool:
+        return task.evaluate(problems[row][1], answer_text(tokenizer, engine, row))
+
+    for row, passed in write_and_judge(engine, judge, compute):
+        index, _, was_cropped, judged = problems.pop(row)
+        judged.append(bool(passed))
+        if len(judged) == num_samples:
+            yield index, sum(judged), was_cropped
+
+
+def answer_text(tokenizer, engine, row: Row) -> str:
+    """What a row says, without the token that ends it."""
+    return tokenizer.decode([id for id in row.written if id not in engine.terminal_tokens])
+
+
+def write_and_judge(engine, judge: Callable[[Row], Any], compute: Compute) -> Iterator[tuple[Row, Any]]:
+    """Let the engine write all that is in line; yields (row, judge(row)) in the order in which rows end.
+
+    Judging may run programs, so it takes place on all cores that this rank has, while other rows are written.
+    """
+    with ThreadPoolExecutor(cores_per_rank()) as pool:
+        judgments: deque = deque()
+        while engine.busy or judgments:
+            if engine.busy:
+                judgments += [(row, pool.submit(judge, row)) for row, _, _ in engine.step() if row.finish_reason]
+                compute.beat()
+            while judgments and (judgments[0][1].done() or not engine.busy):
+                row, judgment = judgments.popleft()
+                yield row, judgment.result()

@@ -1,5 +1,6 @@
 """Task evaluation against one problem at a time, whatever the batch size, the ranks and the size of the task."""
 
+import itertools
 import time
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from nanochat.common import Compute, UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.task_eval import run_task, standard_error
+from nanochat.task_eval import count_right, pass_at_k, run_task, standard_error
 
 BOS, END = 256, 257
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -220,6 +221,54 @@ def test_standard_error_is_that_of_a_proportion():
     outcomes = torch.tensor([1.0] * 30 + [0.0] * 70, dtype=torch.float64)
     assert standard_error(0.3, 100) == pytest.approx(float(outcomes.std(correction=0)) / 100**0.5)
     assert standard_error(0.0, 5) == standard_error(1.0, 5) == 0.0
+
+
+@pytest.mark.parametrize("n, k", [(5, 1), (5, 3), (4, 4), (6, 2)])
+def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_with_a_right_one(n, k):
+    right = torch.arange(n + 1)
+    solved = []
+    for c in right.tolist():
+        choices = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        solved.append(sum(any(choice) for choice in choices) / len(choices))
+    mean, half = pass_at_k(right, n, k)
+    solved = torch.tensor(solved, dtype=torch.float64)
+    assert mean == pytest.approx(solved.mean().item())
+    assert half == pytest.approx(1.96 * (solved.var() / len(solved)).sqrt().item())
+    assert pass_at_k(torch.tensor([2]), n, k)[1] == 0.0, "one problem has no spread"
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_right_answers_are_counted_problem_by_problem(model, world_size, run_ranks):
+    task = Words(5)
+    options = {"num_samples": 4, "max_new_tokens": 4, "temperature": 1.0, "progress": False}
+
+    def count(compute):
+        return count_right(task, model, TOKENIZER, Engine(model, TOKENIZER), compute, **options).tolist()
+
+    counts = run_ranks(world_size, count)
+    even = [sum(len(said) % 2 == 0 for said in task.said[task[i]["messages"][0]["content"]]) for i in range(5)]
+    assert counts == [even] * world_size and len(set(even)) > 1
+
+
+def test_answers_are_judged_while_others_are_written(model):
+    """The first judgment waits until the engine has gone on, which it must not wait for."""
+    engine = Engine(model, TOKENIZER, max_rows=1)
+
+    class Patient(Words):
+        def evaluate(self, conversation, completion):
+            return any(engine.tokens_written > 3 or time.sleep(0.01) for _ in range(2000))
+
+    accuracy, n = run_task(Patient(2), model, TOKENIZER, engine, CPU, max_new_tokens=3, progress=False)
+    assert (accuracy, n) == (1.0, 2)
+
+
+def test_an_error_in_a_judgment_is_raised(model):
+    class Broken(Words):
+        def evaluate(self, conversation, completion):
+            raise UserError("no sandbox here")
+
+    with pytest.raises(UserError, match="no sandbox"):
+        measure(Broken(3), model, max_new_tokens=2)
 
 
 def test_progress_shows_the_running_accuracy(model, capsys):
