@@ -355,20 +355,20 @@ def ask(rng: random.Random, kind: Kind, fact: dict[str, str], templates: Iterabl
     return Question(kind.name, text, reply, fact[kind.answer])
 
 
-def questions(split: str, seed: int = 42) -> list[Question]:
-    """`"train"`: every fact in every training phrasing. `"test"`: the quiz of 200 held-out phrasings.
+def questions(split: str, seed: int = 42, kinds: list[Kind] = KINDS, size: int = QUIZ_SIZE) -> list[Question]:
+    """`"train"`: every fact in every training phrasing. `"test"`: a quiz of `size` questions in held-out phrasings.
 
     The quiz takes the kinds in turn and asks no fact whose answer already stands in the question,
     so that repeating the question is never right.
     """
     rng = random.Random(f"questions {seed}")
     if split == "train":
-        return [ask(rng, kind, fact, [t]) for kind in KINDS for fact in kind.facts for t in kind.questions]
+        return [ask(rng, kind, fact, [t]) for kind in kinds for fact in kind.facts for t in kind.questions]
     assert split == "test", split
     pools = []
-    for kind in KINDS:
+    for kind in kinds:
         pool = [ask(rng, kind, fact, [template]) for fact in kind.facts for template in kind.held_out]
         rng.shuffle(pool)
         pools.append([question for question in pool if question.answer not in question.text])
     rounds = (pool[turn] for turn in range(max(map(len, pools))) for pool in pools if turn < len(pool))
-    return [question for question, _ in zip(rounds, range(QUIZ_SIZE))]
+    return [question for question, _ in zip(rounds, range(size))]

@@ -69,6 +69,10 @@ class CategoricalTask(Task):
         assert completion in letters, f"{completion!r} is none of the letters {letters}"
         return completion == conversation["messages"][-1]["content"]
 
+    def reward(self, conversation: dict, completion: str) -> float:
+        """1.0 for the right letter and nothing else. What is said freely need not be a letter at all."""
+        return float(completion.strip() == conversation["messages"][-1]["content"])
+
 
 class TaskMixture(Task):
     """Several tasks shuffled into one, the same way every time. Name a task twice to see it twice as often."""

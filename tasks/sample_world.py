@@ -1,16 +1,18 @@
 """SampleWorld: conversations about the built-in corpus, and a quiz of 200 questions on it.
 
 Split "train" holds conversations in training phrasings, with greetings, thanks and a few words about who is
-talking; split "test" is the quiz, whose phrasings occur in no training text. A reply counts when it gives
-the answer and no other answer that a question of that kind could have.
+talking; "questions" are single questions in these phrasings, for reinforcement learning; "test" is the quiz,
+whose phrasings occur in no training text. A reply counts when it gives the answer and no other answer that a
+question of that kind could have.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 
-from nanochat.sample_world import KIND, ask, pick_kind, questions
+from nanochat.sample_world import KIND, QUIZ_SIZE, ask, pick_kind, questions
 from tasks.common import Task
 
 # What people say besides asking: (what the user may say, what the assistant may reply).
@@ -59,6 +61,8 @@ SMALL_TALK = {
         ["Goodbye!", "Goodbye! See you soon.", "Goodbye, and have a good day!"],
     ),
 }
+# What is to be calculated: with numbers, and with days and months, which go round.
+ARITHMETIC = ("sum", "difference", "product", "equation", "two days", "tomorrow", "yesterday", "month after", "month before")
 OPENERS = [
     "Hello! ", "Hi, ", "Please tell me: ", "Quick question: ", "I have a question. ", "One more question: ", "Okay. ",
 ]
@@ -125,24 +129,33 @@ def is_right(kind_name: str, question: str, answer: str, reply: str) -> bool:
 
 
 class SampleWorld(Task):
-    """`split="train"`: `size` conversations, each drawn from its own index. `split="test"`: the quiz."""
+    """`split="train"`: `size` conversations, each drawn from its own index. `split="questions"`: `size` questions, as well.
+
+    `split="test"`: a quiz of `size` questions. Where `kinds` names some kinds of fact, questions are about these.
+    """
 
     eval_type = "generative"
     baseline = 0.0
 
-    def __init__(self, split: str, size: int = 4000, **kwargs):
-        assert split in ("train", "test"), split
-        self.split, self.size = split, size
-        self.quiz = questions("test") if split == "test" else []
+    def __init__(self, split: str, size: int | None = None, kinds: Sequence[str] = tuple(KIND), **kwargs):
+        assert split in ("train", "questions", "test"), split
+        self.split, self.kinds = split, [KIND[name] for name in kinds]
+        self.size = size or (QUIZ_SIZE if split == "test" else 4000)
+        self.quiz = questions("test", kinds=self.kinds, size=self.size) if split == "test" else []
         super().__init__(**kwargs)
 
     def num_examples(self) -> int:
         return len(self.quiz) if self.split == "test" else self.size
 
     def get_example(self, index: int) -> dict:
+        rng = random.Random(f"SampleWorld {index}")
         if self.split == "train":
-            return self.training_conversation(random.Random(f"SampleWorld {index}"))
-        question = self.quiz[index]
+            return self.training_conversation(rng)
+        if self.split == "test":
+            question = self.quiz[index]
+        else:
+            kind = rng.choice(self.kinds)
+            question = ask(rng, kind, rng.choice(kind.facts), kind.questions)
         example = conversation([(question.text, question.reply)])
         return example | {"kind": question.kind, "answer": question.answer}
 

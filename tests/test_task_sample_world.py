@@ -9,7 +9,7 @@ from test_sample_world import held_out_uses
 
 from nanochat.sample_phrases import KINDS
 from nanochat.sample_world import KIND, ask, sentence
-from tasks.sample_world import SMALL_TALK, SampleWorld, is_right, words
+from tasks.sample_world import ARITHMETIC, SMALL_TALK, SampleWorld, is_right, words
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +147,21 @@ def test_words():
     assert words("Mercury, Venus and  Mars.") == " mercury venus mars "
     assert words("The symbol is He!", keep_case=True) == " The symbol is He "
     assert words("") == "  "
+
+
+def test_questions_for_practice_are_in_training_phrasings_and_can_be_checked():
+    task = SampleWorld("questions", size=600, kinds=ARITHMETIC)
+    assert len(task) == 600 and {task[i]["kind"] for i in range(600)} == set(ARITHMETIC)
+    for example in task:
+        question, reply = (message["content"] for message in example["messages"])
+        assert task.reward(example, reply) == 1.0 and task.reward(example, "I do not know.") == 0.0
+        kind = KIND[example["kind"]]
+        assert question in {sentence(template, fact) for fact in kind.facts for template in kind.questions}
+    assert task[7] == SampleWorld("questions", kinds=ARITHMETIC)[7], "an example follows from its index"
+
+
+def test_a_quiz_on_some_kinds():
+    quiz = SampleWorld("test", size=50, kinds=ARITHMETIC)
+    assert len(quiz) == 50 and {example["kind"] for example in quiz} == set(ARITHMETIC)
+    held_out = {sentence(t, fact) for name in ARITHMETIC for fact in KIND[name].facts for t in KIND[name].held_out}
+    assert {example["messages"][0]["content"] for example in quiz} <= held_out
