@@ -42,9 +42,36 @@ def token_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tens
     def chunk_losses(h, t):
         return F.cross_entropy(softcapped_logits(h, weight), t, ignore_index=-1, reduction="none")
 
+    return _by_chunks(chunk_losses, hidden, weight, targets)
+
+
+def sampling_log_probs(
+    hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0, top_k: int | None = None
+) -> torch.Tensor:
+    """Log-probability, in nats, of each token (N,) under the distribution that the engine samples from.
+
+    That is the softmax of the logits divided by `temperature`, of which the `top_k` largest are kept. A token that
+    was sampled but that rounding puts just outside of them here counts as kept.
+    """
+    k = min(top_k or weight.size(0), weight.size(0))
+
+    def chunk_log_probs(h, t):
+        scores = softcapped_logits(h, weight) / temperature  # (n, V)
+        chosen = scores.gather(1, t[:, None])
+        kept = scores if k == scores.size(1) else scores.topk(k).values  # largest first
+        total = kept.logsumexp(dim=1, keepdim=True)
+        if k < scores.size(1):
+            total = torch.where(chosen < kept[:, -1:], torch.logaddexp(total, chosen), total)
+        return (chosen - total)[:, 0]
+
+    return _by_chunks(chunk_log_probs, hidden, weight, tokens)
+
+
+def _by_chunks(compute, hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """`compute(hidden, tokens)` of one number per token, a chunk at a time, and again in the backward pass."""
     rows = _chunk_rows(hidden, weight.size(0))
-    chunks = zip(hidden.split(rows), targets.split(rows))
-    return torch.cat([checkpoint(chunk_losses, h, t, use_reentrant=False) for h, t in chunks])
+    chunks = zip(hidden.split(rows), tokens.split(rows))
+    return torch.cat([checkpoint(compute, h, t, use_reentrant=False) for h, t in chunks])
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.common import UserError, compute_dtype
-from nanochat.cross_entropy import linear_cross_entropy, softcap_, softcapped_logits, token_losses
+from nanochat.cross_entropy import linear_cross_entropy, sampling_log_probs, softcap_, softcapped_logits, token_losses
 from nanochat.flash_attention import flash_attn
 
 SMEAR_CHANNELS = 24  # how many channels decide the smear gate
@@ -358,6 +358,11 @@ class GPT(nn.Module):
             return token_losses(hidden, self._head(), flat).view_as(targets)
         loss = linear_cross_entropy(hidden, self._head(), flat)
         return loss / (flat >= 0).sum().clamp(min=1) if loss_reduction == "mean" else loss
+
+    def sampling_log_probs(self, idx: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, top_k: int | None = None):
+        """How likely it was to sample each target that is not -1, after idx (B, T): log-probabilities (N,) in nats."""
+        counted = targets >= 0
+        return sampling_log_probs(self.hidden(idx)[counted], self._head(), targets[counted], temperature, top_k)
 
     @torch.inference_mode()
     def generate(

@@ -180,24 +180,35 @@ def clock_table(entries: list[dict], training_time: dict[int, float]) -> str:
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
-    """Training loss by step on the left, validation bits per byte by training time on the right, as a PNG."""
+    """A run's curves as a PNG: what each step gave on the left, what was measured on held-out data on the right.
+
+    In reinforcement learning that is the reward by step and the accuracy of the likeliest answers with its 95% interval
+    by training time; elsewhere training loss and validation bits per byte.
+    """
     from matplotlib.figure import Figure  # no pyplot: no window system, no global state
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    loss = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    bpb = [(row["total_time"] / 60, row["val_bpb"]) for row in rows if row.get("val_bpb") is not None]
-    for axes, points, style, labels in (
-        (left, loss, {"linewidth": 1.2}, ("step", "training loss (nats per token)")),
-        (right, bpb, {"marker": "o", "markersize": 4}, ("training time (minutes)", "validation bits per byte")),
-    ):
+    if any("reward" in row for row in rows):
+        curves = ("reward", "mean reward of the step's answers"), ("accuracy", "accuracy on held-out questions")
+    else:
+        curves = ("loss", "training loss (nats per token)"), ("val_bpb", "validation bits per byte")
+    for axes, (name, label), by_time in ((left, curves[0], False), (right, curves[1], True)):
+        points = [
+            (row["total_time"] / 60 if by_time else row["step"], row[name], row.get(f"{name}_ci"))
+            for row in rows
+            if row.get(name) is not None
+        ]
         if points:
-            axes.plot(*zip(*points), color="#2a6f97", **style)
-            x, y = points[-1]
-            axes.annotate(f"{y:.3f}", (x, y), xytext=(0, 6), textcoords="offset points", ha="right")
+            x, y, intervals = zip(*points)
+            axes.plot(x, y, color="#2a6f97", **({"marker": "o", "markersize": 4} if by_time else {"linewidth": 1.2}))
+            if None not in intervals:
+                low, high = ([value + sign * ci for value, ci in zip(y, intervals)] for sign in (-1, 1))
+                axes.fill_between(x, low, high, color="#2a6f97", alpha=0.15, linewidth=0)
+            axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(0, 6), textcoords="offset points", ha="right")
         else:
             axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="gray")
-        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.set(xlabel="training time (minutes)" if by_time else "step", ylabel=label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sysconfig
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -103,9 +104,17 @@ def train_step(model, optimizer, batches, compute: Compute, loss_scale: LossScal
     count = compute.sum(sum((targets >= 0).sum() for _, targets in batches))
     if count == 0:
         return torch.zeros((), device=batches[0][0].device)
-    total = 0.0
-    for inputs, targets in batches:
-        loss = model(inputs, targets, loss_reduction="sum") / count
+    losses = (model(inputs, targets, loss_reduction="sum") / count for inputs, targets in batches)
+    return descend(losses, optimizer, compute, loss_scale)
+
+
+def descend(losses: Iterable[torch.Tensor], optimizer, compute: Compute, loss_scale: LossScale | None = None) -> torch.Tensor:
+    """One update by the gradient of the sum of `losses`, over all ranks; returns that sum.
+
+    They are made one at a time, so that one micro-batch's activations are held. A rank may have none.
+    """
+    total = torch.zeros((), device=compute.device)
+    for loss in losses:
         total = total + loss.detach()
         (loss * loss_scale.scale if loss_scale else loss).backward()
         compute.beat()
@@ -168,8 +177,9 @@ class Meter:
     SMOOTHING = 0.9
 
     def __init__(
-        self, compute: Compute, directory: Path, tokens_per_step: int, flops_per_token: int, wandb_run=None, state: dict | None = None
-    ):
+        self, compute: Compute, directory: Path, tokens_per_step: int, flops_per_token: int | None,
+        wandb_run=None, state: dict | None = None,
+    ):  # fmt: skip
         self.compute, self.wandb_run, self.steps = compute, wandb_run, 0
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak = peak_flops(compute.device)
@@ -197,8 +207,13 @@ class Meter:
     def start(self) -> None:
         self.started = time.perf_counter()
 
-    def stop(self, step: int, progress: float, loss: torch.Tensor, lrm: float, epoch: int) -> None:
-        """Tell of step number `step`, just done. Raises UserError when the loss is not finite."""
+    def stop(
+        self, step: int, progress: float, loss: torch.Tensor, lrm: float, epoch: int, tokens: int | None = None, **values: float
+    ) -> None:
+        """Tell of step number `step`, just done, and of more `values`. Raises UserError when the loss is not finite.
+
+        `tokens`: how many it took, where that differs from step to step.
+        """
         loss = loss.item()  # waits for the device, so the time below is the whole step's
         dt = time.perf_counter() - self.started
         self.steps += 1
@@ -214,13 +229,15 @@ class Meter:
         self.ema = self.SMOOTHING * self.ema + (1 - self.SMOOTHING) * loss
         self.weight = self.SMOOTHING * self.weight + (1 - self.SMOOTHING)  # 1 in the long run; divides the start's bias out
         smooth = self.ema / self.weight
-        tok_per_sec = self.tokens_per_step / dt
-        mfu = tok_per_sec * self.flops_per_token / (self.peak * self.compute.world_size) if self.peak else None
+        tok_per_sec = (tokens or self.tokens_per_step) / dt
+        counted = self.peak and self.flops_per_token
+        mfu = tok_per_sec * self.flops_per_token / (self.peak * self.compute.world_size) if counted else None
         typical = sorted(self.recent)[len(self.recent) // 2]
         eta = typical * step * (1 - progress) / progress if progress > 0 else 0.0
-        self.log(step, loss=smooth, raw_loss=loss, lrm=lrm, dt=dt, tok_per_sec=tok_per_sec, mfu=mfu, epoch=epoch)
+        self.log(step, loss=smooth, raw_loss=loss, lrm=lrm, dt=dt, tok_per_sec=tok_per_sec, mfu=mfu, epoch=epoch, **values)
+        more = "".join(f"{name.replace('_', ' ')} {value:.3g} | " for name, value in values.items())
         print0(
-            f"step {step:05d} ({100 * progress:.1f}%) | loss {smooth:.4f} | lrm {lrm:.2f} | dt {1000 * dt:.0f} ms | "
+            f"step {step:05d} ({100 * progress:.1f}%) | {more}loss {smooth:.4f} | lrm {lrm:.2f} | dt {1000 * dt:.0f} ms | "
             f"{tok_per_sec:,.0f} tok/s | mfu {'-' if mfu is None else f'{100 * mfu:.1f}%'} | epoch {epoch} | "
             f"total {self.total_time / 60:.1f} min | eta {eta / 60:.1f} min"
         )

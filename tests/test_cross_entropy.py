@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import cross_entropy
-from nanochat.cross_entropy import linear_cross_entropy, softcapped_logits, token_losses
+from nanochat.cross_entropy import linear_cross_entropy, sampling_log_probs, softcapped_logits, token_losses
 
 
 def problem(N=37, d=16, V=50, seed=0, scale=1.0):
@@ -60,6 +60,32 @@ def test_per_token_losses_can_be_weighted():
     assert losses[targets < 0].eq(0).all()
     assert torch.allclose(h.grad.double(), h64.grad, atol=1e-4)
     assert torch.allclose(w.grad.double(), w64.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, 5), (1.3, 1), (1.0, 1000)])
+def test_log_probabilities_of_a_sampling_distribution(monkeypatch, temperature, top_k):
+    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda hidden, vocab: 8)
+    hidden, weight, _ = problem()
+    h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = 15 * torch.tanh(h64 @ w64.T / 15) / temperature
+    k = min(top_k or 50, 50)
+    smallest = logits.topk(k).values[:, -1:]
+    expected = logits.masked_fill(logits < smallest, -torch.inf).log_softmax(-1)
+    tokens = logits.topk(k).indices[torch.arange(37), torch.arange(37) % k]
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    found = sampling_log_probs(h, w, tokens, temperature, top_k)
+    assert torch.allclose(found.double(), expected.gather(1, tokens[:, None])[:, 0], atol=1e-5)
+    advantage = torch.randn(37, generator=torch.Generator().manual_seed(1))
+    (found * advantage).sum().backward()
+    (expected.gather(1, tokens[:, None])[:, 0] * advantage).sum().backward()
+    assert torch.allclose(h.grad.double(), h64.grad, atol=1e-4) and torch.allclose(w.grad.double(), w64.grad, atol=1e-4)
+
+
+def test_a_token_that_rounding_puts_outside_of_the_top_k_counts_as_kept():
+    hidden, weight, _ = problem(N=1)
+    scores, order = softcapped_logits(hidden, weight)[0].sort(descending=True)
+    found = sampling_log_probs(hidden, weight, order[3:4], top_k=3)
+    assert found.item() == pytest.approx((scores[3] - scores[:4].logsumexp(0)).item(), abs=1e-5)
 
 
 def test_bfloat16_hidden_states_with_float32_weights():

@@ -71,6 +71,19 @@ def test_metrics_become_a_plot_and_the_training_time(base_dir):
     assert ["Base model training", "0m 00s", "9m 00s"] in table_after(text, "Wall clock")
 
 
+def test_reinforcement_learning_is_drawn_as_reward_and_accuracy(base_dir, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **style: (drawn.append((list(x), list(y))), plot(axes, x, y, **style))[1])
+    rows = [{"step": i, "loss": 0.0, "reward": i / 10, "total_time": i * 60.0} for i in range(1, 4)]
+    rows.insert(0, {"step": 0, "accuracy": 0.25, "accuracy_ci": 0.1, "total_time": 0.0})
+    rows.append({"step": 3, "accuracy": 0.75, "accuracy_ci": 0.05, "total_time": 180.0})
+    report.log("Reinforcement learning", {"metrics": write_metrics(base_dir / "metrics.jsonl", rows)})
+    report.generate()
+    assert drawn == [([1, 2, 3], [0.1, 0.2, 0.3]), ([0.0, 3.0], [0.25, 0.75])]
+
+
 @pytest.mark.parametrize("rows", [[], [{"step": 0, "loss": 3.0, "total_time": 1.0}], [{"step": 0, "val_bpb": None}]])
 def test_a_run_with_hardly_any_metrics_is_no_trouble(base_dir, rows):
     report.log("run", {"metrics": write_metrics(base_dir / "metrics.jsonl", rows)})

@@ -1,0 +1,146 @@
+"""Policy gradient on answers that can be checked: write a group of answers to each question, learn from what differs.
+
+With the rewards r_i of the answers a_i to a question, the loss of a step is
+
+    L = -1/N * sum over questions, answers i, sampled tokens t of (r_i - mean(r)) * log pi(a_it | what stands before it)
+
+whose gradient is that of REINFORCE (Williams 1992) with the group's mean as its baseline. N counts the sampled tokens of
+all answers of the step, so each token weighs the same, however long its answer is (DAPO, arXiv:2503.14476, section 3.3),
+and advantages are not divided by their deviation, which would favour questions that are nearly always or nearly never
+solved (arXiv:2503.20783, section 3.1).
+
+pi is the distribution that was sampled from, temperature and top-k included, and answers are learnt from once, by the
+weights that wrote them. So there is no ratio to correct for, nothing to clip, and no KL term. What remains is rounding,
+which is measured: the engine keeps the log-probability of each token that it samples.
+
+An answer that was cut off is worth 0, whatever its text so far could pass for: within the tokens it was given it did not
+come to an end, and it takes part in its group's mean as what it is. It is counted apart (`truncated`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nanochat.common import Compute
+from nanochat.scheduler import Row
+from nanochat.task_eval import answer_text, render_prompts, write_and_judge
+from nanochat.training import LossScale, descend
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers to one question."""
+
+    conversation: dict
+    rows: list[Row]
+    rewards: list[float]
+
+    @property
+    def advantages(self) -> list[float]:
+        mean = sum(self.rewards) / len(self.rewards)
+        return [reward - mean for reward in self.rewards]
+
+    @property
+    def informative(self) -> bool:
+        """Whether there is anything to prefer. Where not, all advantages are 0."""
+        return min(self.rewards) != max(self.rewards)
+
+
+def write_with(engine, model) -> None:
+    """Let `engine` write with the weights that `model` has now: its own model, or a copy in the compute dtype, follows."""
+    if engine.model is model:
+        model.pack()
+    else:
+        with torch.no_grad():
+            for copied, weight in zip(engine.model.parameters(), model.parameters()):
+                copied.copy_(weight)
+    engine.forget()
+
+
+def sample_groups(
+    engine, tokenizer, task, questions, compute: Compute, num_samples: int, max_new_tokens: int, temperature: float, top_k: int | None
+) -> list[Group]:
+    """`num_samples` judged answers to each of `questions`, pairs (index in the task, seed), all written together."""
+    from tqdm import tqdm
+
+    room = engine.context - min(max_new_tokens, engine.context // 4)  # at least a quarter of the context is left to answer in
+    asked, conversation_of = [], {}
+    for index, seed in questions:
+        ((_, conversation, ids, _),) = render_prompts(task, tokenizer, [index], room)
+        rows = [engine.submit(ids, max_new_tokens, temperature, top_k, seed=seed, sample_index=i) for i in range(num_samples)]
+        asked.append((conversation, rows))
+        conversation_of |= dict.fromkeys(rows, conversation)
+
+    def judge(row: Row) -> float:
+        return task.reward(conversation_of[row], answer_text(tokenizer, engine, row)) if row.finish_reason == "stop" else 0.0
+
+    judged = write_and_judge(engine, judge, compute)
+    rewards = dict(tqdm(judged, total=len(conversation_of), desc="answers", leave=False, disable=None if compute.is_main else True))
+    return [Group(conversation, rows, [rewards[row] for row in rows]) for conversation, rows in asked]
+
+
+def policy_batches(groups: list[Group], batch_size: int, device: torch.device) -> list[tuple[torch.Tensor, ...]]:
+    """What is to be learnt from, in micro-batches of up to `batch_size` answers of similar length, padded to the right.
+
+    Each is (inputs (B, T), targets (B, T), advantages (B, T), log_probs (B, T)). A target is -1 where nothing was sampled:
+    in the prompt, in what a tool said, and in the padding. log_probs are those at the time of sampling.
+    """
+    answers = [pair for group in groups if group.informative for pair in zip(group.rows, group.advantages)]
+    answers.sort(key=lambda answer: -len(answer[0].tokens))
+    batches = []
+    for start in range(0, len(answers), batch_size):
+        batch = answers[start : start + batch_size]
+        shape = len(batch), len(batch[0][0].tokens) - 1
+        inputs, targets = torch.zeros(shape, dtype=torch.int32), torch.full(shape, -1)
+        advantages, log_probs = torch.zeros(shape), torch.zeros(shape)
+        for i, (row, advantage) in enumerate(batch):
+            end, first = len(row.tokens) - 1, row.prompt_length - 1
+            inputs[i, :end] = torch.tensor(row.tokens[:-1])
+            targets[i, first:end] = torch.tensor(row.written).where(torch.tensor(row.masks) == 1, -1)
+            log_probs[i, first:end] = torch.tensor(row.log_probs)
+            advantages[i] = advantage
+        batches.append(tuple(tensor.to(device) for tensor in (inputs, targets, advantages, log_probs)))
+    return batches
+
+
+def policy_step(
+    model, optimizer, groups: list[Group], compute: Compute, batch_size: int, temperature: float, top_k: int | None,
+    python_start: int, loss_scale: LossScale | None = None,
+) -> tuple[torch.Tensor, int, dict[str, float]]:  # fmt: skip
+    """One update from this rank's groups and those of the other ranks: (loss, tokens sampled, what the answers were like).
+
+    Where no group is informative, on any rank, the step changes nothing and the loss is 0.
+    """
+    rows = [row for group in groups for row in group.rows]
+    batches = policy_batches(groups, batch_size, compute.device)
+    counts = {
+        "answers": len(rows),
+        "reward": sum(sum(group.rewards) for group in groups),
+        "length": sum(len(row.written) for row in rows),
+        "truncated": sum(row.finish_reason != "stop" for row in rows),
+        "tool_calls": sum(python_start in row.written for row in rows),
+        "sampled": sum(sum(row.masks) for row in rows),
+        "surprise": -sum(sum(row.log_probs) for row in rows),
+        "groups": len(groups),
+        "informative": sum(group.informative for group in groups),
+        "learnt": sum(int((targets >= 0).sum()) for _, targets, _, _ in batches),
+    }
+    total = dict(zip(counts, compute.sum(torch.tensor([float(count) for count in counts.values()], dtype=torch.float64)).tolist()))
+    differences = [torch.zeros((), device=compute.device)]  # between the log-probabilities of learning and of sampling
+
+    def losses():
+        for inputs, targets, advantages, before in batches:
+            log_probs = model.sampling_log_probs(inputs, targets, temperature, top_k)
+            counted = targets >= 0
+            differences.append((log_probs.detach() - before[counted]).abs().sum())
+            yield -(advantages[counted] * log_probs).sum() / total["sampled"]
+
+    loss = descend(losses(), optimizer, compute, loss_scale) if total["informative"] else torch.zeros(())
+    values = {name: total[name] / total["answers"] for name in ("reward", "length", "truncated", "tool_calls")}
+    # On policy, the mean surprise at what was sampled estimates the entropy of the distribution it was sampled from.
+    values["entropy"] = total["surprise"] / total["sampled"]
+    values["informative"] = total["informative"] / total["groups"]
+    values["mismatch"] = compute.sum(sum(differences)).item() / max(1.0, total["learnt"])
+    return loss, int(total["sampled"]), values

@@ -1,0 +1,258 @@
+"""The policy gradient against one derived by hand, and a model that learns a tiny task to near-perfection by it."""
+
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_training import sgd_like
+
+from nanochat.common import Compute
+from nanochat.cross_entropy import sampling_log_probs
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
+from nanochat.reinforce import Group, policy_batches, policy_step, sample_groups, write_with
+from nanochat.scheduler import Row
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end", "output_start", "output_end")
+
+
+class LetterTokenizer:
+    """Nine special tokens and the letters a to d."""
+
+    def encode_special(self, name):
+        return SPECIAL.index(name.strip("<|>"))
+
+    def get_bos_token_id(self):
+        return 0
+
+    def get_vocab_size(self):
+        return len(SPECIAL) + 4
+
+    def encode(self, text):
+        return [len(SPECIAL) + "abcd".index(letter) for letter in text]
+
+    def decode(self, ids):
+        return "".join("abcd"[id - len(SPECIAL)] if id >= len(SPECIAL) else f"<{SPECIAL[id]}>" for id in ids)
+
+    def render_for_completion(self, conversation):
+        return [0, 1, *self.encode(conversation["messages"][0]["content"]), 2, 3]
+
+
+TOKENIZER = LetterTokenizer()
+
+
+class NextLetter:
+    """Asked for a letter, the answer begins with the one after it."""
+
+    eval_type = "generative"
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"messages": [{"role": "user", "content": "abcd"[index]}], "answer": "bcda"[index]}
+
+    def reward(self, conversation, completion):
+        return float(completion.startswith(conversation["answer"]))
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(sequence_len=16, vocab_size=TOKENIZER.get_vocab_size(), n_layer=2, n_head=1, n_kv_head=1, n_embd=32))
+    model.to_empty(device="cpu")
+    model.init_weights(dtype=torch.float32)
+    return model
+
+
+def test_a_tiny_task_is_learnt_to_near_perfection():
+    model = make_model()
+    engine = Engine(model, TOKENIZER, max_rows=128)
+    optimizer = MuonAdamW(model.param_groups(embedding_lr=0.03, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.0, weight_decay=0.0))
+    rewards = []
+    for step in range(40):
+        write_with(engine, model)
+        questions = [(index, 4 * step + index) for index in range(4)]
+        groups = sample_groups(engine, TOKENIZER, NextLetter(), questions, CPU, 32, max_new_tokens=4, temperature=1.0, top_k=None)
+        _, _, values = policy_step(model, optimizer, groups, CPU, 64, 1.0, None, engine.python_start)
+        rewards.append(values["reward"])
+        assert values["mismatch"] < 1e-5, "what is learnt from is the distribution that was sampled from"
+    assert rewards[0] < 0.2, "at first it guesses, and seldom comes to an end"
+    assert sum(rewards[-5:]) / 5 > 0.95, rewards
+
+
+# -----------------------------------------------------------------------------
+# The gradient
+
+
+class Bigrams(torch.nn.Module):
+    """A policy without context: a table of raw logits, softcapped as every model's are."""
+
+    def __init__(self, vocab=7):
+        super().__init__()
+        self.table = torch.nn.Parameter(3 * torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(0)))
+
+    def sampling_log_probs(self, idx, targets, temperature, top_k):
+        counted = targets >= 0
+        return sampling_log_probs(self.table[idx[counted].long()], torch.eye(len(self.table)), targets[counted], temperature, top_k)
+
+
+def random_groups(seed, temperature, top_k, table, num_groups=3, num_samples=4):
+    """Groups of rows with rewards and tool output, whose log-probabilities are computed in plain Python."""
+    rng = random.Random(seed)
+    groups = []
+    for _ in range(num_groups):
+        rows, prompt = [], [rng.randrange(7) for _ in range(rng.randint(1, 3))]
+        for _ in range(num_samples):
+            row = Row(tokens=list(prompt), limit=99, finish_reason="stop")
+            for _ in range(rng.randint(1, 5)):
+                mask = int(rng.random() < 0.8)
+                p = by_hand(table[row.tokens[-1]], temperature, top_k)
+                token = rng.choices(range(7), p)[0] if mask else rng.randrange(7)
+                row.tokens.append(token), row.masks.append(mask), row.log_probs.append(mask and math.log(p[token]))
+            rows.append(row)
+        groups.append(Group({}, rows, [float(rng.random() < 0.5) for _ in rows]))
+    return groups
+
+
+def by_hand(raw, temperature, top_k):
+    """Probabilities of the softcapped logits over the temperature, of which the k largest stay."""
+    scores = [15 * math.tanh(z / 15) / temperature for z in raw]
+    kept = sorted(range(len(scores)), key=lambda v: -scores[v])[:top_k]
+    weights = [math.exp(scores[v]) if v in kept else 0.0 for v in range(len(scores))]
+    return [w / sum(weights) for w in weights]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.5, 1.0, 1.7]), st.sampled_from([None, 1, 3, 7]), st.sampled_from([1, 3, 100]))
+def test_the_gradient_is_the_one_derived_by_hand(seed, temperature, top_k, batch_size):
+    """d log p(t) / d z_v = (1[v = t] - p(v)) / temperature, and the softcap's slope is 1 - (s / 15)^2 at s = 15 tanh(z / 15)."""
+    model = Bigrams()
+    table = model.table.tolist()
+    groups = random_groups(seed, temperature, top_k, table)
+    expected, count = [[0.0] * 7 for _ in range(7)], sum(sum(row.masks) for group in groups for row in group.rows)
+    loss = 0.0
+    for group in groups:
+        baseline = sum(group.rewards) / len(group.rewards)
+        for row, reward in zip(group.rows, group.rewards):
+            for place, (token, mask) in enumerate(zip(row.written, row.masks)):
+                if mask:
+                    before = row.tokens[row.prompt_length + place - 1]
+                    p = by_hand(table[before], temperature, top_k)
+                    loss -= (reward - baseline) * math.log(p[token]) / count
+                    for v in range(7):
+                        slope = 1 - math.tanh(table[before][v] / 15) ** 2
+                        expected[before][v] -= (reward - baseline) / count * ((v == token) - p[v]) / temperature * slope
+    optimizer = sgd_like(model)
+    optimizer.seen = torch.zeros(7, 7)
+    measured, tokens, values = policy_step(model, optimizer, groups, CPU, batch_size, temperature, top_k, python_start=0)
+    assert tokens == count and measured.item() == pytest.approx(loss, abs=1e-5) and values["mismatch"] < 1e-5
+    assert torch.allclose(optimizer.seen, torch.tensor(expected), atol=1e-5)
+
+
+def test_ranks_share_the_work_and_the_sum_is_that_of_one(run_ranks):
+    """Three ranks, of which one has no group that can be learnt from."""
+    groups = random_groups(5, 1.0, None, Bigrams().table.tolist(), num_groups=4)
+    groups[1] = Group({}, groups[1].rows, [1.0] * 4)
+    shares = [[groups[0], groups[3]], [groups[1]], [groups[2]]]
+
+    def work(compute, share):
+        model = Bigrams()
+        optimizer = sgd_like(model)
+        optimizer.step = lambda: setattr(optimizer, "seen", torch.zeros(7, 7) if model.table.grad is None else model.table.grad.clone())
+        loss, tokens, values = policy_step(model, optimizer, share, compute, 2, 1.0, None, python_start=0)
+        return optimizer.seen, loss.item(), tokens, values
+
+    alone = work(CPU, groups)
+    ranks = run_ranks(3, lambda compute: work(compute, shares[compute.rank]))
+    assert torch.allclose(sum(seen for seen, *_ in ranks), alone[0], atol=1e-6)
+    for _, loss, tokens, values in ranks:
+        assert (loss, tokens) == (pytest.approx(alone[1], abs=1e-6), alone[2]) and values == pytest.approx(alone[3], abs=1e-6)
+
+
+def test_groups_of_equal_rewards_are_not_computed_again_and_change_nothing():
+    model = Bigrams()
+    groups = random_groups(1, 1.0, None, model.table.tolist())
+    equal = [Group({}, group.rows, [0.25] * 4) for group in groups]
+    assert policy_batches(equal, 8, CPU.device) == []
+    model.sampling_log_probs = None  # would fail if it were called
+    optimizer = SimpleNamespace(param_groups=[])  # and so would a step
+    loss, _, values = policy_step(model, optimizer, equal, CPU, 8, 1.0, None, python_start=0)
+    assert loss == 0 and values["informative"] == 0 and values["reward"] == 0.25
+
+
+# -----------------------------------------------------------------------------
+# What is sampled, and what it is worth
+
+
+def test_an_answer_that_was_cut_off_is_worth_nothing_whatever_it_says():
+    class Cheap(NextLetter):
+        def reward(self, conversation, completion):
+            return 1.0
+
+    model = make_model()
+    engine = Engine(model, TOKENIZER)
+    groups = sample_groups(engine, TOKENIZER, Cheap(), [(0, 1), (2, 2)], CPU, 16, max_new_tokens=3, temperature=1.0, top_k=None)
+    ends = [(row.finish_reason, reward) for group in groups for row, reward in zip(group.rows, group.rewards)]
+    assert set(ends) == {("stop", 1.0), ("length", 0.0)}
+    _, _, values = policy_step(model, MuonAdamW(model.param_groups()), groups, CPU, 8, 1.0, None, engine.python_start)
+    assert values["truncated"] == sum(reason == "length" for reason, _ in ends) / 32
+
+
+def test_answers_depend_on_the_seed_of_their_question_and_not_on_the_company():
+    model = make_model()
+    options = {"num_samples": 3, "max_new_tokens": 5, "temperature": 1.0, "top_k": 8}
+    together = sample_groups(Engine(model, TOKENIZER), TOKENIZER, NextLetter(), [(0, 10), (1, 11), (0, 12)], CPU, **options)
+    for question, group in zip([(0, 10), (1, 11), (0, 12)], together):
+        (alone,) = sample_groups(Engine(model, TOKENIZER, max_rows=1), TOKENIZER, NextLetter(), [question], CPU, **options)
+        assert [row.tokens for row in alone.rows] == [row.tokens for row in group.rows]
+    assert [row.written for row in together[0].rows] != [row.written for row in together[2].rows], "one question, two seeds"
+
+
+def test_what_a_step_tells():
+    rows = [Row(tokens=[1, 2], limit=9) for _ in range(2)]
+    for row, written, masks, reason in zip(rows, ([5, 3, 3, 4], [6, 4]), ([1, 0, 0, 1], [1, 1]), ("stop", "length")):
+        row.tokens += written
+        row.masks, row.log_probs, row.finish_reason = masks, [-0.5 * mask for mask in masks], reason
+    model = Bigrams()
+    _, tokens, values = policy_step(model, sgd_like(model), [Group({}, rows, [1.0, 0.0])], CPU, 8, 1.0, None, python_start=5)
+    assert tokens == 4
+    del values["mismatch"]
+    assert values == {"reward": 0.5, "length": 3.0, "truncated": 0.5, "tool_calls": 0.5, "entropy": 0.5, "informative": 1.0}
+
+
+def test_batches_hold_what_was_sampled_and_where():
+    row = Row(tokens=[1, 2], limit=9)
+    row.tokens += [5, 3, 4]
+    row.masks, row.log_probs = [1, 0, 1], [-0.5, 0.0, -0.25]
+    short = Row(tokens=[1], limit=9)
+    short.tokens, short.masks, short.log_probs = [1, 6], [1], [-1.0]
+    ((inputs, targets, advantages, log_probs),) = policy_batches([Group({}, [short, row], [0.0, 1.0])], 8, CPU.device)
+    assert inputs.tolist() == [[1, 2, 5, 3], [1, 0, 0, 0]]
+    assert targets.tolist() == [[-1, 5, -1, 4], [6, -1, -1, -1]]
+    assert log_probs.tolist() == [[0, -0.5, 0, -0.25], [-1.0, 0, 0, 0]]
+    assert advantages[:, 0].tolist() == [0.5, -0.5]
+
+
+def test_the_engine_follows_the_weights():
+    model = make_model()
+    engine = Engine(model, TOKENIZER)
+    write_with(engine, model)
+    before = engine.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.3)
+    write_with(engine, model)
+    after = engine.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
+    assert after != before and after == Engine(model, TOKENIZER).generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
+    copy = make_model(seed=1)  # as on a GPU, where a copy in the compute dtype writes
+    other = Engine(copy, TOKENIZER)
+    other.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
+    write_with(other, model)
+    assert other.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0) == after
