@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent.parent
 SIZE = ["--device-batch-size=4", "--eval-tokens=1024", "--eval-every=25", "--num-iterations=50"]
 BASE = ["--depth=2", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=64", "--core-metric-every=-1", "--sample-every=0", *SIZE]
 CHAT = ["--tasks=SampleWorld", *SIZE]
+RL = ["--task=SampleArithmetic", "--examples-per-step=7", "--num-samples=4", "--max-new-tokens=24", "--num-iterations=6",
+      "--eval-every=3", "--eval-examples=7", "--eval-samples=2", "--device-type=cpu", "--device-batch-size=4"]
 
 
 @pytest.fixture(scope="module")
@@ -83,28 +85,40 @@ def two_nodes(name):
 
 STAGES = """
 import sys
-from scripts import base_train, mid_train, chat_sft, chat_eval
-base, chat, tag = sys.argv[1].split(), sys.argv[2].split(), sys.argv[3]
+from scripts import base_train, mid_train, chat_sft, chat_rl, chat_eval
+from tasks.sample_world import SampleWorld
+base, chat, rl, tag = *map(str.split, sys.argv[1:4]), sys.argv[4]
 base_train.main([*base, f"--model-tag={tag}"])
 mid_train.main([*chat, f"--model-tag={tag}"])
 chat_sft.main([*chat, f"--model-tag={tag}"])
-chat_eval.main(["-i", "sft", "-g", tag, "-a", "SampleWorld", "-x", "7", "-m", "8"])
+SampleWorld.reward = lambda task, conversation, completion: float(len(completion) % 2)  # such a model is never right
+chat_rl.main([*rl, f"--model-tag={tag}"])
+chat_eval.main(["-i", "rl", "-g", tag, "-a", "SampleWorld", "-x", "7", "-m", "8"])
 """
 
 
 def test_every_stage_has_the_same_curve_on_three_ranks_as_on_one_that_accumulates(source, tmp_path):
-    """50 steps of three micro-batches each, and the measurements between them, within 1e-5."""
+    """50 steps of three micro-batches each, and the measurements between them, within 1e-5; then six of reinforcement learning."""
     stages = tmp_path / "stages.py"
     stages.write_text(STAGES)
     batch = ["--total-batch-size=768", "--device-type=cpu"]
     base, chat = " ".join([*BASE, *batch, f"--source={source}"]), " ".join([*CHAT, *batch])
     answers = []
     for tag, launcher in (("alone", [sys.executable]), ("three", torchrun("--standalone", "--nproc-per-node=3"))):
-        (output,) = finish([start(launcher, source, [str(stages), base, chat, tag])])
+        (output,) = finish([start(launcher, source, [str(stages), base, chat, " ".join(RL), tag])])
         answers.append(re.search(r"SampleWorld .*problems.*", output)[0])
     for folder in ("base_checkpoints", "mid_checkpoints", "chatsft_checkpoints"):
         assert_same_curve(curve(source, "three", folder), curve(source, "alone", folder))
     assert answers[0] == answers[1]
+    alone, three = (
+        [json.loads(line) for line in (source.parent / "chatrl_checkpoints" / tag / "metrics.jsonl").read_text().splitlines()]
+        for tag in ("alone", "three")
+    )
+    assert len(alone) == 6 + 3 and sum(line.get("reward", 0) for line in alone) > 0
+    for one, other in zip(alone, three, strict=True):
+        for name in ("step", "reward", "length", "truncated", "informative", "accuracy", "pass@2", "pass@2_ci"):
+            assert one.get(name) == pytest.approx(other.get(name)), name
+        assert one.get("raw_loss") == pytest.approx(other.get("raw_loss"), abs=1e-5)
 
 
 @pytest.fixture(scope="module")
