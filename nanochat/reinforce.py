@@ -81,8 +81,8 @@ def sample_groups(
     return [Group(conversation, rows, [rewards[row] for row in rows]) for conversation, rows in asked]
 
 
-def policy_batches(groups: list[Group], batch_size: int, device: torch.device) -> list[tuple[torch.Tensor, ...]]:
-    """What is to be learnt from, in micro-batches of up to `batch_size` answers of similar length, padded to the right.
+def policy_batches(groups: list[Group], max_tokens: int, device: torch.device) -> list[tuple[torch.Tensor, ...]]:
+    """What is to be learnt from, in micro-batches of answers of similar length, up to `max_tokens` with the padding to the right.
 
     Each is (inputs (B, T), targets (B, T), advantages (B, T), log_probs (B, T)). A target is -1 where nothing was sampled:
     in the prompt, in what a tool said, and in the padding. log_probs are those at the time of sampling.
@@ -90,9 +90,11 @@ def policy_batches(groups: list[Group], batch_size: int, device: torch.device) -
     answers = [pair for group in groups if group.informative for pair in zip(group.rows, group.advantages)]
     answers.sort(key=lambda answer: -len(answer[0].tokens))
     batches = []
-    for start in range(0, len(answers), batch_size):
-        batch = answers[start : start + batch_size]
-        shape = len(batch), len(batch[0][0].tokens) - 1
+    while answers:
+        longest = len(answers[0][0].tokens) - 1
+        rows = max(1, max_tokens // longest)
+        batch, answers = answers[:rows], answers[rows:]
+        shape = len(batch), longest
         inputs, targets = torch.zeros(shape, dtype=torch.int32), torch.full(shape, -1)
         advantages, log_probs = torch.zeros(shape), torch.zeros(shape)
         for i, (row, advantage) in enumerate(batch):
@@ -106,7 +108,7 @@ def policy_batches(groups: list[Group], batch_size: int, device: torch.device) -
 
 
 def policy_step(
-    model, optimizer, groups: list[Group], compute: Compute, batch_size: int, temperature: float, top_k: int | None,
+    model, optimizer, groups: list[Group], compute: Compute, max_tokens: int, temperature: float, top_k: int | None,
     python_start: int, loss_scale: LossScale | None = None,
 ) -> tuple[torch.Tensor, int, dict[str, float]]:  # fmt: skip
     """One update from this rank's groups and those of the other ranks: (loss, tokens sampled, what the answers were like).
@@ -114,7 +116,7 @@ def policy_step(
     Where no group is informative, on any rank, the step changes nothing and the loss is 0.
     """
     rows = [row for group in groups for row in group.rows]
-    batches = policy_batches(groups, batch_size, compute.device)
+    batches = policy_batches(groups, max_tokens, compute.device)
     counts = {
         "answers": len(rows),
         "reward": sum(sum(group.rewards) for group in groups),

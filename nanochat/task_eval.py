@@ -34,12 +34,13 @@ def pass_at_k(right: torch.Tensor, num_samples: int, k: int) -> tuple[float, flo
 
     Returns (mean over the problems, half the width of its 95% confidence interval). The estimate for a problem with c
     right answers, 1 - C(num_samples - c, k) / C(num_samples, k), is unbiased (Chen et al. 2021, arXiv:2107.03374, section 2.1).
+    The interval is computed as if two more problems had been solved and two more not, so that few problems which are
+    all solved, or all not, do not pass for certainty (Agresti and Coull 1998, for proportions).
     """
     assert 1 <= k <= num_samples, f"{k} of {num_samples} answers"
-    wrong = [math.comb(num_samples - int(c), k) / math.comb(num_samples, k) for c in right]
-    solved = 1 - torch.tensor(wrong, dtype=torch.float64)
-    deviation = solved.std().item() if len(solved) > 1 else 0.0
-    return solved.mean().item(), 1.96 * deviation / len(solved) ** 0.5
+    solved = [1 - math.comb(num_samples - int(c), k) / math.comb(num_samples, k) for c in right]
+    padded = torch.tensor(solved + [0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    return sum(solved) / len(solved), 1.96 * padded.std(correction=0).item() / len(padded) ** 0.5
 
 
 def run_task(*args, **options) -> tuple[float, int]:

@@ -35,7 +35,7 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of the distribution that is improved")
     parser.add_argument("--top-k", type=int, default=50, help="sample among the k likeliest tokens (0: all)")
     # inherited from the model that this goes on from, where not given
-    parser.add_argument("--device-batch-size", type=int, default=None, help="answers per forward pass when learning")
+    parser.add_argument("--device-batch-size", type=int, default=None, help="rows of full length per forward pass; short answers go by their tokens")
     parser.add_argument("--embedding-lr", type=float, default=None, help="AdamW rate of the embeddings")
     parser.add_argument("--unembedding-lr", type=float, default=None, help="AdamW rate of the head")
     parser.add_argument("--matrix-lr", type=float, default=None, help="Muon rate of the matrices")
@@ -70,7 +70,7 @@ def main(argv=None):
     from nanochat.reinforce import policy_step, sample_groups, write_with
     from nanochat.saver import Saver
     from nanochat.schedule import batch_lr_scale
-    from nanochat.task_eval import answer_text, count_right, pass_at_k, run_task, standard_error
+    from nanochat.task_eval import answer_text, count_right, pass_at_k
     from nanochat.training import (
         LossScale,
         Meter,
@@ -95,7 +95,7 @@ def main(argv=None):
     model, tokenizer, origin = load_model(args.source, compute, args.model_tag, args.model_step)
     tag = args.model_tag or origin["model_tag"]
     saver = Saver(checkpoint_dir("rl", tag), compute, args.keep_last)
-    args.total_batch_size = None  # of the model, to which its rates belong
+    args.total_batch_size = args.max_seq_len = None  # those of the model, to which its rates belong
     inherit(args, origin)
     args.short_run = origin.get("user_config", {}).get("short_run", 1.0)
     lr_scale = batch_lr_scale(args.total_batch_size) * args.short_run * args.init_lr_frac
@@ -140,8 +140,8 @@ def main(argv=None):
     def measure():
         """Accuracy of the likeliest answers and pass@k of sampled ones on held-out questions, each with half its 95% interval."""
         asked = (held_out, sampler, tokenizer, engine, compute, args.eval_examples)
-        accuracy, n = run_task(*asked, max_new_tokens=args.max_new_tokens, temperature=0.0, name=args.task)
-        values = {"accuracy": (accuracy, 1.96 * standard_error(accuracy, n))}
+        right = count_right(*asked, max_new_tokens=args.max_new_tokens, temperature=0.0, name=args.task)
+        values = {"accuracy": pass_at_k(right, 1, 1)}
         if args.eval_samples and held_out.eval_type == "generative":
             right = count_right(*asked, num_samples=args.eval_samples, **sampling, name=f"{args.task} pass@{args.eval_samples}")
             powers = [2**i for i in range(args.eval_samples.bit_length()) if 2**i < args.eval_samples]
@@ -177,7 +177,7 @@ def main(argv=None):
         lrm = set_rates(optimizer, step, step / num_steps, 0, 1.0, 0.0)
         groups = sample_groups(engine, tokenizer, task, questions_of(step), compute, args.num_samples, **sampling)
         loss, tokens, values = policy_step(
-            model, optimizer, groups, compute, args.device_batch_size, args.temperature, args.top_k or None, engine.python_start, loss_scale
+            model, optimizer, groups, compute, args.device_batch_size * args.max_seq_len, args.temperature, args.top_k or None, engine.python_start, loss_scale
         )
         step += 1
         meter.stop(step, step / num_steps, loss, lrm, 1 + (step * args.examples_per_step - 1) // len(task), tokens, **values)

@@ -231,10 +231,18 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_with_a_right_one(n, 
         choices = list(itertools.combinations([1] * c + [0] * (n - c), k))
         solved.append(sum(any(choice) for choice in choices) / len(choices))
     mean, half = pass_at_k(right, n, k)
-    solved = torch.tensor(solved, dtype=torch.float64)
-    assert mean == pytest.approx(solved.mean().item())
-    assert half == pytest.approx(1.96 * (solved.var() / len(solved)).sqrt().item())
-    assert pass_at_k(torch.tensor([2]), n, k)[1] == 0.0, "one problem has no spread"
+    assert mean == pytest.approx(sum(solved) / len(solved))
+    assert 0 < half < 0.5
+
+
+def test_the_interval_of_pass_at_k_holds_the_truth_as_often_as_it_says():
+    """Accuracies of 10% to 100%, measured on 40 problems, many times; at its worst such an interval is a little off 95%."""
+    dice = torch.Generator().manual_seed(0)
+    for truth in (0.1, 0.3, 0.5, 0.9, 1.0):
+        measured = [pass_at_k(torch.rand(40, generator=dice) < truth, 1, 1) for _ in range(400)]
+        held = sum(abs(mean - truth) <= half for mean, half in measured) / 400
+        assert held > 0.91, truth
+    assert pass_at_k(torch.ones(3), 1, 1) == (1.0, pytest.approx(1.96 * (10 / 49 / 7) ** 0.5)), "three of three is not certainty"
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
