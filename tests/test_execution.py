@@ -1,12 +1,20 @@
 """Programs that end well, end badly, never end, take too much, or look where they should not."""
 
 import os
+import re
+import sys
+import tempfile
 import time
 
 import psutil
 import pytest
 
-from nanochat.execution import MAX_OUTPUT_BYTES, execute_code
+from nanochat.common import UserError
+from nanochat.execution import MAX_OUTPUT_BYTES, active_layers, execute_code, execute_tests, has_namespaces
+from nanochat.sandbox import LAYERS, is_safe
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these layers")
+with_namespaces = pytest.mark.skipif(not has_namespaces(), reason="no namespaces here")
 
 
 def test_success():
@@ -91,16 +99,22 @@ def test_timeout_ends_the_program_and_keeps_what_it_said():
     assert result.error == "timed out after 0.5 seconds"
 
 
+def test_a_program_is_one_process():
+    code = "import os, subprocess, sys\ntry: os.fork()\nexcept OSError as e: print(e)\nsubprocess.run([sys.executable])"
+    result = execute_code(code)
+    assert result.error.startswith("PermissionError") and result.stdout == "[Errno 13] Permission denied\n"
+
+
 @pytest.mark.parametrize("ending", ["", "import time; time.sleep(60)"])
-def test_children_end_with_the_program(ending):
+def test_where_it_may_have_children_they_end_with_the_program(ending):
     code = f"""
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 print(child.pid, flush=True)
 {ending}
 """
-    result = execute_code(code, timeout=1)
-    assert result.timeout == bool(ending)
+    result = execute_code(code, timeout=1, allow_unsafe=True, layers=("limits",))
+    assert result.timeout == bool(ending) and result.layers == ("limits",)
     assert gone(int(result.stdout))
 
 
@@ -113,7 +127,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-@pytest.mark.skipif(os.uname().sysname != "Linux", reason="only Linux limits a process's memory")
+@on_linux
 @pytest.mark.parametrize("code", ["x = [0] * 10**9", "x = []\nwhile True: x.append([])", "x = bytearray(200 * 2**20)"])
 def test_memory(code):
     result = execute_code(code, maximum_memory_bytes=128 * 1024 * 1024)
@@ -145,21 +159,48 @@ def test_the_environment_is_scrubbed(monkeypatch):
     assert result.error == "ModuleNotFoundError: No module named 'nanochat'"
 
 
+@with_namespaces
 def test_it_lives_in_an_empty_folder_that_vanishes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = """
-import os, tempfile
-print(os.getcwd(), os.listdir("."), tempfile.mkdtemp())
+import os, shutil, tempfile
+print(os.getcwd(), os.listdir("."), tempfile.mkdtemp(), os.environ["HOME"], os.environ["TMPDIR"])
 open("note", "w").write("x")
-os.chmod(".", 0o500)
+os.rename("note", "letter")
+shutil.copyfile("letter", "copy")
+print(sorted(os.listdir(".")))
 """
     result = execute_code(code)
     assert result.success, result
-    folder, rest = result.stdout.split(" ", 1)
-    assert rest.startswith(f"[] {folder}/") and not os.path.exists(folder)
+    assert re.fullmatch(r"/tmp \[\] /tmp/\w+ /tmp /tmp\n\['copy', 'letter', '\w+'\]\n", result.stdout)
     assert os.listdir(tmp_path) == []
 
 
+@on_linux
+def test_without_namespaces_it_can_write_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    result = execute_code("import os\nprint(os.listdir('.'))\nopen('note', 'w')", layers=LAYERS[1:])
+    assert result.stdout == "[]\n" and result.error.startswith("PermissionError") and os.listdir(tmp_path) == []
+
+
+@on_linux
+@pytest.mark.parametrize("layers", [(), ("limits",), ("seccomp", "limits"), ("landlock", "limits"), LAYERS[:3]])
+def test_too_few_layers_are_refused_unless_that_is_wanted(layers):
+    with pytest.raises(UserError, match="it lacks .*limits|it lacks namespaces.*--allow-unsafe-code"):
+        execute_code("print('ran')", layers=layers)
+    result = execute_code("print('ran')", layers=layers, allow_unsafe=True)
+    assert result.success and result.stdout == "ran\n" and result.layers == layers
+
+
+@on_linux
+def test_what_holds_here_is_told():
+    active = active_layers()
+    assert is_safe(active) and execute_code("1 / 0").layers == active
+    assert execute_code("while True: pass", timeout=0.5).layers == active
+
+
+@with_namespaces
 def test_limits_hold_for_files_and_descriptors():
     assert "File too large" in execute_code("f = open('f', 'wb')\nwhile True: f.write(bytes(2**20))").error
     assert "Too many open files" in execute_code("fs = [open('f', 'w') for _ in range(100)]").error
@@ -171,3 +212,48 @@ def test_the_parent_leaks_nothing():
     for code in ("print(1)", "1 / 0", "import os; os._exit(1)"):
         execute_code(code)
     assert psutil.Process().num_fds() == before and psutil.Process().children() == []
+
+
+# -----------------------------------------------------------------------------
+# Tests in a process of their own
+
+
+HONEST = [  # the body of f, the tests
+    ("return 2 * x", "assert f(2) == 4 and f(x=-1) == -2"),
+    ("return None", "assert f(1) is None"),
+    ("return (1, [2.5, {'a': {3}}], frozenset({4}), b'\\xff', True, 1j)",
+     "assert f(0) == (1, [2.5, {'a': {3}}], frozenset({4}), b'\\xff', True, 1j)"),
+    ("return x", "assert f(float('inf')) == float('inf') and f(-0.0) == 0 and str(f(-0.0)) == '-0.0'"),
+    ("return float('nan')", "assert f(0) != f(0)"),
+    ("return 10 ** x", "assert f(10000) == 10 ** 10000 and f(18) == 10 ** 18"),
+    ("return x", "assert f('\\ud800\\n\\0草莓') == '\\ud800\\n\\0草莓'"),
+    ("import collections; return collections.Counter(x)", "assert f('aab') == {'a': 2, 'b': 1}"),
+    ("import collections; d = collections.defaultdict(list); d[x].append(1); return d", "assert f(3) == {3: [1]}"),
+    ("import collections; return collections.namedtuple('P', 'x y')(x, 2)", "assert f(1) == (1, 2)"),
+    ("import enum; return enum.IntEnum('E', 'A B').B", "assert f(0) == 2"),
+    ("return {x: 1}.keys()", "assert f(1) == {1}"),
+    ("from fractions import Fraction; return Fraction(x, 2)", "assert f(3) == 1.5"),
+    ("return {}[x]", "try: f(7)\nexcept KeyError: pass\nelse: raise SystemExit"),
+    ("class Own(Exception): pass\n    raise Own('text')", "try: f(7)\nexcept RuntimeError as e: assert str(e) == 'text'"),
+    ("return b'x'.decode('utf-16')", "try: f(7)\nexcept RuntimeError as e: assert 'utf-16' in str(e)"),
+    ("return [[0] * 100] * 100", "assert f(0) == [[0] * 100] * 100"),
+    ("print('said', x); return x", "print('heard', f(5))"),
+]
+
+
+@pytest.mark.parametrize("body, tests", HONEST)
+def test_honest_functions_pass_their_tests(body, tests):
+    result = execute_tests(tests, f"def f(x):\n    {body}\n", "f")
+    assert result.success, result
+
+
+def test_tests_that_fail_say_why():
+    result = execute_tests("def check():\n    assert f(2) == 5, 'no'\ncheck()", "def f(x): return 2 * x", "f")
+    assert result.error == "AssertionError: no" and 'File "tests.py", line 2, in check' in result.stderr
+    assert execute_tests("f(1)", "def g(x): pass", "f").error.startswith("AttributeError")
+    assert execute_tests("f(1)", "1 / 0", "f").error.startswith("ZeroDivisionError")
+    assert execute_tests("f(1)", "def f(x): return open", "f").error.startswith("TypeError: the value holds a builtin_")
+    assert execute_tests("f(open)", "def f(x): return 1", "f").error.startswith("TypeError: the value holds a builtin_")
+    assert execute_tests("while True: f(1)", "def f(x): return 1", "f", timeout=0.5).timeout
+    assert execute_tests("x = [0] * 10**9", "def f(x): return 1", "f").memory_exceeded
+    assert execute_tests("assert f(helper)", "def f(x): return x == 1", "f", prompt="helper = 1").success
