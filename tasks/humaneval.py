@@ -1,7 +1,7 @@
 """HumanEval: write the body of a Python function from its signature and docstring.
 
-An answer is right when the function passes the tests that come with the problem, which run in
-the sandbox of `nanochat.execution`.
+An answer is right when the function passes the tests that come with the problem. Both run in the
+sandbox of `nanochat.execution`, in two processes: the function answers, the tests judge.
 
 Chen et al. 2021, https://arxiv.org/abs/2107.03374. Hub: openai/openai_humaneval.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from nanochat.execution import execute_code
+from nanochat.execution import execute_tests
 from tasks.common import Task, load_hub_dataset
 
 
@@ -19,8 +19,9 @@ class HumanEval(Task):
 
     eval_type = "generative"
 
-    def __init__(self, **view):
+    def __init__(self, allow_unsafe: bool = False, **view):
         super().__init__(**view)
+        self.allow_unsafe = allow_unsafe  # also where this system cannot keep model-written code apart
         self.rows = load_hub_dataset("openai/openai_humaneval", None, "test")
 
     def num_examples(self) -> int:
@@ -40,7 +41,7 @@ class HumanEval(Task):
     def evaluate(self, conversation: dict, completion: str) -> bool:
         """Whether the code in `completion`, a function's body or a whole program, passes the tests."""
         prompt = conversation["messages"][0]["content"]
-        return passes(prompt + extract_code(completion), conversation["test"], conversation["entry_point"])
+        return passes(prompt, extract_code(completion), conversation["test"], conversation["entry_point"], self.allow_unsafe)
 
 
 def extract_code(completion: str) -> str:
@@ -53,11 +54,11 @@ def extract_code(completion: str) -> str:
     return fenced[1] if fenced else completion
 
 
-def passes(solution: str, test: str, entry_point: str) -> bool:
-    """Whether `solution` defines a function `entry_point` that passes `check` of `test`.
+def passes(prompt: str, code: str, test: str, entry_point: str, allow_unsafe: bool = False) -> bool:
+    """Whether `prompt + code` defines a function `entry_point` that passes `check` of `test`.
 
-    The solution goes in as a string that is executed first, so that an open quote or a trailing
-    backslash in it cannot swallow the tests. That it leaves early or prints "passed" helps it
-    nothing: only a program that runs to its end, past the last test, is a success.
+    The tests may use what the prompt defines besides the function. A prompt is a program by itself:
+    its last function has its docstring for a body.
     """
-    return execute_code(f"exec({solution!r})\n{test}\ncheck({entry_point})\n").success
+    tests = f"{test}\ncheck({entry_point})\n"
+    return execute_tests(tests, prompt + code, entry_point, prompt=prompt, allow_unsafe=allow_unsafe).success

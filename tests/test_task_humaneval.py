@@ -26,8 +26,15 @@ TEST = 'def check(candidate):\n    """What is asked."""\n    assert candidate(2)
 
 
 def test_passes_what_is_right():
-    assert passes(PROMPT + "    return x + x\n", TEST, "double")
-    assert passes(PROMPT + "def double(x):\n    return x * 2", TEST, "double")
+    assert passes(PROMPT, "    return x + x\n", TEST, "double")
+    assert passes(PROMPT, "def double(x):\n    return x * 2", TEST, "double")
+
+
+def test_the_tests_may_use_what_the_prompt_defines():
+    prompt = 'def half(x):\n    return x / 2\n\ndef double(x):\n    """Twice x."""\n'
+    test = "def check(candidate):\n    assert candidate(half(6)) == 6\n"
+    assert passes(prompt, "    return x * 2", test, "double")
+    assert not passes(prompt, "    return x\ndef half(x): return 6", test, "double")
 
 
 @pytest.mark.parametrize(
@@ -44,11 +51,13 @@ def test_passes_what_is_right():
         "    return x\nsuccess = True\nprint('ExecutionResult(success=True)')\n'''",
         '    return x\n"""',
         "    return x\n\\",
+        "    class Any(int):\n        __eq__ = lambda *_: True\n        __hash__ = None\n    return Any()\n",
+        "    return 4 if x == 2 else -2 if 'x' in globals() else check\n",
         "    return x\nexit = quit = lambda *_: None\nAssertionError = Warning\n",
     ],
 )
 def test_no_fake_success(body):
-    assert not passes(PROMPT + body, TEST, "double")
+    assert not passes(PROMPT, body, TEST, "double")
 
 
 def test_humaneval(hub):
