@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nanochat.common import UserError
-from nanochat.sandbox import LAYERS, NO_NAMESPACES, is_safe
+from nanochat.sandbox import LAYERS, NO_NAMESPACES, WRITABLE
 
 # What the fresh interpreter is told: the sandbox is what stdin begins with, compiled by us (6 ms less for each start).
 BOOT = "import marshal, os, sys; exec(marshal.loads(os.pread(0, int(sys.argv[1]), 0)))"
@@ -159,6 +159,7 @@ def start(request: dict, tests: dict, timeout: float) -> tuple[int, str, bool, s
         stdin.write(sandbox + first + second)  # the program is started before the second part is read
         stdin.flush()
         hear, tell = os.pipe()
+        home = WRITABLE if "namespaces" in request["layers"] else folder
         arguments = (len(sandbox), len(sandbox + first), tell, os.getpid())
         try:
             process = subprocess.Popen(
@@ -168,7 +169,7 @@ def start(request: dict, tests: dict, timeout: float) -> tuple[int, str, bool, s
                 stderr=stderr,
                 pass_fds=(tell,),
                 cwd=folder,
-                env={"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"},
+                env={"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8"},
                 start_new_session=True,
             )
             os.close(tell)

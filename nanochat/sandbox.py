@@ -61,13 +61,13 @@ def main() -> None:
             enter_namespaces(os.getcwd())
         except (OSError, AttributeError):  # refused, or not Linux
             os._exit(NO_NAMESPACES)
-        os.environ["HOME"] = os.environ["TMPDIR"] = WRITABLE
         active.append("namespaces")
     die_with_parent()
     if os.getppid() != parent:
         os._exit(1)  # it died before we said so
     if is_linux():
         call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come to us
+        call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE, for S and C too: none looks into the others
     signal.signal(signal.SIGCHLD, lambda *_: None)  # where it is ignored, sigwait might not see it
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD, signal.SIGTERM))
     supervisor = os.fork()
@@ -98,8 +98,6 @@ def supervise(report: int, request: dict, end: int, active: list) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     die_with_parent()
     os.write(report, b"\n")  # fails where our starter has ended by now, and R with it
-    if is_linux():
-        call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: nobody of the same user looks into S or C
     if request["function"]:
         import json  # noqa: F401  both sides need it; once here is cheaper than twice
     nonce = os.urandom(16).hex()  # a program that writes to every descriptor does not hit upon it
