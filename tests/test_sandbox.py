@@ -80,13 +80,16 @@ PROCESSES = [
     ("exec a shell", "os.execv('/bin/sh', ['sh', '-c', f'touch {OUTSIDE}/made'])", DENIED),
     ("exec an interpreter", "os.execv(sys.executable, ['python', '-c', 'print(1)'])", DENIED),
     ("exec the linker", "never(*[lambda p=p: os.execv(p, [p, '/bin/true']) for p in "
-     "('/lib64/ld-linux-x86-64.so.2', '/lib/ld-linux-aarch64.so.1')], lambda: syscall('execveat', 1, b'', 0, 0, 0x1000))", ENDS),
-    ("clone by number", "never(*[lambda f=f: syscall('clone', f, 0, 0, 0, 0) for f in (17, 0x100, 0x4111, 0x10000011, 0x20000011)])", ENDS),
+     "('/lib64/ld-linux-x86-64.so.2', '/lib/ld-linux-aarch64.so.1')], lambda: syscall('execveat', 1, b'', 0, 0, "
+     "0x1000))", ENDS),
+    ("clone by number", "never(*[lambda f=f: syscall('clone', f, 0, 0, 0, 0) for f in (17, 0x100, 0x4111, 0x10000011, "
+     "0x20000011)])", ENDS),
     ("clone a thread into a namespace", "never(lambda: syscall('clone', 0x100d0f00, 0, 0, 0, 0))", ENDS),
     ("clone3", "import ctypes; never(lambda: syscall('clone3', ctypes.create_string_buffer(88), 88))", ENDS),
     ("a terminal", "import pty; pty.fork()", r"OSError|PermissionError|FileNotFoundError"),
     ("daemon", "if os.fork(): os._exit(0)\nos.setsid()\nif os.fork(): os._exit(0)\nimport time; time.sleep(99)", DENIED),
-    ("a session of its own", "never(os.setsid, os.setpgrp, lambda: os.setpgid(0, 0), lambda: os.setpgid(os.getppid(), 0))", ENDS),
+    ("a session of its own", "never(os.setsid, os.setpgrp, lambda: os.setpgid(0, 0), lambda: os.setpgid(os.getppid(), "
+     "0))", ENDS),
     ("outlive the parent", "never(lambda: syscall('prctl', 1, 0, 0, 0, 0))", ENDS),
     ("thread bomb", "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,), daemon=True).start()",
      "RuntimeError: can't start new thread|MemoryError"),
@@ -104,8 +107,10 @@ TOO_MUCH = [
     ("large integer", "x = 1 << 10**10", MEMORY),
     ("doubling", "x = [0]\nwhile True: x += x", MEMORY),
     ("mmap", "import mmap; x = [mmap.mmap(-1, 2**24) for _ in range(99)]", "Cannot allocate memory|MemoryError"),
-    ("mmap shared", "import mmap; x = [mmap.mmap(-1, 2**24, mmap.MAP_SHARED) for _ in range(99)]", "Cannot allocate memory|MemoryError"),
-    ("mmap of a file", "import mmap; f = open('f', 'wb+'); f.truncate(2**24 - 1); x = [mmap.mmap(f.fileno(), 0) for _ in range(99)]",
+    ("mmap shared", "import mmap; x = [mmap.mmap(-1, 2**24, "
+     "mmap.MAP_SHARED) for _ in range(99)]", "Cannot allocate memory|MemoryError"),
+    ("mmap of a file", "import mmap; f = open('f', 'wb+'); f.truncate(2**24 - 1); x = [mmap.mmap(f.fileno(), "
+     "0) for _ in range(99)]",
      "Cannot allocate memory|Permission denied"),
     ("memory files", "never(lambda: os.memfd_create('x'), lambda: syscall('memfd_create', b'x', 0))", ENDS),
     ("shared memory", "from multiprocessing import shared_memory as s; s.SharedMemory(create=True, size=2**24)", r"Error"),
@@ -174,97 +179,138 @@ FILES = [
     ("accounts", "never(*[lambda p=p: read(p) for p in ('/etc/passwd', '/etc/shadow', '/etc/hostname', '/etc/hosts')])", ENDS),
     ("keys", "never(lambda: read(OUTSIDE + '/.ssh/id_rsa'), lambda: os.listdir(OUTSIDE), lambda: os.scandir(OUTSIDE))", ENDS),
     ("the project", "never(lambda: read(PROJECT + '/nanochat/gpt.py'), lambda: os.listdir(PROJECT))", ENDS),
-    ("folders of the machine", "never(*[lambda p=p: os.listdir(p) for p in ('/', '/etc', '/root', '/home', '/usr', '/var', '/proc', '/sys')])", ENDS),
+    ("folders of the machine", "never(*[lambda p=p: os.listdir(p) for p in ('/', '/etc', '/root', '/home', '/usr', "
+     "'/var', '/proc', '/sys')])", ENDS),
     ("by way of dots", "never(lambda: read('../' * 40 + OUTSIDE + '/.ssh/id_rsa'), lambda: os.listdir('../' * 40))", ENDS),
-    ("by way of a link", "never(lambda: (os.symlink(OUTSIDE, 'l'), read('l/.ssh/id_rsa')), lambda: (os.symlink('/', 'r'), os.listdir('r')),"
-     " lambda: (os.link(OUTSIDE + '/.ssh/id_rsa', 'h'), read('h')))", ENDS),
-    ("by way of a folder", "never(*[lambda d=d: os.open('etc/passwd', 0, dir_fd=d) for d in range(64)],"
-     " lambda: (os.chdir(OUTSIDE), read('.ssh/id_rsa')))", ENDS),
-    ("by way of openat2", "import ctypes; never(lambda: syscall('openat2', -100, (OUTSIDE + '/.ssh/id_rsa').encode(),"
-     " ctypes.create_string_buffer(24), 24))", ENDS),
-    ("by handle", "never(lambda: syscall('name_to_handle_at', -100, b'/', 0, 0, 0), lambda: syscall('open_by_handle_at', 0, 0, 0))", ENDS),
+    ("by way of a link", "never(lambda: (os.symlink(OUTSIDE, 'l'), read('l/.ssh/id_rsa')), lambda: (os.symlink('/', 'r'), "
+     "os.listdir('r')), "
+     "lambda: (os.link(OUTSIDE + '/.ssh/id_rsa', 'h'), read('h')))", ENDS),
+    ("by way of a folder", "never(*[lambda d=d: os.open('etc/passwd', 0, dir_fd=d) for d in range(64)], "
+     "lambda: (os.chdir(OUTSIDE), read('.ssh/id_rsa')))", ENDS),
+    ("by way of openat2", "import ctypes; never(lambda: syscall('openat2', -100, (OUTSIDE + '/.ssh/id_rsa').encode(), "
+     "ctypes.create_string_buffer(24), 24))", ENDS),
+    ("by handle", "never(lambda: syscall('name_to_handle_at', -100, b'/', 0, 0, 0), lambda: syscall('open_by_handle_at', "
+     "0, 0, 0))", ENDS),
     ("inherited descriptors", "never(*[lambda d=d: os.fstat(d) for d in range(5, 1024)])", ENDS),
-    ("read every descriptor", "for d in range(64):\n    if d != 3:\n        try: print(d, os.pread(d, 4096, 0))\n        except OSError: pass", ENDS),
+    ("read every descriptor", "for d in range(64):\n    if d != 3:\n        try: print(d, os.pread(d, 4096, "
+     "0))\n        except OSError: pass", ENDS),
     ("processes", "never(*[lambda p=p, f=f: read(f'/proc/{p}/{f}') for p in ('self', 1, os.getppid(), PARENT)"
      " for f in ('environ', 'maps', 'mem', 'cmdline', 'status', 'root/etc/passwd', 'cwd/README.md')])", ENDS),
-    ("descriptors by name", "never(*[lambda p=p: os.listdir(p) for p in ('/proc/self/fd', '/dev/fd', f'/proc/{PARENT}/fd')],"
-     " *[lambda d=d: read(f'/proc/self/fd/{d}') for d in (1, 2, *range(5, 64))])", ENDS),
-    ("devices", "never(*[lambda p=p: read(p) for p in ('/dev/mem', '/dev/kmsg', '/dev/tty', '/dev/ptmx', '/dev/vda', '/dev/sda',"
-     " '/dev/shm/x', '/dev/fuse')], lambda: os.listdir('/dev'), lambda: open('/dev/shm/x', 'w'))", ENDS),
-    ("make a device", "never(lambda: os.mknod('d', 0o20666, os.makedev(1, 1)), lambda: os.mknod('b', 0o60666, os.makedev(254, 0)))", ENDS),
-    ("write", "never(lambda: open(OUTSIDE + '/made', 'w'), lambda: open(OUTSIDE + '/canary', 'a'), lambda: open(OUTSIDE + '/canary', 'r+'),"
-     " lambda: os.open(OUTSIDE, os.O_TMPFILE | os.O_RDWR), lambda: os.mkdir(OUTSIDE + '/made'), lambda: os.mkfifo(OUTSIDE + '/made'),"
-     " lambda: os.symlink('x', OUTSIDE + '/made'), lambda: os.link(OUTSIDE + '/canary', OUTSIDE + '/made'))", ENDS),
-    ("rename", "never(lambda: os.rename(OUTSIDE + '/canary', OUTSIDE + '/made'), lambda: os.replace(OUTSIDE + '/canary', 'made'),"
-     " lambda: os.rename('.', OUTSIDE + '/made'))", ENDS),
-    ("delete", "never(lambda: os.remove(OUTSIDE + '/canary'), lambda: os.rmdir(OUTSIDE + '/empty'), lambda: os.unlink('/etc/passwd'))", ENDS),
-    ("truncate", "never(lambda: os.truncate(OUTSIDE + '/canary', 0), lambda: os.open(OUTSIDE + '/canary', os.O_TRUNC),"
-     " lambda: os.open(os.__file__, os.O_TRUNC), lambda: os.truncate(os.__file__, 0))", ENDS),
-    ("change of permissions", "never(*[lambda p=p: os.chmod(p, 0o777) for p in (OUTSIDE, OUTSIDE + '/canary', os.__file__)],"
-     " lambda: os.chown(OUTSIDE + '/canary', 1, 1), lambda: os.utime(OUTSIDE + '/canary', (0, 0)),"
-     " lambda: os.setxattr(OUTSIDE + '/canary', 'user.x', b'x'), lambda: os.utime(os.__file__, (0, 0)))", ENDS),
-    ("change of the library", "lib = os.path.dirname(os.__file__)\nnever(lambda: open(os.__file__, 'a'), lambda: open(lib + '/evil.py', 'w'),"
-     " lambda: os.remove(os.__file__), lambda: os.rename(os.__file__, lib + '/os2.py'), lambda: os.mkdir(lib + '/evil'))", ENDS),
-    ("root folder", "never(lambda: os.mkdir('/made'), lambda: open('/made', 'w'), lambda: os.rename('/tmp', '/tmp2'), lambda: os.rmdir('/lib'))", ENDS),
-    ("leave by chroot", "never(lambda: os.chroot('/'), lambda: os.chroot('.'), lambda: syscall('pivot_root', b'.', b'.'))", ENDS),
-    ("mount", "never(lambda: syscall('mount', b'none', b'.', b'tmpfs', 0, 0), lambda: syscall('mount', 0, b'/', 0, 4128, 0),"
-     " lambda: syscall('umount2', b'/tmp', 2), lambda: syscall('fsopen', b'proc', 0), lambda: syscall('open_tree', -100, b'/', 1),"
-     " lambda: syscall('mount_setattr', -100, b'/', 0x8000, bytes(32), 32), lambda: syscall('move_mount', 1, b'', 1, b'', 0))", ENDS),
+    ("descriptors by name", "never(*[lambda p=p: os.listdir(p) for p in ('/proc/self/fd', '/dev/fd', f'/proc/{PARENT}/fd')], "
+     "*[lambda d=d: read(f'/proc/self/fd/{d}') for d in (1, 2, *range(5, 64))])", ENDS),
+    ("devices", "never(*[lambda p=p: read(p) for p in ('/dev/mem', '/dev/kmsg', '/dev/tty', '/dev/ptmx', '/dev/vda', "
+     "'/dev/sda', "
+     "'/dev/shm/x', '/dev/fuse')], lambda: os.listdir('/dev'), lambda: open('/dev/shm/x', 'w'))", ENDS),
+    ("make a device", "never(lambda: os.mknod('d', 0o20666, os.makedev(1, 1)), lambda: os.mknod('b', 0o60666, "
+     "os.makedev(254, 0)))", ENDS),
+    ("write", "never(lambda: open(OUTSIDE + '/made', 'w'), lambda: open(OUTSIDE + '/canary', 'a'), "
+     "lambda: open(OUTSIDE + '/canary', 'r+'), "
+     "lambda: os.open(OUTSIDE, os.O_TMPFILE | os.O_RDWR), lambda: os.mkdir(OUTSIDE + '/made'), "
+     "lambda: os.mkfifo(OUTSIDE + '/made'), "
+     "lambda: os.symlink('x', OUTSIDE + '/made'), lambda: os.link(OUTSIDE + '/canary', OUTSIDE + '/made'))", ENDS),
+    ("rename", "never(lambda: os.rename(OUTSIDE + '/canary', OUTSIDE + '/made'), lambda: os.replace(OUTSIDE + '/canary', "
+     "'made'), "
+     "lambda: os.rename('.', OUTSIDE + '/made'))", ENDS),
+    ("delete", "never(lambda: os.remove(OUTSIDE + '/canary'), lambda: os.rmdir(OUTSIDE + '/empty'), "
+     "lambda: os.unlink('/etc/passwd'))", ENDS),
+    ("truncate", "never(lambda: os.truncate(OUTSIDE + '/canary', 0), lambda: os.open(OUTSIDE + '/canary', os.O_TRUNC), "
+     "lambda: os.open(os.__file__, os.O_TRUNC), lambda: os.truncate(os.__file__, 0))", ENDS),
+    ("change of permissions", "never(*[lambda p=p: os.chmod(p, 0o777) for p in (OUTSIDE, OUTSIDE + '/canary', os.__file__)], "
+     "lambda: os.chown(OUTSIDE + '/canary', 1, 1), lambda: os.utime(OUTSIDE + '/canary', (0, 0)), "
+     "lambda: os.setxattr(OUTSIDE + '/canary', 'user.x', b'x'), lambda: os.utime(os.__file__, (0, 0)))", ENDS),
+    ("change of the library", "lib = os.path.dirname(os.__file__)\nnever(lambda: open(os.__file__, 'a'), "
+     "lambda: open(lib + '/evil.py', 'w'), "
+     "lambda: os.remove(os.__file__), lambda: os.rename(os.__file__, lib + '/os2.py'), "
+     "lambda: os.mkdir(lib + '/evil'))", ENDS),
+    ("root folder", "never(lambda: os.mkdir('/made'), lambda: open('/made', 'w'), lambda: os.rename('/tmp', '/tmp2'), "
+     "lambda: os.rmdir('/lib'))", ENDS),
+    ("leave by chroot", "never(lambda: os.chroot('/'), lambda: os.chroot('.'), lambda: syscall('pivot_root', b'.', "
+     "b'.'))", ENDS),
+    ("mount", "never(lambda: syscall('mount', b'none', b'.', b'tmpfs', 0, 0), lambda: syscall('mount', 0, b'/', 0, 4128, 0), "
+     "lambda: syscall('umount2', b'/tmp', 2), lambda: syscall('fsopen', b'proc', 0), lambda: syscall('open_tree', -100, "
+     "b'/', 1), "
+     "lambda: syscall('mount_setattr', -100, b'/', 0x8000, bytes(32), 32), lambda: syscall('move_mount', 1, b'', 1, b'', "
+     "0))", ENDS),
 ]
 
 NETWORK = [
     ("TCP", "import socket; never(lambda: socket.create_connection(('127.0.0.1', PORT), 1))", ENDS),
-    ("TCP over IPv6", "import socket; never(lambda: socket.create_connection(('::1', PORT), 1), lambda: socket.socket(socket.AF_INET6))", ENDS),
-    ("UDP", "import socket; never(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT)))", ENDS),
-    ("names", "import socket; never(lambda: socket.getaddrinfo('example.com', 80), lambda: socket.gethostbyname('example.com'))", ENDS),
+    ("TCP over IPv6", "import socket; never(lambda: socket.create_connection(('::1', PORT), 1), "
+     "lambda: socket.socket(socket.AF_INET6))", ENDS),
+    ("UDP", "import socket; never(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', "
+     "PORT)))", ENDS),
+    ("names", "import socket; never(lambda: socket.getaddrinfo('example.com', 80), "
+     "lambda: socket.gethostbyname('example.com'))", ENDS),
     ("HTTP", "import urllib.request; never(lambda: urllib.request.urlopen(f'http://127.0.0.1:{PORT}', timeout=1))", ENDS),
     ("asyncio", "import asyncio; never(lambda: asyncio.run(asyncio.open_connection('127.0.0.1', PORT)))", ENDS),
     ("unix socket", "import socket; never(lambda: socket.socket(socket.AF_UNIX).connect(OUTSIDE + '/socket'))", ENDS),
     ("abstract socket", "import socket; never(lambda: socket.socket(socket.AF_UNIX).connect(b'\\0' + ABSTRACT))", ENDS),
-    ("a pair that writes elsewhere", "import socket\nnever(lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', b'\\0' + ABSTRACT),"
-     " lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)[0].sendto(b'x', b'\\0' + ABSTRACT))", ENDS),
-    ("listen", "import socket; never(lambda: socket.create_server(('127.0.0.1', 0)), lambda: socket.socket(socket.AF_UNIX).bind('s'))", ENDS),
-    ("raw sockets", "import socket; never(*[lambda f=f, t=t: socket.socket(f, t) for f in (2, 10, 16, 17, 38, 40) for t in (1, 2, 3)])", ENDS),
+    ("a pair that writes elsewhere", "import socket\nnever(lambda: socket.socketpair(socket.AF_UNIX, "
+     "socket.SOCK_DGRAM)[0].sendto(b'x', b'\\0' + ABSTRACT), "
+     "lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)[0].sendto(b'x', b'\\0' + ABSTRACT))", ENDS),
+    ("listen", "import socket; never(lambda: socket.create_server(('127.0.0.1', 0)), "
+     "lambda: socket.socket(socket.AF_UNIX).bind('s'))", ENDS),
+    ("raw sockets", "import socket; never(*[lambda f=f, t=t: socket.socket(f, t) for f in (2, 10, 16, 17, 38, "
+     "40) for t in (1, 2, 3)])", ENDS),
     ("socket by number", "never(*[lambda f=f: syscall('socket', f, t, 0) for f in range(46) for t in (1, 2, 3)])", ENDS),
 ]
 
 OTHERS = [
-    ("kill the parent", "never(*[lambda p=p, s=s: os.kill(p, s) for p in (PARENT, -PARENT, os.getppid(), 1, 0, -1) for s in (0, 15, 9)])", ENDS),
+    ("kill the parent", "never(*[lambda p=p, s=s: os.kill(p, s) for p in (PARENT, -PARENT, os.getppid(), 1, 0, "
+     "-1) for s in (0, 15, 9)])", ENDS),
     ("kill the group", "never(lambda: os.killpg(os.getpgid(0), 9), lambda: os.killpg(0, 9))", ENDS),
-    ("kill by number", "never(lambda: syscall('tgkill', PARENT, PARENT, 9), lambda: syscall('tkill', PARENT, 9), lambda: syscall('tgkill', 1, 1, 9),"
-     " lambda: syscall('rt_sigqueueinfo', PARENT, 9, bytes(128)), lambda: syscall('pidfd_send_signal', 1, 9, 0, 0))", ENDS),
-    ("signals by descriptor", "import fcntl; never(lambda: fcntl.fcntl(os.pipe()[0], 8, PARENT), lambda: fcntl.fcntl(1, 10, 9), lambda: fcntl.fcntl(1, 1024, 0))", ENDS),
-    ("debug", "never(*[lambda r=r, p=p: syscall('ptrace', r, p, 0, 0) for r in (0, 16, 0x4206) for p in (0, 1, PARENT, os.getppid())])", ENDS),
+    ("kill by number", "never(lambda: syscall('tgkill', PARENT, PARENT, 9), lambda: syscall('tkill', PARENT, 9), "
+     "lambda: syscall('tgkill', 1, 1, 9), "
+     "lambda: syscall('rt_sigqueueinfo', PARENT, 9, bytes(128)), lambda: syscall('pidfd_send_signal', 1, 9, 0, 0))", ENDS),
+    ("signals by descriptor", "import fcntl; never(lambda: fcntl.fcntl(os.pipe()[0], 8, PARENT), lambda: fcntl.fcntl(1, "
+     "10, 9), lambda: fcntl.fcntl(1, 1024, 0))", ENDS),
+    ("debug", "never(*[lambda r=r, p=p: syscall('ptrace', r, p, 0, 0) for r in (0, 16, 0x4206) for p in (0, 1, PARENT, "
+     "os.getppid())])", ENDS),
     ("read memory of others", "import ctypes\nnever(*[lambda n=n, p=p: syscall(n, p, bytes(16), 1, bytes(16), 1, 0)"
      " for n in ('process_vm_readv', 'process_vm_writev') for p in (1, PARENT, os.getppid())])", ENDS),
-    ("take descriptors of others", "never(*[lambda p=p: syscall('pidfd_open', p, 0) for p in (1, PARENT)], lambda: syscall('pidfd_getfd', 1, 1, 0),"
-     " lambda: syscall('kcmp', 1, PARENT, 0, 0, 0))", ENDS),
-    ("priorities", "never(lambda: os.setpriority(0, PARENT, 19), lambda: os.nice(-5), lambda: os.sched_setaffinity(PARENT, [0]),"
-     " lambda: os.sched_setscheduler(PARENT, 1, os.sched_param(1)), lambda: syscall('ioprio_set', 1, PARENT, 0))", ENDS),
-    ("limits of others", "import resource; never(*[lambda p=p: resource.prlimit(p, resource.RLIMIT_NOFILE) for p in (1, PARENT, os.getppid())],"
-     " lambda: resource.prlimit(PARENT, resource.RLIMIT_CPU, (1, 1)))", ENDS),
-    ("become somebody", "never(lambda: os.setuid(0), lambda: os.setresuid(1, 1, 1), lambda: os.setgroups([0]), lambda: os.setgid(0),"
-     " lambda: syscall('capset', bytes(8), bytes(24)))", ENDS),
-    ("namespaces of its own", "never(*[lambda f=f: syscall('unshare', f) for f in (0x10000000, 0x20000, 0x40000000, 0x400)], lambda: syscall('setns', 1, 0))", ENDS),
-    ("the kernel's doors", "never(*[lambda n=n: syscall(n, 0, 0, 0, 0, 0) for n in ('bpf', 'keyctl', 'add_key', 'perf_event_open',"
-     " 'userfaultfd', 'io_uring_setup', 'seccomp', 'init_module', 'kexec_load', 'reboot', 'syslog', 'fanotify_init', 'inotify_init1',"
-     " 'clock_settime', 'swapon', 'quotactl', 'acct', 'vmsplice', 'process_madvise', 'landlock_create_ruleset')])", ENDS),
-    ("personality", "never(lambda: syscall('personality', 0x0040000), lambda: syscall('prctl', 4, 1, 0, 0, 0), lambda: syscall('sethostname', b'x', 1))", ENDS),
+    ("take descriptors of others", "never(*[lambda p=p: syscall('pidfd_open', p, 0) for p in (1, PARENT)], "
+     "lambda: syscall('pidfd_getfd', 1, 1, 0), "
+     "lambda: syscall('kcmp', 1, PARENT, 0, 0, 0))", ENDS),
+    ("priorities", "never(lambda: os.setpriority(0, PARENT, 19), lambda: os.nice(-5), "
+     "lambda: os.sched_setaffinity(PARENT, [0]), "
+     "lambda: os.sched_setscheduler(PARENT, 1, os.sched_param(1)), lambda: syscall('ioprio_set', 1, PARENT, 0))", ENDS),
+    ("limits of others", "import resource; never(*[lambda p=p: resource.prlimit(p, resource.RLIMIT_NOFILE) for p in (1, "
+     "PARENT, os.getppid())], "
+     "lambda: resource.prlimit(PARENT, resource.RLIMIT_CPU, (1, 1)))", ENDS),
+    ("become somebody", "never(lambda: os.setuid(0), lambda: os.setresuid(1, 1, 1), lambda: os.setgroups([0]), "
+     "lambda: os.setgid(0), "
+     "lambda: syscall('capset', bytes(8), bytes(24)))", ENDS),
+    ("namespaces of its own", "never(*[lambda f=f: syscall('unshare', f) for f in (0x10000000, 0x20000, 0x40000000, "
+     "0x400)], lambda: syscall('setns', 1, 0))", ENDS),
+    ("the kernel's doors", "never(*[lambda n=n: syscall(n, 0, 0, 0, 0, 0) for n in ('bpf', 'keyctl', 'add_key', "
+     "'perf_event_open', "
+     "'userfaultfd', 'io_uring_setup', 'seccomp', 'init_module', 'kexec_load', 'reboot', 'syslog', 'fanotify_init', "
+     "'inotify_init1', "
+     "'clock_settime', 'swapon', 'quotactl', 'acct', 'vmsplice', 'process_madvise', 'landlock_create_ruleset')])", ENDS),
+    ("personality", "never(lambda: syscall('personality', 0x0040000), lambda: syscall('prctl', 4, 1, 0, 0, 0), "
+     "lambda: syscall('sethostname', b'x', 1))", ENDS),
     # 335 and 336 on x86_64, uretprobe and uprobe, kill whoever calls them by hand; the kernel lets them past seccomp.
-    ("every other system call", "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nfor n in range(600):\n    for n in (n, n | 0x40000000):\n"
-     "        if n not in {*ALLOWED, 335, 336} and not (libc.syscall(n, -1, -1, -1, -1, -1, -1) == -1 and ctypes.get_errno() == 13): breach(n)", ENDS),
+    ("every other system call", "import ctypes\nlibc = ctypes.CDLL(None, "
+     "use_errno=True)\nfor n in range(600):\n    for n in (n, n | 0x40000000):\n"
+     "        if n not in {*ALLOWED, 335, 336} and not (libc.syscall(n, -1, -1, -1, -1, -1, "
+     "-1) == -1 and ctypes.get_errno() == 13): breach(n)", ENDS),
 ]
 if platform.machine() == "x86_64":  # mov eax, 20 (getpid of 32 bits); int 0x80; ret
-    OTHERS.append(("a call in the old way", "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\nm.write(bytes.fromhex('b814000000cd80c3'))\n"
-                   "print('BREACH', ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))())", "killed by signal (31|11)"))
+    OTHERS.append(("a call in the old way", "import ctypes, mmap\nm = mmap.mmap(-1, 4096, "
+    "prot=7)\nm.write(bytes.fromhex('b814000000cd80c3'))\n"
+                   "breach(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))())",
+                   "killed by signal (31|11)"))
 
 INSIDE = [
     ("subclasses", "for c in object.__subclasses__():\n    g = getattr(c.__init__, '__globals__', {})\n"
      "    if 'system' in g and g['system'](f'touch {OUTSIDE}/made') == 0: breach('system')", ENDS),
     ("frames", "f = sys._getframe()\nwhile f:\n    print(f.f_code.co_name, f.f_locals, f.f_globals)\n    f = f.f_back", ENDS),
-    ("all objects", "import gc\nfor o in gc.get_objects():\n    if isinstance(o, (dict, list, tuple)): print(repr(o)[:200])", ENDS),
-    ("the runner itself", "f = sys._getframe()\nwhile f:\n    f.f_globals.update(judge=None, supervise=None, hear=None, os=None)\n    f = f.f_back\n1 / 0", ANY),
-    ("builtins", "import builtins\nfor n in dir(builtins):\n    if n not in ('delattr', 'OSError'): setattr(builtins, n, None)", ANY),
+    ("all objects", "import gc\nfor o in gc.get_objects():\n    if isinstance(o, (dict, list, "
+     "tuple)): print(repr(o)[:200])", ENDS),
+    ("the runner itself", "f = sys._getframe()\nwhile f:\n    f.f_globals.update(judge=None, supervise=None, hear=None, "
+     "os=None)\n    f = f.f_back\n1 / 0", ANY),
+    ("builtins", "import builtins\nfor n in dir(builtins):\n    if n not in ('delattr', 'OSError'): setattr(builtins, n, "
+     "None)", ANY),
     ("modules", "for n in list(sys.modules): sys.modules[n] = None", EITHER),
     ("modules, then failure", "sys.modules.clear()\n1 / 0", ANY),
     ("what prints", "sys.stdout = sys.stderr = None\n1 / 0", "ZeroDivisionError"),
@@ -280,10 +326,13 @@ LIES = [
     ("print success", "print('ended\\nsuccess\\npassed')\n1 / 0", "ZeroDivisionError"),
     ("exit 0", "sys.exit(0)", "SystemExit"),
     ("_exit 0", "os._exit(0)", "left early with code 0"),
-    ("exit 0 in a thread", "import threading; threading.Thread(target=os._exit, args=(0,)).start(); import time; time.sleep(9)", "left early"),
-    ("say so everywhere", "for d in range(64):\n    for s in (b'ended', b'ended\\n', b'\\nnamespaces\\nended\\n\\0', b'0' * 32 + b' ended \\n', b'{\"success\": true}\\n'):\n"
+    ("exit 0 in a thread", "import threading; threading.Thread(target=os._exit, args=(0,)).start(); import time; "
+     "time.sleep(9)", "left early"),
+    ("say so everywhere", "for d in range(64):\n    for s in (b'ended', b'ended\\n', b'\\nnamespaces\\nended\\n\\0', "
+     "b'0' * 32 + b' ended \\n', b'{\"success\": true}\\n'):\n"
      "        try: os.write(d, s)\n        except OSError: pass\nos._exit(0)", ANY),
-    ("say so everywhere and go on", "for d in range(3, 64):\n    try: os.write(d, b'ended \\n')\n    except OSError: pass\n1 / 0", ANY),
+    ("say so everywhere and go on", "for d in range(3, 64):\n    try: os.write(d, "
+     "b'ended \\n')\n    except OSError: pass\n1 / 0", ANY),
     ("flood the channel", "while True: os.write(4, b'x' * 99999)", ANY),
     ("close all, exit 0", "os.closerange(0, 256)\nos._exit(0)", "left early with code 0"),
     ("close all and fail", "os.closerange(0, 256)\n1 / 0", ANY),
@@ -315,7 +364,8 @@ def nonce():
     return frame.f_locals['nonce']
 def line(kind, text=''): return f'{nonce()} {kind} {text.encode().hex()}\\n'.encode()
 """
-ANYTHING = "class Any({base}):\n    __eq__ = __le__ = __ge__ = __ne__ = lambda *_: True\n    __hash__ = lambda s: 0\n    {more}\ndef f(x): return Any()"
+ANYTHING = ("class Any({base}):\n    __eq__ = __le__ = __ge__ = __ne__ = lambda *_: True\n    __hash__ = lambda s: 0\n"
+            "    {more}\ndef f(x): return Any()")
 CHEATS = [
     ("equal to everything", ANYTHING.format(base="object", more="pass")),
     ("a number equal to everything", ANYTHING.format(base="int", more="pass")),
@@ -326,7 +376,8 @@ CHEATS = [
     ("says it is a number", ANYTHING.format(base="object", more="__class__ = int\n    __int__ = __index__ = lambda s: 0")),
     ("not a number", "def f(x): return float('nan')"),
     ("nothing", "def f(x): pass"),
-    ("patched builtins", "import builtins\nbuiltins.AssertionError = Warning\nbuiltins.isinstance = lambda *_: True\nbuiltins.int = str\ndef f(x): return 0"),
+    ("patched builtins", "import builtins\nbuiltins.AssertionError = Warning\n"
+     "builtins.isinstance = lambda *_: True\nbuiltins.int = str\ndef f(x): return 0"),
     ("patched random", "import random\nrandom.randrange = lambda *_: 0\ndef f(x): return 987654321 if x == 0 else 0"),
     ("leaves in the call", "import os\ndef f(x): os._exit(0)"),
     ("exits in the call", "import sys\ndef f(x): sys.exit(0)"),
@@ -337,15 +388,20 @@ CHEATS = [
     ("closes the channel", "import os\ndef f(x): os.closerange(3, 64)"),
     ("no such function", "g = 1"),
     ("not a function", "f = 1"),
-    ("answers before it is asked", DIG + "import os\nfor _ in range(99): os.write(4, line('ended') + line('value', '1'))\ndef f(x): return 1"),
-    ("says that the tests passed", DIG + "import os\ndef f(x):\n    os.write(4, line('ended') + line('passed') + b'\\nnamespaces\\nended\\n\\0')\n    os._exit(0)"),
+    ("answers before it is asked", DIG + "import os\nfor _ in range(99): os.write(4, line('ended') + line('value', "
+     "'1'))\ndef f(x): return 1"),
+    ("says that the tests passed", DIG + "import os\ndef f(x):\n    os.write(4, "
+     "line('ended') + line('passed') + b'\\nnamespaces\\nended\\n\\0')\n    os._exit(0)"),
     ("talks over itself", "import os, threading\ndef t():\n    while True: os.write(4, b'0 value 31\\n')\n"
      "threading.Thread(target=t, daemon=True).start()\ndef f(x): return 0"),
-    ("frames", "import sys, re\ndef f(x):\n    frame, seen = sys._getframe(), ''\n    while frame:\n        seen += repr(frame.f_locals) + repr(frame.f_globals)\n"
+    ("frames", "import sys, re\ndef f(x):\n    frame, seen = sys._getframe(), "
+     "''\n    while frame:\n        seen += repr(frame.f_locals) + repr(frame.f_globals)\n"
      "        frame = frame.f_back\n    return x + int(re.search(r'x \\+ (\\d+)', seen.replace('x + int', ''))[1])"),
-    ("memory", "import gc, re\ndef f(x):\n    for o in gc.get_objects():\n        found = re.search(r'== x \\+ (\\d+)', repr(o)[:10**6])\n"
+    ("memory", "import gc, re\ndef f(x):\n    for o in gc.get_objects():\n        found = re.search(r'== x \\+ (\\d+)', "
+     "repr(o)[:10**6])\n"
      "        if found: return x + int(found[1])"),
-    ("the request on stdin", "import os\ndef f(x):\n    for d in range(64):\n        if d != 3:\n            try: print(os.pread(d, 10**6, 0))\n            except OSError: pass\n    return 0"),
+    ("the request on stdin", "import os\ndef f(x):\n    for d in range(64):\n        if d != 3:\n"
+     "            try: print(os.pread(d, 10**6, 0))\n            except OSError: pass\n    return 0"),
     ("the supervisor's memory", "import os\ndef f(x): return open(f'/proc/{os.getppid()}/mem', 'rb').read(1)"),
     ("kills the supervisor", "import os\ndef f(x): os.kill(os.getppid(), 9)"),
     ("contains itself", "x = []\nx.append(x)\ndef f(_): return x"),
@@ -365,12 +421,14 @@ CHEATS = [
 
 def world(folder):
     """What must be the same afterwards."""
-    entries = {str(p): (p.lstat().st_mode, p.lstat().st_uid, p.lstat().st_mtime_ns, p.lstat().st_size) for p in [folder, *folder.rglob("*")]}
+    states = {str(p): p.lstat() for p in [folder, *folder.rglob("*")]}
+    entries = {path: (s.st_mode, s.st_uid, s.st_mtime_ns, s.st_size) for path, s in states.items()}
     library = Path(os.__file__)
     texts = {str(p): p.read_bytes() for p in [*folder.rglob("*"), library] if p.is_file()}
     names = sorted(os.listdir(library.parent)), library.stat().st_mode, library.stat().st_mtime_ns
     limits = [resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_NOFILE)]
-    return entries, texts, names, limits, os.nice(0), os.sched_getaffinity(0), psutil.Process().children(), psutil.Process().num_fds()
+    me = psutil.Process()
+    return entries, texts, names, limits, os.nice(0), os.sched_getaffinity(0), me.children(), me.num_fds()
 
 
 def sandboxed_processes():
@@ -400,7 +458,8 @@ def surroundings(tmp_path_factory):
     tcp, udp = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     port = tcp.getsockname()[1]
     udp.bind(("127.0.0.1", port))
-    path, abstract, packets = (socket.socket(socket.AF_UNIX, kind) for kind in (socket.SOCK_STREAM, socket.SOCK_STREAM, socket.SOCK_DGRAM))
+    path, abstract = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    packets = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     path.bind(str(folder / "socket"))
     name = f"nanochat-{os.getpid()}".encode()
     abstract.bind(b"\0" + name)
@@ -409,9 +468,13 @@ def surroundings(tmp_path_factory):
     abstract.listen()
     ears = [tcp, udp, path, abstract, packets]
     column = {"x86_64": 0, "aarch64": 1}[platform.machine()]
-    number = lambda table: {e.split(":")[0]: int(n) for e in table.split() if (n := e.split(":")[1].split("/")[column]) != "-"}  # noqa: E731
+
+    def numbers(table):
+        pairs = [(name, both.split("/")[column]) for name, _, both in (entry.partition(":") for entry in table.split())]
+        return {name: int(number) for name, number in pairs if number != "-"}
+
     values = {"OUTSIDE": str(folder), "PROJECT": str(Path(__file__).resolve().parent.parent), "PARENT": os.getpid(), "PORT": port,
-              "ABSTRACT": name, "NUMBERS": number(NUMBERS), "ALLOWED": {*number(SYSTEM_CALLS).values()}}
+              "ABSTRACT": name, "NUMBERS": numbers(NUMBERS), "ALLOWED": {*numbers(SYSTEM_CALLS).values()}}
     prelude = PRELUDE + "".join(f"{key} = {value!r}\n" for key, value in values.items())
     yield prelude, folder, ears, secret
     del os.environ["API_KEY"]
@@ -439,7 +502,8 @@ def aftermath(surroundings):
     os.mkdir(tempfile.tempdir)
     try:
         before = world(folder)
-        cases = [(way, *row) for way in WAYS for row in [*PROGRAMS, *((f"tests: {name}", program, None) for name, program in CHEATS)]]
+        rows = [*PROGRAMS, *((f"tests: {name}", program, None) for name, program in CHEATS)]
+        cases = [(way, *row) for way in WAYS for row in rows]
         with ThreadPoolExecutor(6) as pool:
             results = dict(pool.map(run, cases))
         after = world(folder)
@@ -468,7 +532,8 @@ def test_the_world_is_what_it_was(aftermath, surroundings):
 def test_hostile_program(aftermath, surroundings, way, name):
     result, seconds = aftermath[0][way, name]
     seen = {name: seen for name, _, seen in PROGRAMS}[name]
-    assert "BREACH" not in result.stdout + result.stderr and surroundings[3] not in result.stdout + result.stderr, result.stdout[:2000]
+    said = result.stdout + result.stderr
+    assert "BREACH" not in said and surroundings[3] not in said, said[:2000]
     assert seconds < (1 if seen == LATE else 5) + 2
     assert result.success == (seen == ENDS) or seen == EITHER, result
     assert result.timeout == (seen == LATE) or seen in (ANY, EITHER), result
@@ -496,8 +561,9 @@ def test_an_answer_that_never_came_is_no_exception_that_a_test_may_expect():
 
 def test_most_of_the_standard_library_works():
     program = """
-import asyncio, base64, bisect, collections, copy, csv, datetime, decimal, enum, fractions, functools, hashlib, heapq, io, itertools
-import json, logging, math, operator, os, pathlib, pickle, random, re, secrets, shutil, sqlite3, statistics, string, sys, tempfile
+import asyncio, base64, bisect, collections, copy, csv, datetime, decimal, enum, fractions, functools, hashlib, heapq, io
+import itertools, json, logging, math, operator, os, pathlib, pickle, random, re, secrets, shutil, sqlite3, statistics, string, sys
+import tempfile
 import textwrap, threading, time, typing, unittest, uuid, zlib, zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 
@@ -586,11 +652,9 @@ def test_it_ends_with_us(tmp_path):
 def test_plain_data_survives_the_journey():
     from nanochat.sandbox import from_plain, to_plain
 
-    value = [None, True, -1, 2**200, -(10**18), 1.5, float("inf"), "\ud800é", b"\xff", 2j, (1, [2]), {1: {2}, "a": (), (1,): frozenset({3})}]
+    value = [None, True, -1, 2**200, -(10**18), 1.5, float("inf"), "\ud800é", b"\xff", 2j, (1, [2])]
+    value.append({1: {2}, "a": (), (1,): frozenset({3})})
     assert repr(from_plain(json.loads(json.dumps(to_plain(value))))) == repr(value)
-    for hostile in ({}, [], [1], ["list"], ["list", 1], ["eval", "x"], ["int", 1], ["dict", [[["list", []], 1]]], ["bytes", 5], ["set", {}]):
-        if hostile != ["set", {}]:
-            with pytest.raises((ValueError, TypeError)):
-                from_plain(hostile)
-        else:
-            assert from_plain(hostile) == set()
+    for hostile in ({}, [], [1], ["list"], ["list", 1], ["eval", "x"], ["int", 1], ["dict", [[["list", []], 1]]], ["bytes", 5]):
+        with pytest.raises((ValueError, TypeError)):
+            from_plain(hostile)
