@@ -10,7 +10,8 @@ leaving by `sys.exit(0)` a failure. A program that digs through its own interpre
 itself. `execute_tests` is for whoever does not trust it: there the tests run in another process, which
 asks the program for plain values, and no lie is worth more than a wrong answer.
 
-What this does not do: keep out who knows a hole in the kernel, or hide that time passes.
+What this does not do: keep out who knows a hole in the kernel. And where too few layers were accepted,
+the program reaches what we reach, and a child of its that starts a session of its own outlives it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The inside of the sandbox: what a fresh interpreter runs so that a program can do no harm.
 
-`nanochat.execution` starts it as a main program (`python -I -S`); it imports the standard library only. Three processes, so that whoever judges the program is out of its reach:
+`nanochat.execution` starts it as a main program (`python -I -S`); it imports the standard library only.
+Three processes, so that whoever judges the program is out of its reach:
 
     R  the runner: makes the namespaces, waits, and at the end kills and collects every process
     S  the supervisor, pid 1 in there: hears how the program ended, runs the tests, writes the report
@@ -106,6 +107,7 @@ def supervise(report: int, request: dict, end: int, active: list) -> None:
     me = os.getpid()
     program = os.fork()
     if program == 0:
+        os.close(report)
         return run_program(request, active, me, questions, answer, nonce)
     os.close(questions)
     os.close(answer)
@@ -119,7 +121,7 @@ def supervise(report: int, request: dict, end: int, active: list) -> None:
             status, error = judge(program, channel, request, end, active)
     except BaseException as fault:
         status, error = "failed", f"the supervisor failed: {describe(fault)}"
-    os.write(report, f"{status}\n{error}\0".encode("utf-8", "backslashreplace"))
+    os.write(report, f"{status}\n{error[:500]}\0".encode("utf-8", "backslashreplace"))
     os._exit(0)
 
 
@@ -167,7 +169,7 @@ def run_tests(channel: dict, request: dict) -> str | None:
         if kind == "value":
             try:
                 return from_plain(json.loads(text))
-            except (ValueError, TypeError, RecursionError):
+            except (ValueError, TypeError, RecursionError, MemoryError):
                 pass
         channel["broken"] = True  # whatever the tests make of this error: they have failed
         raise RuntimeError("the program ended during a call" if kind is None else "the answer is no plain value")
@@ -192,7 +194,7 @@ def run_program(request: dict, active: list, parent: int, questions: int, answer
     os.dup2(20, 0)
     os.dup2(21, 3)
     os.dup2(22, 4)
-    os.closerange(5, 256)  # the report is among them; `subprocess` let in nothing above
+    os.closerange(5, 256)  # nothing is above: `subprocess` let in the report only, and S took the lowest numbers
 
     def say(kind, text=""):
         send(4, f"{nonce} {kind} {text.encode('utf-8', 'backslashreplace').hex()}")
@@ -295,7 +297,7 @@ def to_plain(value):
     if isinstance(value, float):
         return float(value)
     if isinstance(value, str):
-        return "".join(value)
+        return str.__str__(value)
     if isinstance(value, complex):
         return ["complex", [value.real, value.imag]]
     if isinstance(value, (bytes, bytearray)):
@@ -489,13 +491,14 @@ def drop_capabilities() -> None:
 
 
 # name:number on x86_64/number on aarch64. What CPython, its threads and asyncio need, and nothing that
-# reaches another process, the network or another file's permissions.
+# reaches another process, the network or another file's permissions; nor fallocate, which reserves space
+# beyond the end of the output file and so beyond RLIMIT_FSIZE.
 SYSTEM_CALLS = """
 read:0/63 write:1/64 readv:19/65 writev:20/66 pread64:17/67 pwrite64:18/68 lseek:8/62 open:2/- openat:257/56 close:3/57
 close_range:436/436 stat:4/- lstat:6/- fstat:5/80 newfstatat:262/79 statx:332/291 access:21/- faccessat:269/48
 faccessat2:439/439 readlink:89/- readlinkat:267/78 getdents64:217/61 getcwd:79/17 chdir:80/49 fchdir:81/50 mkdir:83/-
 mkdirat:258/34 rmdir:84/- unlink:87/- unlinkat:263/35 rename:82/- renameat:264/38 renameat2:316/276 link:86/-
-linkat:265/37 symlink:88/- symlinkat:266/36 truncate:76/45 ftruncate:77/46 fallocate:285/47 fsync:74/82 fdatasync:75/83
+linkat:265/37 symlink:88/- symlinkat:266/36 truncate:76/45 ftruncate:77/46 fsync:74/82 fdatasync:75/83
 umask:95/166 dup:32/23 dup2:33/- dup3:292/24 pipe:22/- pipe2:293/59 sendfile:40/71 copy_file_range:326/285
 brk:12/214 mmap:9/222 munmap:11/215 mremap:25/216 mprotect:10/226 madvise:28/233 msync:26/227
 futex:202/98 set_robust_list:273/99 rseq:334/293 set_tid_address:218/96 gettid:186/178 getpid:39/172 sched_yield:24/124

@@ -46,6 +46,7 @@ msgget:68/186 semget:64/190 mq_open:240/180 open_by_handle_at:304/265 name_to_ha
 inotify_init1:294/26 clock_settime:227/112 landlock_create_ruleset:444/444 mount_setattr:442/442 open_tree:428/428
 fsopen:430/430 move_mount:429/429 execveat:322/281 tgkill:234/131 clone:56/220 clone3:435/435 socket:41/198 swapon:167/224
 vmsplice:278/75 quotactl:179/60 acct:163/89 process_madvise:440/440 ioprio_set:251/30 timer_create:222/107 tkill:200/130
+fallocate:285/47
 """
 
 PRELUDE = """
@@ -145,6 +146,8 @@ TOO_MUCH = [
     ("flood of errors", "while True: sys.stderr.write('x' * 9999)", "File too large"),
     ("flood below Python", "while True: os.write(1, b'x' * 99999)", "File too large"),
     ("output with a hole", "os.lseek(1, 2**40, 0)\nos.write(1, b'x')", "File too large"),
+    ("space behind the output", "never(lambda: syscall('fallocate', 1, 1, 0, 2**30), "
+     "lambda: syscall('fallocate', 2, 0, 0, 2**24))", ENDS),
     ("stretched output", "os.ftruncate(1, 2**40)", "File too large"),
 ]
 
@@ -344,6 +347,8 @@ LIES = [
     ("exception named success", "raise type('ended', (BaseException,), {})()", "ended: "),
     ("exception without a name", "raise type('', (BaseException,), {})()", ": "),
     ("metaclass", "class M(type):\n    @property\n    def __name__(cls): os._exit(0)\nraise M('E', (Exception,), {})()", ANY),
+    ("a long lie", "f = sys._getframe()\nwhile 'nonce' not in f.f_locals: f = f.f_back\n"
+     "os.write(4, f'{f.f_locals[\"nonce\"]} failed {\"41\" * 10**6}\\n'.encode())\nos._exit(0)", "A{500}$"),
     ("exit at the end", "import atexit; atexit.register(os._exit, 7)", "exit code 7 after the end"),
     ("end killed", "import atexit; atexit.register(os.kill, os.getpid(), 9)", "killed by signal 9"),
     ("interrupt", "raise KeyboardInterrupt", "KeyboardInterrupt"),
@@ -559,11 +564,23 @@ def test_an_answer_that_never_came_is_no_exception_that_a_test_may_expect():
         assert not execute_tests(tests, f"import os\ndef f(x): {body}", "f").success
 
 
+def test_a_parent_with_many_open_files_hands_on_none():
+    opened = [os.dup(1) for _ in range(600)]
+    try:
+        program = "import os\nfor fd in range(5, 2000):\n    try: print(fd, os.fstat(fd))\n    except OSError: pass"
+        for layers in WAYS.values():
+            result = execute_code(program, layers=layers)
+            assert result.success and result.stdout == "", result
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
 def test_most_of_the_standard_library_works():
     program = """
 import asyncio, base64, bisect, collections, copy, csv, datetime, decimal, enum, fractions, functools, hashlib, heapq, io
-import itertools, json, logging, math, operator, os, pathlib, pickle, random, re, secrets, shutil, sqlite3, statistics, string, sys
-import tempfile
+import itertools, json, logging, math, operator, os, pathlib, pickle, random, re, secrets, shutil, sqlite3, statistics
+import string, sys, tempfile
 import textwrap, threading, time, typing, unittest, uuid, zlib, zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 
