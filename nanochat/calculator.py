@@ -21,7 +21,7 @@ import re
 from fractions import Fraction
 
 MAX_LENGTH = 1000  # characters of an expression
-MAX_DEPTH = 32  # of nesting: parentheses, signs and powers
+MAX_DEPTH = 100  # of nesting: parentheses, signs and powers
 MAX_BITS = 1000  # of a numerator or denominator: below float's 1024, so that converting never overflows
 
 TOKEN = re.compile(

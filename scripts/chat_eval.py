@@ -32,6 +32,8 @@ def parse_args(argv):
     parser.add_argument("-g", "--model-tag", help="which model of that stage; None: the newest")
     parser.add_argument("-s", "--step", type=int, help="which checkpoint; None: the last")
     parser.add_argument("-x", "--max-problems", type=int, help="the first so many problems of each task; None: all")
+    unsafe_help = "run HumanEval also where the system cannot keep model-written code from your files and the network"
+    parser.add_argument("--allow-unsafe-code", action="store_true", help=unsafe_help)
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
     return parser.parse_args(argv)
 
@@ -47,7 +49,7 @@ def chosen_tasks(task_name: list[str] | None) -> tuple[str, ...]:
     return names
 
 
-def make_task(name: str):
+def make_task(name: str, allow_unsafe_code: bool = False):
     """The task of that name with the questions it is measured on. Its data comes from the hub, so this may fail."""
     from tasks.arc import ARC
     from tasks.gsm8k import GSM8K
@@ -61,7 +63,7 @@ def make_task(name: str):
         "ARC-Challenge": lambda: ARC(subset="ARC-Challenge", split="test"),
         "MMLU": lambda: MMLU(subset="all", split="test"),
         "GSM8K": lambda: GSM8K(subset="main", split="test"),
-        "HumanEval": lambda: HumanEval(),
+        "HumanEval": lambda: HumanEval(allow_unsafe=allow_unsafe_code),
         "SpellingBee": lambda: SpellingBee(size=256, split="test"),
         "SampleWorld": lambda: SampleWorld(split="test"),
     }
@@ -98,12 +100,14 @@ def main(argv=None):
     results = {}
     for name in names:
         try:
-            task = compute.main_first(lambda: make_task(name))
+            task = compute.main_first(lambda: make_task(name, args.allow_unsafe_code))
         except UserError as error:
             if args.task_name:  # asked for by name: going on without it would be a silently different result
                 raise
             print0(f"{name:14s} skipped: {error}")
             continue
+        if name == "HumanEval":
+            print0(f"HumanEval runs model-written code behind: {', '.join(task.layers) or 'nothing'}")
         accuracy, n = run_task(
             task, model, tokenizer, engine, compute,
             max_problems=args.max_problems, batch_size=args.batch_size, num_samples=args.num_samples,

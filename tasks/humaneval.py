@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import re
 
-from nanochat.execution import execute_tests
+from nanochat.execution import execute_code, execute_tests
 from tasks.common import Task, load_hub_dataset
 
 
 class HumanEval(Task):
-    """164 problems, all of them the test split."""
+    """164 problems, all of them the test split. `layers`: what model-written code runs behind on this system.
+
+    UserError where that is too little, unless `allow_unsafe`; told here, not after an hour of measuring.
+    """
 
     eval_type = "generative"
 
     def __init__(self, allow_unsafe: bool = False, **view):
         super().__init__(**view)
-        self.allow_unsafe = allow_unsafe  # also where this system cannot keep model-written code apart
+        self.allow_unsafe = allow_unsafe
+        self.layers = execute_code("", allow_unsafe=allow_unsafe).layers
         self.rows = load_hub_dataset("openai/openai_humaneval", None, "test")
 
     def num_examples(self) -> int:
