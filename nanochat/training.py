@@ -15,7 +15,7 @@ import shutil
 import signal
 import sysconfig
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -94,14 +94,18 @@ class LossScale:
         return finite
 
 
-def train_step(model, optimizer, batches, compute: Compute, loss_scale: LossScale | None = None) -> torch.Tensor:
+def train_step(
+    model, optimizer, batches, compute: Compute, loss_scale: LossScale | None = None, count: int | None = None
+) -> torch.Tensor:
     """One update from the micro-batches of a step; returns the mean loss of their targets, in nats.
 
     `batches` are this rank's: a list of (inputs, targets), both (B, T), targets of -1 ignored. Every target
     token weighs the same, whichever micro-batch and rank it came in: losses are summed and divided by the
     number of targets on all ranks. Where there are none the step changes nothing and the loss is 0.
+    `count` is that number, where it is known: without looking at the targets nothing here waits for a GPU.
     """
-    count = compute.sum(sum((targets >= 0).sum() for _, targets in batches))
+    if count is None:
+        count = int(compute.sum(sum((targets >= 0).sum() for _, targets in batches)))
     if count == 0:
         return torch.zeros((), device=batches[0][0].device)
     losses = (model(inputs, targets, loss_reduction="sum") / count for inputs, targets in batches)
@@ -144,6 +148,49 @@ def due(step: int, every: int, last: bool = False) -> bool:
     return every != 0 and (last or (every > 0 and step > 0 and step % every == 0))
 
 
+def rows_that_fit(model, compiled, compute: Compute) -> int:
+    """Rows of whole context, a power of two, that a forward and backward pass has memory for on the GPU of every rank.
+
+    Beside them must fit what a run keeps: gradients, the optimizer's state and, for a while, its update, three times
+    the weights together. Uncompiled passes, which take seconds to try and more memory, find a number that surely fits;
+    then the compiled one is tried with twice as many.
+    """
+    if compute.device.type != "cuda":
+        return 8  # of a CPU's memory there is enough
+
+    def attempt(rows: int, model=model) -> None:
+        kept = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # and the gradients themselves
+        idx = torch.randint(0, model.config.vocab_size, (rows, model.config.sequence_len), device=compute.device)
+        try:
+            model(idx, idx).backward()
+            torch.cuda.synchronize(compute.device)
+        finally:
+            del kept
+            for p in model.parameters():
+                p.grad = None
+            compute.beat()
+
+    rows = largest_batch(attempt)
+    rows = largest_batch(lambda rows: attempt(rows, compiled), 2 * rows)
+    return min(compute.gather(rows))
+
+
+def largest_batch(attempt: Callable[[int], object], rows: int = 256) -> int:
+    """The most rows, halving from `rows`, for which `attempt(rows)` does not run out of a GPU's memory.
+
+    Raises UserError where not even one row fits.
+    """
+    while rows:
+        try:
+            attempt(rows)
+            return rows
+        except torch.OutOfMemoryError:
+            rows //= 2
+        if torch.cuda.is_available():  # outside of the handler, whose traceback holds the tensors
+            torch.cuda.empty_cache()
+    raise UserError("not even one row fits this GPU's memory; use a smaller --depth or --max-seq-len")
+
+
 class StopSignal:
     """SIGTERM and SIGINT ask the loop to stop after this step; a second SIGINT stops at once.
 
@@ -171,7 +218,9 @@ class StopSignal:
 class Meter:
     """Smooths the loss, keeps time, and tells each step to the terminal, `metrics.jsonl` and wandb.
 
-    `state` is what a resumed run hands back: the smoothed loss goes on where it was.
+    `state` is what a resumed run hands back: the smoothed loss goes on where it was. On a GPU a step is told of
+    when the next one is on its way, so that the GPU never waits for us to read its loss; `flush` before anything
+    that is not training.
     """
 
     SMOOTHING = 0.9
@@ -186,6 +235,8 @@ class Meter:
         state = state or {"step": 0, "ema": 0.0, "weight": 0.0, "total_time": 0.0}
         self.ema, self.weight, self.total_time = state["ema"], state["weight"], state["total_time"]
         self.recent: list[float] = []  # the last step times, for the ETA
+        self.lags = compute.device.type == "cuda"
+        self.untold: tuple | None = None  # the step before this one, while that lags
         self.path = directory / "metrics.jsonl"
         if compute.is_main:
             directory.mkdir(parents=True, exist_ok=True)
@@ -205,17 +256,31 @@ class Meter:
         return {"step": step, "ema": self.ema, "weight": self.weight, "total_time": self.total_time}
 
     def start(self) -> None:
-        self.started = time.perf_counter()
+        if self.untold is None:
+            self.started = time.perf_counter()
 
     def stop(
         self, step: int, progress: float, loss: torch.Tensor, lrm: float, epoch: int, tokens: int | None = None, **values: float
     ) -> None:
-        """Tell of step number `step`, just done, and of more `values`. Raises UserError when the loss is not finite.
+        """Step number `step` is on its way: tell of it, and of more `values`, now or (on a GPU) at the next one.
 
-        `tokens`: how many it took, where that differs from step to step.
+        `tokens`: how many it took, where that differs from step to step. Raises UserError when a loss is not finite.
         """
-        loss = loss.item()  # waits for the device, so the time below is the whole step's
-        dt = time.perf_counter() - self.started
+        self.flush()
+        self.untold = (step, progress, loss, lrm, epoch, tokens, values)
+        if not self.lags:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait for the last step and tell of it, if that has not been done."""
+        if self.untold is not None:
+            untold, self.untold = self.untold, None
+            self._tell(*untold)
+
+    def _tell(self, step, progress, loss, lrm, epoch, tokens, values) -> None:
+        loss = loss.item()  # waits for the device, so from the end of one step to that of the next is a step's time
+        now = time.perf_counter()
+        dt, self.started = now - self.started, now
         self.steps += 1
         if self.steps == 2:  # the first compiles, which may take minutes
             self.compute.pulse.patience, self.compute.pulse.armed = 3 * dt, True
@@ -244,6 +309,7 @@ class Meter:
 
     def finish(self) -> None:
         """The loop is over: what follows may take as long as it likes."""
+        self.flush()
         self.compute.pulse.armed = False
         if self.wandb_run:
             self.wandb_run.finish()

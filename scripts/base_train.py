@@ -31,7 +31,7 @@ def main(argv=None):
     parser.add_argument("--target-flops", type=float, default=-1.0, help="training FLOPs (-1: not set)")
     parser.add_argument("--target-param-data-ratio", type=float, default=12.0, help="tokens per scaling parameter")
     # the batch and the rates
-    parser.add_argument("--device-batch-size", type=int, default=32, help="rows per forward pass")
+    parser.add_argument("--device-batch-size", type=int, default=32, help="rows per forward pass (-1: as many as fit the GPU; 8 on a CPU)")
     parser.add_argument("--total-batch-size", type=int, default=-1, help="tokens per step (-1: what suits the horizon)")
     parser.add_argument("--embedding-lr", type=float, default=0.3, help="AdamW rate of the embeddings")
     parser.add_argument("--unembedding-lr", type=float, default=0.008, help="AdamW rate of the head")
@@ -85,6 +85,7 @@ def main(argv=None):
         compile_model,
         due,
         resume_training,
+        rows_that_fit,
         save_training,
         set_rates,
         tame_garbage_collector,
@@ -120,6 +121,10 @@ def main(argv=None):
            f"{compute.dtype} on {compute.device.type}")
 
     # Horizon, batch and rates
+    compiled = compile_model(model, compute)
+    if args.device_batch_size <= 0:
+        args.device_batch_size = rows_that_fit(model, compiled, compute)
+        print0(f"--device-batch-size {args.device_batch_size}")
     if args.num_iterations > 0:
         tokens = args.num_iterations * args.total_batch_size if args.total_batch_size > 0 else None
     else:
@@ -176,7 +181,6 @@ def main(argv=None):
             print0(f"CORE will be skipped: {error}")
 
     # The loop
-    compiled = compile_model(model, compute)
     loss_scale = LossScale(**loop.get("loss_scale", {})) if compute.dtype == torch.float16 else None
     wandb = wandb_run("nanochat", args.run, vars(args))
     meter = Meter(compute, saver.directory, args.total_batch_size, flops_per_token, wandb, loop.get("meter"))
@@ -187,6 +191,8 @@ def main(argv=None):
         stopping = stop.asked()
         fresh = meta is None or step > meta["step"]  # what was done when this step was saved is not done again
         measuring = not stopping and (fresh or not loop["measured"])  # whoever asks to stop may not wait long
+        if last or stopping or any(due(step, every) for every in (args.eval_every, args.core_metric_every, args.sample_every, args.save_every)):
+            meter.flush()
 
         if due(step, args.eval_every, last) and measuring:
             val_bpb = evaluate_bpb(model, val_batches(), eval_steps, token_bytes, compute)
@@ -207,7 +213,8 @@ def main(argv=None):
         lrm = set_rates(optimizer, step, step / num_iterations, warmup_steps, args.warmdown_ratio, args.final_lr_frac)
         micro = [next(batches) for _ in range(passes)]
         loader_state = micro[-1][2]
-        loss = train_step(compiled, optimizer, [(inputs, targets) for inputs, targets, _ in micro], compute, loss_scale)
+        pairs = [(inputs, targets) for inputs, targets, _ in micro]
+        loss = train_step(compiled, optimizer, pairs, compute, loss_scale, count=args.total_batch_size)  # no padding: all count
         step += 1
         meter.stop(step, step / num_iterations, loss, lrm, loader_state["epoch"])
 

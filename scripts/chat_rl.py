@@ -160,6 +160,7 @@ def main(argv=None):
         stopping = stop.asked()
         fresh = meta is None or step > meta["step"]  # what was done when this step was saved is not done again
         measuring = not stopping and (fresh or not loop["measured"])  # whoever asks to stop may not wait long
+        meter.flush()  # what is sampled next waits for the weights anyway
 
         write_with(engine, model)
         if (due(step, args.eval_every, last) or (step == 0 and args.eval_every != 0)) and measuring:

@@ -166,6 +166,8 @@ def main(argv=None):
         stopping = stop.asked()
         fresh = meta is None or step > meta["step"]  # what was done when this step was saved is not done again
         measuring = not stopping and (fresh or not loop["measured"])  # whoever asks to stop may not wait long
+        if last or stopping or any(due(step, every) for every in (args.eval_every, args.save_every)):
+            meter.flush()
 
         if due(step, args.eval_every, last) and measuring:
             val_batches = loader(val_tasks, eval_lanes, buffer_size=32)

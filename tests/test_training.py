@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from nanochat import training
 from nanochat.common import Compute, UserError
 from nanochat.optim import MuonAdamW
-from nanochat.training import LossScale, Meter, StopSignal, due, inherit, set_rates, train_step
+from nanochat.training import LossScale, Meter, StopSignal, due, inherit, largest_batch, set_rates, train_step
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 
@@ -53,6 +53,36 @@ def batch(B, T, supervised, seed):
     keep = torch.zeros(B * T, dtype=torch.bool)
     keep[torch.randperm(B * T, generator=g)[:supervised]] = True
     return x, torch.where(keep.view(B, T), y, -1)
+
+
+def test_a_step_waits_for_nothing_and_compiles_once():
+    """Reading a number of a tensor, which would wait for a GPU, happens nowhere, and rates may change without a new graph."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from nanochat.gpt import GPT, GPTConfig
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "this waits"
+            return function(*args, **(kwargs or {}))
+
+    with torch.device("meta"):
+        model = GPT(GPTConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=1, n_kv_head=1, n_embd=64))
+    model.to_empty(device="cpu")
+    model.init_weights(torch.float32)
+    optimizer = MuonAdamW(model.param_groups())
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    tokens = torch.randint(0, 64, (2, 32), dtype=torch.int32)
+    pair = tokens, tokens.long()
+    train_step(compiled, optimizer, [pair], CPU, count=64)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(1, 4):
+            set_rates(optimizer, step, step / 4, 2, 0.5, 0.1)
+            train_step(compiled, optimizer, [pair, pair], CPU, count=128)
+    with NoReading():
+        train_step(model, optimizer, [pair, pair], CPU, count=128)
+    with NoReading(), pytest.raises(AssertionError, match="this waits"):
+        train_step(model, optimizer, [pair, pair], CPU)  # the mode sees it
 
 
 def test_every_token_weighs_the_same_whichever_micro_batch_it_came_in():
@@ -152,6 +182,54 @@ def test_the_smoothed_loss_is_debiased_and_resumes(tmp_path, capsys):
     resumed.stop(3, 0.5, torch.tensor(3.0), 1.0, 1)
     again = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in again] == [line["loss"] for line in lines]
+
+
+def test_on_a_gpu_a_step_is_told_of_when_the_next_is_on_its_way(tmp_path):
+    class Loss:
+        """Notes when it is read, which is what waits for a GPU."""
+
+        def __init__(self, value):
+            self.value = value
+
+        def item(self):
+            read.append(self.value)
+            return self.value
+
+    m, read = meter(tmp_path), []
+    m.lags = True
+    seen = []
+    for step in (1, 2, 3):
+        m.start()
+        time.sleep(0.02)
+        m.stop(step, step / 6, Loss(float(step)), 1.0, 1)
+        seen.append(list(read))
+    assert seen == [[], [1.0], [1.0, 2.0]]
+    m.flush()  # before a measurement, say, whose time is not a step's
+    m.flush()
+    assert read == [1.0, 2.0, 3.0] and m.state(3)["step"] == 3
+    time.sleep(0.2)
+    m.start()
+    m.stop(4, 4 / 6, Loss(math.nan), 1.0, 1)
+    with pytest.raises(UserError, match="step 4"):
+        m.flush()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["raw_loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert m.total_time < 0.2
+
+
+def test_the_largest_batch_that_does_not_run_out_of_memory():
+    tried = []
+
+    def attempt(rows, most=24):
+        tried.append(rows)
+        if rows > most:
+            raise torch.OutOfMemoryError
+
+    assert largest_batch(attempt, 128) == 16 and tried == [128, 64, 32, 16]
+    with pytest.raises(UserError, match="not even one row"):
+        largest_batch(lambda rows: attempt(rows, most=0), 4)
+    with pytest.raises(ZeroDivisionError):
+        largest_batch(lambda rows: 1 / 0)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
