@@ -24,7 +24,7 @@ except ModuleNotFoundError:  # Python 3.10; pytest brings its twin
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("nanochat", "tasks", "scripts")
 # Used where they happen to be installed, found with find_spec, never required.
-OPTIONAL = {"cudnn", "flash_attn", "flash_attn_interface", "kernels"}
+OPTIONAL = {"cudnn", "flash_attn", "flash_attn_interface", "kernels", "triton"}
 
 
 def module_name(path):

@@ -1,0 +1,46 @@
+"""The Triton kernel, in Triton's interpreter, against attention written out. Skipped where there is no Triton."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which PyTorch for CUDA brings along")
+
+# In a process of its own: the interpreter is chosen before Triton is imported.
+CHECK = """
+import itertools, torch
+from nanochat.decode_attention import decode_attention
+from nanochat.flash_attention import flash_attn_with_kvcache
+
+generator = torch.Generator().manual_seed(0)
+def random(*shape): return torch.randn(*shape, generator=generator)
+cases = itertools.product([(1, 1), (2, 2), (4, 2), (3, 1)], [-1, 0, 5, 70, 1000], [[0], [3], [63, 64], [199, 0, 128], [65] * 5])
+for number, ((H, H_kv), window, lengths) in enumerate(cases):
+    B, S, D = len(lengths), 200, 16
+    rows = torch.randperm(7, generator=generator)[:B].int()
+    caches = [random(7, S, H_kv, D) for _ in range(2)]
+    theirs = [cache.clone() for cache in caches]
+    q, k, v = random(B, 1, H, D), random(B, 1, H_kv, D), random(B, 1, H_kv, D)
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    chosen = None if number % 3 == 0 else rows
+    for row, length in enumerate(lengths):  # what lies beyond is of others and must not be read
+        caches[0][row if chosen is None else rows[row], length:] = float("nan")
+    y = decode_attention(q, *caches, k, v, lengths, chosen, window)
+    expected = flash_attn_with_kvcache(q, *theirs, k=k, v=v, cache_seqlens=lengths, cache_batch_idx=chosen, window_size=(window, 0))
+    assert torch.allclose(y, expected, atol=1e-5), (H, H_kv, window, lengths, (y - expected).abs().max())
+    for b, length in enumerate(lengths):
+        row = b if chosen is None else rows[b]
+        for ours, other in zip(caches, theirs):
+            assert torch.equal(ours[row, : length + 1], other[row, : length + 1]), "the new token stands in the cache"
+print("same", number + 1)
+"""
+
+
+def test_it_is_attention_to_the_cache():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
+    result = subprocess.run([sys.executable, "-c", CHECK], env=env, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0 and "same 100" in result.stdout, result.stdout + result.stderr
