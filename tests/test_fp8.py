@@ -1,0 +1,264 @@
+"""Float8 products: against float64 by what their bits allow, against an emulation to the last digit, inside a model."""
+
+import pytest
+import torch
+
+from nanochat import fp8
+from nanochat.common import Compute
+from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.optim import MuonAdamW
+from nanochat.training import train_step
+
+CPU = torch.device("cpu")
+HAS_FLOAT8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
+def make(dtype=torch.float32, seed=0, **changes) -> GPT:
+    config = GPTConfig(**{"sequence_len": 64, "vocab_size": 12, "n_layer": 2, "n_head": 1, "n_kv_head": 1, "n_embd": 128, **changes})
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    torch.manual_seed(seed)
+    model.init_weights(dtype)
+    return model
+
+
+def with_noise(model: GPT) -> GPT:
+    """The projections start at zero; noise lets every path be seen."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn(p.shape)
+    return model
+
+
+def ids(seed=1, B=2, T=64):
+    return torch.randint(0, 12, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def operands(M=256, K=128, N=512, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(*size, generator=rng) for size in ((M, K), (N, K), (M, N)))
+    return x.to(dtype), weight, grad.to(dtype)
+
+
+def product_and_gradients(x, weight, grad):
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = fp8.Float8Product.apply(x, weight)
+    y.backward(grad)
+    return y.detach(), x.grad, weight.grad
+
+
+def error(low, exact):
+    return ((low - exact).norm() / exact.norm()).item()
+
+
+# -----------------------------------------------------------------------------
+# One product
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_FLOAT8, reason="no float8 here"))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_errors_are_those_of_float8(dtype, device):
+    """Rounding to m bits of mantissa is off by (1/2 to 1) * 2^-m / sqrt(12) of a number; those of two factors add as squares."""
+    x, weight, grad = (t.to(device) for t in operands(dtype=dtype))
+    y, d_x, d_weight = product_and_gradients(x, weight, grad)
+    assert (y.dtype, d_x.dtype, d_weight.dtype) == (dtype, dtype, torch.float32)
+    x, weight, grad = x.double(), weight.double(), grad.double()
+    e4m3, e5m2 = 2**-3 / 12**0.5, 2**-2 / 12**0.5
+    for low, exact, largest in (
+        (y, x @ weight.t(), (e4m3**2 + e4m3**2) ** 0.5),  # 5.1%
+        (d_x, grad @ weight, (e5m2**2 + e4m3**2) ** 0.5),  # 8.1%
+        (d_weight, grad.t() @ x, (e5m2**2 + e4m3**2) ** 0.5),
+    ):
+        assert largest / 2 < error(low, exact) < largest
+
+
+def emulated(x, mantissa, smallest, largest):
+    """float32 x as float8 would hold it: `mantissa` bits, exponents from `smallest` on, its largest element at `largest`."""
+    scale = x.abs().max() / largest
+    scaled = (x / scale).double()
+    step = 2.0 ** ((torch.frexp(scaled).exponent - 1).clamp(min=smallest) - mantissa)
+    return (scaled / step).round() * step * scale.double()  # half goes to even, as in the hardware
+
+
+def test_the_emulated_twin_says_the_same():
+    x, weight, grad = operands()
+    y, d_x, d_weight = product_and_gradients(x, weight, grad)
+    x8, w8, g8 = emulated(x, 3, -6, 448), emulated(weight, 3, -6, 448), emulated(grad, 2, -14, 57344)
+    for low, exact in ((y, x8 @ w8.t()), (d_x, g8 @ w8), (d_weight, g8.t() @ x8)):
+        assert error(low, exact) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [fp8.E4M3, fp8.E5M2])
+@pytest.mark.parametrize("size", [3e38, 1e10, 1.0, 1e-10, 1e-28])
+def test_a_scale_fits_any_size(dtype, size):
+    """Also where all else is tiny beside one element, which must not push it out of the range."""
+    x = torch.linspace(-1, 1, 256).view(16, 16) * size
+    x[3, 3] = size
+    low, scale = fp8.to_float8(x, dtype)
+    assert scale.dtype == torch.float32 and scale.shape == ()
+    assert low.float().abs().max() == torch.finfo(dtype).max
+    assert (low.double() * scale.double() - x.double()).abs().max() <= size * (2**-4 if dtype == fp8.E4M3 else 2**-3)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38])
+def test_nothing_is_divided_by_nothing(size):
+    zero = torch.full((16, 128), size)
+    low, scale = fp8.to_float8(zero, fp8.E4M3)
+    assert low.float().abs().max() <= 1e-5 and scale > 0
+    for operand in range(3):
+        parts = list(operands(16, 128, 128))
+        parts[operand] = torch.full_like(parts[operand], size)
+        assert all(torch.isfinite(result).all() for result in product_and_gradients(*parts))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_seen(bad):
+    """So that float16's loss scale finds its overflows, and the meter a loss that is none."""
+    x, weight, grad = operands(16, 128, 128)
+    grad[2, 3] = bad
+    assert not product_and_gradients(x, weight, grad)[2].isfinite().all()
+    x[2, 3] = bad
+    assert not product_and_gradients(x, weight, grad)[0].isfinite().all()
+
+
+def test_layouts_are_those_that_cuda_asks_for():
+    """A CPU multiplies any layout; tensors on the meta device are held to CUDA's rules. Ours may come transposed or expanded."""
+    a, b, one = torch.empty(64, 128, dtype=fp8.E4M3, device="meta"), torch.empty(128, 256, dtype=fp8.E4M3, device="meta"), torch.ones(())
+    with pytest.raises(RuntimeError, match="col_major"):
+        torch._scaled_mm(a, b, one, one)
+    weight = torch.empty(256, 128, device="meta", requires_grad=True)
+    for x in (torch.empty(64, 128, device="meta"), torch.empty(128, 64, device="meta").t()):
+        for grad in (torch.empty(64, 256, device="meta"), torch.empty(256, 64, device="meta").t(), torch.empty(256, device="meta").expand(64, 256)):
+            x = x.detach().requires_grad_()
+            y = fp8.Float8Product.apply(x, weight)
+            y.backward(grad)
+            assert (y.shape, x.grad.shape, weight.grad.shape) == ((64, 256), (64, 128), (256, 128))
+
+
+# -----------------------------------------------------------------------------
+# In a model
+
+
+def test_only_large_linears_of_the_blocks_are_converted():
+    model = make(n_embd=256, n_head=2, n_kv_head=1)
+    assert fp8.convert(model) == 12  # q, k, v, projection and two of the MLP, twice
+    others = [name for name, module in model.named_modules() if type(module) is Linear]
+    assert others == ["transformer.h.1.attn.ve_gate", "lm_head", "smear_gate"]
+
+
+@pytest.mark.parametrize("n_in, n_out, yes", [(128, 128, True), (128, 1280, True), (112, 1280, False), (1280, 112, False),
+                                              (1288, 1280, False), (1280, 1288, False), (144, 272, True)])  # fmt: skip
+def test_what_pays(n_in, n_out, yes):
+    assert fp8.pays(Linear(n_in, n_out)) is yes
+
+
+def test_what_is_saved_and_what_is_optimized_stay_the_same():
+    model, plain = make(), make()
+    fp8.convert(model)
+    ours, theirs = model.state_dict(), plain.state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    names = [[name for name, _ in group["params"]] for group in model.param_groups()]
+    assert names == [[name for name, _ in group["params"]] for group in plain.param_groups()]
+    assert model.estimate_flops() == plain.estimate_flops()
+    plain.load_state_dict(ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_is_that_of_the_model_before(dtype):
+    plain, model = (with_noise(make(dtype)) for _ in range(2))
+    fp8.convert(model)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert torch.equal(model(ids()), plain(ids()))
+            assert torch.equal(model(ids(), ids(2), loss_reduction="none"), plain(ids(), ids(2), loss_reduction="none"))
+    assert not torch.equal(model(ids(), ids(2)), plain(ids(), ids(2)))  # with gradients it is float8
+
+
+def test_rows_that_are_no_multiple_of_16_go_the_old_way():
+    plain, model = (with_noise(make()) for _ in range(2))
+    fp8.convert(model)
+    assert torch.equal(model(ids(T=60), ids(2, T=60)), plain(ids(T=60), ids(2, T=60)))  # 120 rows
+
+
+def test_a_compiled_step_is_one_graph_and_stays_it(monkeypatch):
+    """No graph break, no second compilation while weights change and evaluations come between, and the uncompiled numbers."""
+    model = with_noise(make(n_layer=1))
+    fp8.convert(model)
+    assert torch._dynamo.explain(model)(ids(), ids(2)).graph_break_count == 0
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    compiled = torch.compile(model.hidden, backend="aot_eager", fullgraph=True, dynamic=False)  # the loss is no part of this
+    blocks = {name: p for name, p in model.named_parameters() if name.startswith("transformer.h.")}
+    pull = torch.randn(2, 64, 128)
+    for step in range(3):
+        expected = torch.autograd.grad((model.hidden(ids(step)) * pull).sum(), blocks.values())
+        grads = torch.autograd.grad((compiled(ids(step)) * pull).sum(), blocks.values())
+        for name, ours, eager in zip(blocks, grads, expected):
+            assert torch.allclose(ours, eager, atol=1e-4 * eager.abs().max()), name
+        with torch.no_grad():
+            model(ids(step))
+            for p, grad in zip(blocks.values(), grads):
+                p -= 1e-3 * grad
+    torch._dynamo.reset()
+
+
+def noisy_table(steps, B=8, T=64, vocab=12):
+    """Batches in which a token follows, four times out of five, from the two before it: for the blocks to find out."""
+    rng = torch.Generator().manual_seed(1)
+    table = torch.randint(0, vocab, (vocab, vocab), generator=rng)
+    for _ in range(steps):
+        rows = torch.randint(0, vocab, (B, T + 1), generator=rng)
+        told = torch.rand(B, T + 1, generator=rng) < 0.8
+        for t in range(2, T + 1):
+            rows[:, t] = torch.where(told[:, t], table[rows[:, t - 2], rows[:, t - 1]], rows[:, t])
+        yield rows[:, :-1], rows[:, 1:]
+
+
+def test_training_follows_that_of_float32():
+    """The last losses differ by some 0.02 nats, either way. Four seeds of the initial weights spread them from 1.50 to 1.61."""
+
+    def last_losses(float8):
+        model = make()
+        if float8:
+            fp8.convert(model)
+        optimizer = MuonAdamW(model.param_groups())
+        losses = [train_step(model, optimizer, [batch], Compute(CPU, torch.float32)).item() for batch in noisy_table(30)]
+        assert losses[0] > 2.4 and all(loss == loss for loss in losses)  # log(12) = 2.48
+        return sum(losses[-5:]) / 5
+
+    full, low = last_losses(False), last_losses(True)
+    assert full < 1.8 and full != low and abs(full - low) < 0.06, (full, low)
+
+
+# -----------------------------------------------------------------------------
+# Where it is possible
+
+
+def test_a_chip_without_float8_is_told_in_one_line(monkeypatch):
+    assert "compute capability 8.9" in fp8.obstacle(CPU, torch.float32) and "a cpu" in fp8.obstacle(CPU, torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    told = fp8.obstacle(torch.device("cuda"), torch.bfloat16)
+    assert told.endswith("NVIDIA A100 has 8.0") and "\n" not in told
+
+
+def test_a_chip_that_should_have_it_is_tried(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    trial, cuda = fp8.trial, torch.device("cuda")
+    monkeypatch.setattr(fp8, "trial", lambda device, dtype: trial(CPU, dtype))
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        assert fp8.obstacle(cuda, torch.bfloat16) is None
+    assert torch.equal(torch.get_rng_state(), before)
+
+    def refuses(*args, **kwargs):
+        raise RuntimeError("no kernel\nfor this")
+
+    original = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", refuses)
+    assert fp8.obstacle(cuda, torch.bfloat16) == "float8 products fail here: RuntimeError: no kernel"
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: 1.5 * original(*args, **kwargs))
+    assert "wrong here, by 5" in fp8.obstacle(cuda, torch.bfloat16)
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: float("nan") * original(*args, **kwargs))
+    assert "wrong here, by nan" in fp8.obstacle(cuda, torch.bfloat16)
