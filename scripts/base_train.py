@@ -41,7 +41,7 @@ def main(argv=None):
     parser.add_argument("--warmup-steps", type=int, default=40, help="learning rates rise (at most a twentieth of the run)")
     parser.add_argument("--warmdown-ratio", type=float, default=0.65, help="share of the run in which they fall")
     parser.add_argument("--final-lr-frac", type=float, default=0.05, help="to this part of themselves")
-    parser.add_argument("--fp8", action="store_true", help="float8 matrix products (Hopper and later)")
+    parser.add_argument("--fp8", action="store_true", help="train in float8 where the GPU can (compute capability 8.9 or more)")
     # along the way
     parser.add_argument("--resume-from-step", default="-1", help="go on from a saved step, or from 'latest'")
     parser.add_argument("--eval-every", type=int, default=250, help="steps between measurements of val bpb (-1: at the end)")
@@ -57,7 +57,7 @@ def main(argv=None):
 
     import torch
 
-    from nanochat import report
+    from nanochat import fp8, report
     from nanochat.checkpoint_manager import checkpoint_dir
     from nanochat.core_eval import evaluate_core, fetch_bundle
     from nanochat.dataloader import (
@@ -93,8 +93,6 @@ def main(argv=None):
     )
 
     compute = compute_init(args.device_type)
-    if args.fp8:
-        raise UserError("--fp8 needs a Hopper GPU and is not supported yet; leave it out")
     tokenizer = get_tokenizer()
     tag = args.model_tag or f"d{args.depth}"
     saver = Saver(checkpoint_dir("base", tag), compute, args.keep_last)
@@ -119,6 +117,11 @@ def main(argv=None):
     print0(f"model d{args.depth}: width {width}, {n_head} heads, {counts['total'] / 1e6:.1f}M parameters "
            f"({counts['scaling'] / 1e6:.1f}M scaling), {flops_per_token / 1e6:.0f} MFLOPs per token, "
            f"{compute.dtype} on {compute.device.type}")
+    if args.fp8:
+        if obstacle := fp8.obstacle(compute.device, compute.dtype):
+            print0(f"--fp8 is skipped, training goes on in {compute.dtype}: {obstacle}")
+        else:
+            print0(f"{fp8.convert(model)} matrix products per pass in float8; evaluation stays in {compute.dtype}")
 
     # Horizon, batch and rates
     compiled = compile_model(model, compute)
