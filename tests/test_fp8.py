@@ -181,25 +181,25 @@ def test_rows_that_are_no_multiple_of_16_go_the_old_way():
     assert torch.equal(model(ids(T=60), ids(2, T=60)), plain(ids(T=60), ids(2, T=60)))  # 120 rows
 
 
-def test_a_compiled_step_is_one_graph_and_stays_it(monkeypatch):
+def test_a_compiled_step_is_one_graph_and_stays_it():
     """No graph break, no second compilation while weights change and evaluations come between, and the uncompiled numbers."""
     model = with_noise(make(n_layer=1))
     fp8.convert(model)
     assert torch._dynamo.explain(model)(ids(), ids(2)).graph_break_count == 0
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     compiled = torch.compile(model.hidden, backend="aot_eager", fullgraph=True, dynamic=False)  # the loss is no part of this
     blocks = {name: p for name, p in model.named_parameters() if name.startswith("transformer.h.")}
     pull = torch.randn(2, 64, 128)
-    for step in range(3):
-        expected = torch.autograd.grad((model.hidden(ids(step)) * pull).sum(), blocks.values())
-        grads = torch.autograd.grad((compiled(ids(step)) * pull).sum(), blocks.values())
-        for name, ours, eager in zip(blocks, grads, expected):
-            assert torch.allclose(ours, eager, atol=1e-4 * eager.abs().max()), name
-        with torch.no_grad():
-            model(ids(step))
-            for p, grad in zip(blocks.values(), grads):
-                p -= 1e-3 * grad
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(3):
+            expected = torch.autograd.grad((model.hidden(ids(step)) * pull).sum(), blocks.values())
+            grads = torch.autograd.grad((compiled(ids(step)) * pull).sum(), blocks.values())
+            for name, ours, eager in zip(blocks, grads, expected):
+                assert torch.allclose(ours, eager, atol=1e-4 * eager.abs().max()), name
+            with torch.no_grad():
+                model(ids(step))
+                for p, grad in zip(blocks.values(), grads):
+                    p -= 1e-3 * grad
     torch._dynamo.reset()
 
 
