@@ -84,7 +84,6 @@ def main(argv=None):
         warm_start,
     )
     from tasks.arc import ARC
-    from tasks.common import available_tasks
     from tasks.gsm8k import GSM8K
     from tasks.sample_world import ARITHMETIC, SampleWorld
     from tasks.spellingbee import SpellingBee
@@ -123,7 +122,9 @@ def main(argv=None):
         "SampleWorld": lambda: (SampleWorld("questions"), SampleWorld("test")),
         "SampleArithmetic": lambda: (SampleWorld("questions", kinds=ARITHMETIC), SampleWorld("test", kinds=ARITHMETIC)),
     }
-    ((task, held_out),) = available_tasks(makers, args.task, compute).values()
+    if args.task not in makers:
+        raise UserError(f"--task {args.task} is not one of {', '.join(makers)}")
+    task, held_out = compute.main_first(makers[args.task])
     num_steps = args.num_iterations if args.num_iterations > 0 else max(1, int(args.num_epochs * len(task) / args.examples_per_step))
 
     def questions_of(step):
