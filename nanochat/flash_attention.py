@@ -4,28 +4,169 @@ The layout and the arguments are Flash Attention's: tensors are (B, T, H, D), ke
 values may have fewer heads than queries (grouped-query attention), and `window_size` is
 `(left, 0)`: a query sees `left` tokens before itself and itself; -1 means no limit.
 
-Flash Attention 3 is used on Hopper where it is installed. Everywhere else PyTorch's own
-`scaled_dot_product_attention` does the work, and a window is still not paid in full:
-queries are cut into blocks of the window's length, and each block attends to its own
+On a GPU the fastest kernel that is right is chosen once for each kind of call (`choose`): those of
+`attention_backends` run forward and backward, plain and compiled, against exact attention in
+float32, and what raises or strays is passed over with its reason. Everywhere else, and behind
+them all, PyTorch's `scaled_dot_product_attention` does the work, and a window is still not paid
+in full: queries are cut into blocks of the window's length, and each block attends to its own
 keys and those of the block before. That is exact and costs O(T * window).
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-HAS_FA3 = find_spec("flash_attn_interface") is not None  # installed; whether it suits the chip is asked at the call
-_override_impl = None  # tests set "fa3" or "sdpa"
+from nanochat import attention_backends
+from nanochat.common import UserError, print0
+
+HAS_FA3 = any(find_spec(name) is not None for name in ("flash_attn_interface", "kernels"))  # whether it runs, `choose` sees
+_override_impl = None  # tests and benchmarks set "sdpa" or a name of attention_backends.BACKENDS
+
+TRIED_ON = ("cuda",)  # the devices that have a choice
+TRIED_TOKENS = 2048  # some kernels refuse long sequences only
+MAX_ERROR = 2e-2  # relative to exact attention; rounding to bfloat16 makes 5e-3 of it, a mask off by one 0.8
 
 
-def _use_fa3(q: torch.Tensor) -> bool:
-    if _override_impl is not None:
-        return _override_impl == "fa3"
-    return HAS_FA3 and q.is_cuda and q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device)[0] == 9
+# -----------------------------------------------------------------------------
+# The choice
+
+_chosen = {}  # kind of call -> (name, function)
+_said = set()
+
+
+def choose(device, dtype: torch.dtype, n_head: int, n_kv_head: int, head_dim: int, window: int = -1) -> str:
+    """The name of what attends in calls of this kind; the first time it is found out, in seconds, and told in one line.
+
+    To be called before a model is compiled or captured in a CUDA graph, once for each of its windows; an eager
+    call does it by itself. Raises UserError where `_override_impl` names what does not run here.
+    """
+    return _choice(device, dtype, (n_head, n_kv_head, head_dim), window)[0]
+
+
+def choose_cached(device, dtype: torch.dtype, n_head: int, n_kv_head: int, head_dim: int) -> str:
+    """The same for `flash_attn_with_kvcache`: "fa3" or "sdpa"."""
+    return _choice(device, dtype, (n_head, n_kv_head, head_dim), "cache")[0]
+
+
+def _choice(device, dtype, heads, use):
+    """(name, function) for a window, or for a cache when `use` is "cache"."""
+    device = torch.device(device)
+    if _override_impl == "sdpa" or _override_impl is None and device.type not in TRIED_ON:
+        return "sdpa", _cached if use == "cache" else _blockwise
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    key = (device, dtype, heads, use, _override_impl)
+    if key not in _chosen:  # a compiled graph takes what it finds for a constant, and is made anew if that changes
+        if torch.compiler.is_compiling() or device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("call flash_attention.choose (choose_cached) for this shape before compiling or capturing")
+        _chosen[key] = _try_all(device, dtype, heads, use)
+    return _chosen[key]
+
+
+def _try_all(device, dtype, heads, use):
+    if _override_impl is not None and _override_impl not in attention_backends.BACKENDS:
+        raise UserError(f"no attention is called {_override_impl!r}; there are sdpa, {', '.join(attention_backends.BACKENDS)}")
+    names = attention_backends.order(device) if _override_impl is None else (_override_impl,)
+    load, check, reasons = _load, _check, []
+    if use == "cache":
+        names, load, check = [name for name in names if name == "fa3"], _load_cached, _check_cached
+    if dtype not in (torch.bfloat16, torch.float16):
+        names, reasons = [], [f"no kernel takes {str(dtype).removeprefix('torch.')}"]
+    for name in names:
+        try:
+            attend = load(name, device)
+            if isinstance(attend, Exception):
+                raise attend
+            check(attend, device, dtype, heads, use)
+            break
+        except Exception as error:  # of any kind: it is shown, and what comes next is tried
+            reasons.append(f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0][:100]}")
+    else:
+        name, attend = "sdpa", _cached if use == "cache" else _blockwise
+        if _override_impl is not None and (use != "cache" or _override_impl == "fa3"):
+            raise UserError(f"attention was told to be {_override_impl}, which does not run here: {'; '.join(reasons)}")
+    found = name + (f" ({'; '.join(reasons)})" if reasons else "")
+    if (use == "cache", found) not in _said:  # windows mostly find what the full context has found
+        _said.add((use == "cache", found))
+        where = " with a cache" if use == "cache" else f" in a window of {use}" if use >= 0 else ""
+        print0(f"attention{where}: {found}")
+    return name, attend
+
+
+@lru_cache(maxsize=None)
+def _load(name: str, device: torch.device):
+    """The function of that name or, so that nobody asks twice, what it raised."""
+    try:
+        return attention_backends.BACKENDS[name](device)
+    except Exception as error:
+        return error
+
+
+def _load_cached(name: str, device: torch.device):
+    attend = _load(name, device)
+    return attend if isinstance(attend, Exception) else attention_backends.fa3_module().flash_attn_with_kvcache
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _check(attend, device, dtype, heads, window) -> None:
+    """Raise unless `attend` agrees with exact attention, forward and backward, plain and as one compiled graph.
+
+    Queries look out for three keys that an error by one would show or hide: the next token's, the first one in
+    the window and the last one out of it.
+    """
+    import torch._dynamo
+
+    H, H_kv, D = heads
+    T = max(TRIED_TOKENS, 2 * window)
+    g = torch.Generator(device).manual_seed(0)
+    q, k, v, d_y = (torch.randn(2, T, h, D, generator=g, device=device) for h in (H, H_kv, H_kv, H))
+    for distance in (-1, window, window + 1) if window >= 0 else (-1,):
+        q += 6 / D**0.5 * k.roll(distance, dims=1).repeat_interleave(H // H_kv, dim=2)
+    inputs = [x.to(dtype) for x in (q, k, v, d_y)]
+
+    def run(attend, q, k, v, d_y):
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        y = attend(*leaves, window)
+        return y.detach(), *torch.autograd.grad(y, leaves, d_y)
+
+    expected = run(_blockwise, *(x.float() for x in inputs))
+    with torch._dynamo.config.patch(recompile_limit=256):  # one for each kind of call that is ever tried
+        for how in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=False)):
+            _compare(("y", "dq", "dk", "dv"), run(how, *(x.clone() for x in inputs)), expected)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _check_cached(attend, device, dtype, heads, _use) -> None:
+    """Raise unless `attend` agrees with `_cached` for two rows out of four, of unlike lengths, with and without a window."""
+    H, H_kv, D = heads
+    g = torch.Generator(device).manual_seed(0)
+    shapes = ((2, 2, H), (4, 300, H_kv), (4, 300, H_kv), (2, 3, H_kv), (2, 3, H_kv))
+    inputs = [torch.randn(*shape, D, generator=g, device=device).to(dtype) for shape in shapes]
+    lengths, rows = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([7, 280], [2, 0]))
+    for window in (-1, 5):
+        found = []
+        for how, xs in ((attend, [x.clone() for x in inputs]), (_cached, [x.float() for x in inputs])):
+            y = how(*xs, cache_seqlens=lengths, cache_batch_idx=rows, causal=True, window_size=(window, 0))
+            found.append((y, *xs[1:3]))
+        _compare(("y", "the key cache", "the value cache"), *found)
+
+
+def _compare(names, got, expected) -> None:
+    for name, a, b in zip(names, got, expected):
+        error = ((a.float() - b).norm() / b.norm()).item()
+        if not error <= MAX_ERROR:  # NaN is not
+            raise ValueError(f"{name} is wrong by {error:.2g}")
+
+
+# -----------------------------------------------------------------------------
+# Exact attention on any device
 
 
 def _sdpa(q, k, v, mask=None, causal=False):
@@ -67,25 +208,27 @@ def _windowed(q, k, v, window: int):
     return torch.cat([first, later], dim=2)[:, :, :T]
 
 
-def flash_attn_func(q, k, v, causal=True, window_size=(-1, -1)):
-    """Self-attention over whole sequences.
-
-    q (B, T, H, D); k, v (B, T, H_kv, D) with H_kv dividing H; returns (B, T, H, D).
-    """
-    assert causal, "only causal attention is written"
-    if _use_fa3(q):
-        from flash_attn_interface import flash_attn_func as fa3
-
-        return fa3(q, k, v, causal=True, window_size=window_size)
-    left, T = window_size[0], q.size(1)
+def _blockwise(q, k, v, left: int):
+    """Causal attention of (B, T, H, D), exact and on any device."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if left < 0 or left >= T - 1:
+    if left < 0 or left >= q.size(2) - 1:
         y = _sdpa(q, k, v, causal=True)
     elif left == 0:  # each token sees itself alone
         y = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
     else:
         y = _windowed(q, k, v, left)
     return y.transpose(1, 2)
+
+
+def flash_attn_func(q, k, v, causal=True, window_size=(-1, -1)):
+    """Self-attention over whole sequences.
+
+    q (B, T, H, D); k, v (B, T, H_kv, D) with H_kv dividing H; returns (B, T, H, D).
+    """
+    assert causal, "only causal attention is written"
+    left = window_size[0] if 0 <= window_size[0] < q.size(1) - 1 else -1
+    _, attend = _choice(q.device, q.dtype, (q.size(2), k.size(2), q.size(3)), left)
+    return attend(q, k, v, left)
 
 
 def flash_attn_with_kvcache(
@@ -100,13 +243,17 @@ def flash_attn_with_kvcache(
     `cache_seqlens` forward. Returns (B, Q, H, D).
     """
     assert causal, "only causal attention is written"
-    if _use_fa3(q):
-        from flash_attn_interface import flash_attn_with_kvcache as fa3
+    attend = _cached  # in a compiled graph always: Flash Attention 3 writes to the cache behind the compiler's back
+    if not torch.compiler.is_compiling():
+        _, attend = _choice(q.device, q.dtype, (q.size(2), k_cache.size(2), q.size(3)), "cache")
+    return attend(
+        q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx,
+        causal=True, window_size=window_size,
+    )  # fmt: skip
 
-        return fa3(
-            q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx,
-            causal=True, window_size=window_size,
-        )  # fmt: skip
+
+def _cached(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, cache_batch_idx=None, causal=True, window_size=(-1, -1)):
+    """The same, exact and on any device."""
     B, Q = q.shape[:2]
     T = Q if k is None else k.size(1)
     rows = torch.arange(B, device=q.device) if cache_batch_idx is None else cache_batch_idx
@@ -128,8 +275,8 @@ def flash_attn_with_kvcache(
 def _cached_by_groups(q, k_cache, v_cache, rows: list[int], starts: list[int], window: int):
     """The same where reading a number costs nothing: only keys that are seen are read, and none is copied.
 
-    The queries of a row stand at `starts` and after. Rows that lie next to one another in the cache and are about as long are one call; others are calls of
-    their own. A row that is alone needs no mask.
+    The queries of a row stand at `starts` and after. Rows that lie next to one another in the cache and are about
+    as long are one call; others are calls of their own. A row that is alone needs no mask.
     """
     Q, outputs, first = q.size(1), [], 0
     for group in _groups(rows, starts):
