@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from nanochat import attention_backends
 from nanochat.common import UserError, print0
+from nanochat.decode_attention import decode_attention
 
 HAS_FA3 = any(find_spec(name) is not None for name in ("flash_attn_interface", "kernels"))  # whether it runs, `choose` sees
 _override_impl = None  # tests and benchmarks set "sdpa" or a name of attention_backends.BACKENDS
@@ -49,7 +50,7 @@ def choose(device, dtype: torch.dtype, n_head: int, n_kv_head: int, head_dim: in
 
 
 def choose_cached(device, dtype: torch.dtype, n_head: int, n_kv_head: int, head_dim: int) -> str:
-    """The same for `flash_attn_with_kvcache`: "fa3" or "sdpa"."""
+    """The same for `flash_attn_with_kvcache`: "fa3", "triton" or "sdpa"."""
     return _choice(device, dtype, (n_head, n_kv_head, head_dim), "cache")[0]
 
 
@@ -75,6 +76,7 @@ def _try_all(device, dtype, heads, use):
     load, check, reasons = _load, _check, []
     if use == "cache":
         names, load, check = [name for name in names if name == "fa3"], _load_cached, _check_cached
+        names += ["triton"] if _override_impl is None else []
     if dtype not in (torch.bfloat16, torch.float16):
         names, reasons = [], [f"no kernel takes {str(dtype).removeprefix('torch.')}"]
     for name in names:
@@ -108,6 +110,8 @@ def _load(name: str, device: torch.device):
 
 
 def _load_cached(name: str, device: torch.device):
+    if name == "triton":
+        return _triton_cached
     attend = _load(name, device)
     return attend if isinstance(attend, Exception) else attention_backends.fa3_module().flash_attn_with_kvcache
 
@@ -144,13 +148,16 @@ def _check(attend, device, dtype, heads, window) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _check_cached(attend, device, dtype, heads, _use) -> None:
-    """Raise unless `attend` agrees with `_cached` for two rows out of four, of unlike lengths, with and without a window."""
+    """Raise unless `attend` agrees with `_cached` for two rows out of four, of unlike lengths, with and without a window.
+
+    Both when three tokens are new and two of them ask, and when there is one.
+    """
     H, H_kv, D = heads
     g = torch.Generator(device).manual_seed(0)
-    shapes = ((2, 2, H), (4, 300, H_kv), (4, 300, H_kv), (2, 3, H_kv), (2, 3, H_kv))
-    inputs = [torch.randn(*shape, D, generator=g, device=device).to(dtype) for shape in shapes]
     lengths, rows = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([7, 280], [2, 0]))
-    for window in (-1, 5):
+    for new, asking, window in ((3, 2, -1), (3, 2, 5), (1, 1, -1), (1, 1, 5)):
+        shapes = ((2, asking, H), (4, 300, H_kv), (4, 300, H_kv), (2, new, H_kv), (2, new, H_kv))
+        inputs = [torch.randn(*shape, D, generator=g, device=device).to(dtype) for shape in shapes]
         found = []
         for how, xs in ((attend, [x.clone() for x in inputs]), (_cached, [x.float() for x in inputs])):
             y = how(*xs, cache_seqlens=lengths, cache_batch_idx=rows, causal=True, window_size=(window, 0))
@@ -270,6 +277,13 @@ def _cached(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, cache_batch
         k_cache, v_cache = k_cache.index_select(0, rows), v_cache.index_select(0, rows)
     q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
     return _sdpa(q, k.to(q.dtype), v.to(q.dtype), mask=mask[:, None]).transpose(1, 2)
+
+
+def _triton_cached(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=None, causal=True, window_size=(-1, -1)):
+    """The same, where one token is new by a kernel that copies nothing."""
+    if k.size(1) > 1:
+        return _cached(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, causal, window_size)
+    return decode_attention(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, window_size[0])
 
 
 def _cached_by_groups(q, k_cache, v_cache, rows: list[int], starts: list[int], window: int):

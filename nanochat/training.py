@@ -32,6 +32,7 @@ from nanochat.checkpoint_manager import (
     verify,
 )
 from nanochat.common import Compute, UserError, job_name, print0, restarts
+from nanochat.flash_attention import choose
 from nanochat.saver import Saver
 from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
 
@@ -58,7 +59,13 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def compile_model(model: torch.nn.Module, compute: Compute) -> torch.nn.Module:
-    """The model compiled for one static shape, or itself, with a word why, where nothing can compile it."""
+    """The model compiled for one static shape, or itself, with a word why, where nothing can compile it.
+
+    Its attention is chosen here: that tries kernels out, which cannot be done inside of a compiled graph.
+    """
+    config = model.config
+    for window in sorted({*model.window_sizes, -1}):
+        choose(compute.device, compute.dtype, config.n_head, config.n_kv_head, config.n_embd // config.n_head, window)
     if compute.device.type == "mps":
         return model
     if compute.device.type == "cpu":

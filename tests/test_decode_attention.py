@@ -1,4 +1,4 @@
-"""The Triton kernel, in Triton's interpreter, against attention written out. Skipped where there is no Triton."""
+"""The Triton kernel, in Triton's interpreter, against exact attention to the cache. Skipped where there is no Triton."""
 
 import os
 import subprocess
@@ -37,6 +37,10 @@ for number, ((H, H_kv), window, lengths) in enumerate(cases):
         for ours, other in zip(caches, theirs):
             assert torch.equal(ours[row, : length + 1], other[row, : length + 1]), "the new token stands in the cache"
 print("same", number + 1)
+
+from nanochat import attention_backends, flash_attention
+flash_attention.TRIED_ON, attention_backends.order = ("cpu",), lambda device: ()
+print("chosen:", flash_attention.choose_cached("cpu", torch.bfloat16, 4, 2, 16))
 """
 
 
@@ -44,3 +48,4 @@ def test_it_is_attention_to_the_cache():
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
     result = subprocess.run([sys.executable, "-c", CHECK], env=env, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0 and "same 100" in result.stdout, result.stdout + result.stderr
+    assert "chosen: triton" in result.stdout, "it is tried before it is used, and found right"

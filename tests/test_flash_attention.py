@@ -326,7 +326,7 @@ def writing_elsewhere(q, k_cache, *rest, **more):
         (cached_with(), "fa3"),
         (cached_with(window_size=(-1, -1)), "sdpa (fa3: y is wrong by"),
         (writing_elsewhere, "sdpa (fa3: the key cache is wrong by"),
-        (fails, "sdpa (fa3: this release has no)"),
+        (fails, "sdpa (fa3: this release has no"),
     ],
 )
 def test_a_kernel_for_the_cache_is_tried_too(tried, monkeypatch, capsys, attend, said):

@@ -78,7 +78,7 @@ def test_the_model_knows_nothing_of_data_files_or_scripts():
     while todo:
         reached |= (new := our_imports(todo.pop()) - reached)
         todo += new
-    attention = {"nanochat.flash_attention", "nanochat.attention_backends"}
+    attention = {"nanochat.flash_attention", "nanochat.attention_backends", "nanochat.decode_attention"}
     assert reached <= {"nanochat.common", "nanochat.cross_entropy", *attention}
 
 

@@ -126,10 +126,35 @@ def check_attention(args, device, dtype) -> dict:
 
 
 def backends(device, dtype, left: int) -> dict:
-    """name -> function (q, k, v, left) of every way to attend that this machine has."""
-    from nanochat.flash_attention import flash_attn
+    """name -> function (q, k, v, left) of every way to attend that runs and is right on this machine; says why others do not."""
+    from nanochat import flash_attention
+    from nanochat.attention_backends import order
+    from nanochat.common import UserError
 
-    return {"sdpa": lambda q, k, v, left: flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))}
+    found = {}
+    for name in ("sdpa", *(order(device) if device.type == "cuda" else ())):
+        flash_attention._override_impl = name
+        try:
+            flash_attention.choose(device, dtype, 4, 2, 128, left)
+            found[name] = attend_by(name)
+        except UserError as reason:
+            print(f"  {reason}")
+        finally:
+            flash_attention._override_impl = None
+    return found
+
+
+def attend_by(name: str):
+    from nanochat import flash_attention
+
+    def attend(q, k, v, left):
+        flash_attention._override_impl = name
+        try:
+            return flash_attention.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
+        finally:
+            flash_attention._override_impl = None
+
+    return attend
 
 
 def exact_attention(q, k, v, left: int):
