@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanochat.common import UserError, compute_dtype
 from nanochat.cross_entropy import linear_cross_entropy, sampling_log_probs, softcap_, softcapped_logits, token_losses
@@ -188,6 +189,20 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
+def keep_products():
+    """What `checkpoint` keeps of a block for the backward pass: what comes out of matrix products and attention.
+
+    The rest (norms, rotations, the activation) is computed again: 12 numbers per token and channel instead of 20
+    stay in memory (dev/LOG.md, 15).
+    """
+    def policy(context, operator, *args, **kwargs):
+        name = operator.name()
+        kept = not name.startswith(("aten::", "prims::")) or "attention" in name or name in ("aten::mm", "aten::_scaled_mm")
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 class GPT(nn.Module):
     """Made on the meta device, then given memory and values:
 
@@ -204,6 +219,7 @@ class GPT(nn.Module):
                 f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}, and n_head of n_kv_head {config.n_kv_head}"
             )
         self.config = config
+        self.recompute = False  # whether training computes again, in the backward pass, what is cheap to
         self.window_sizes = window_sizes(config)
         vocab = -(-config.vocab_size // 64) * 64  # kernels like multiples of 64; the extra rows are never read
         head_dim = config.n_embd // config.n_head
@@ -330,7 +346,9 @@ class GPT(nn.Module):
             x = resid_lambdas[layer] * x + x0_lambdas[layer] * x0
             value_embed = self.value_embeds[str(layer)](idx) if str(layer) in self.value_embeds else None
             at_end = last_only and layer == self.config.n_layer - 1
-            x = block(x, value_embed, cos, sin, self.window_sizes[layer], kv_cache, at_end)
+            arguments = x, value_embed, cos, sin, self.window_sizes[layer], kv_cache, at_end
+            recompute = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, *arguments, use_reentrant=False, context_fn=keep_products) if recompute else block(*arguments)
         if kv_cache is not None:
             kv_cache.advance(T)
         return norm(x - self.backout_lambda.to(x.dtype) * (x_middle[:, -1:] if last_only else x_middle))

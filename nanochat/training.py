@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import os
 import platform
@@ -50,6 +51,10 @@ PEAK_FLOPS = {
 }
 
 
+KEPT = 20  # numbers per token, layer and channel that a compiled model keeps for the backward pass (dev/LOG.md, 15)
+ROOM = 0.65  # share of the memory they may take; weights, gradients, optimizer and logits want the rest
+
+
 def peak_flops(device: torch.device) -> float | None:
     """The device's bf16 peak in FLOP/s; None where it is not known, so that no MFU is made up."""
     if device.type != "cuda":
@@ -58,12 +63,20 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
-def compile_model(model: torch.nn.Module, compute: Compute) -> torch.nn.Module:
-    """The model compiled for one static shape, or itself, with a word why, where nothing can compile it.
+def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.nn.Module:
+    """The model compiled for passes of `rows` rows, or itself, with a word why, where nothing can compile it.
 
-    Its attention is chosen here: that tries kernels out, which cannot be done inside of a compiled graph.
+    Its attention is chosen here: that tries kernels out, which cannot be done inside of a compiled graph. And so is
+    whether it keeps all that the backward pass wants, which is faster, or on a GPU that has no room for it only the most.
     """
     config = model.config
+    if compute.device.type == "cuda":
+        wanted = rows * config.sequence_len * config.n_layer * config.n_embd * KEPT * compute.dtype.itemsize
+        free = torch.cuda.mem_get_info(compute.device)[0]
+        model.recompute = max(compute.gather(wanted > ROOM * free))  # all ranks alike
+        if model.recompute:
+            logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of in-place operations; blocks have none
+            print0(f"{wanted / 1e9:.0f} GB of activations would not fit beside the rest in {free / 1e9:.0f} GB: some are computed again")
     for window in sorted({*model.window_sizes, -1}):
         choose(compute.device, compute.dtype, config.n_head, config.n_kv_head, config.n_embd // config.n_head, window)
     if compute.device.type == "mps":
@@ -155,17 +168,16 @@ def due(step: int, every: int, last: bool = False) -> bool:
     return every != 0 and (last or (every > 0 and step > 0 and step % every == 0))
 
 
-def rows_that_fit(model, compiled, compute: Compute) -> int:
+def rows_that_fit(model, compute: Compute) -> int:
     """Rows of whole context, a power of two, that a forward and backward pass has memory for on the GPU of every rank.
 
     Beside them must fit what a run keeps: gradients, the optimizer's state and, for a while, its update, three times
-    the weights together. Uncompiled passes, which take seconds to try and more memory, find a number that surely fits;
-    then the compiled one is tried with twice as many.
+    the weights together. Tried uncompiled, which takes seconds, and with cheap things computed again.
     """
     if compute.device.type != "cuda":
         return 8  # of a CPU's memory there is enough
 
-    def attempt(rows: int, model=model) -> None:
+    def attempt(rows: int) -> None:
         kept = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # and the gradients themselves
         idx = torch.randint(0, model.config.vocab_size, (rows, model.config.sequence_len), device=compute.device)
         try:
@@ -173,13 +185,11 @@ def rows_that_fit(model, compiled, compute: Compute) -> int:
             torch.cuda.synchronize(compute.device)
         finally:
             del kept
-            for p in model.parameters():
-                p.grad = None
+            model.zero_grad()
             compute.beat()
 
-    rows = largest_batch(attempt)
-    rows = largest_batch(lambda rows: attempt(rows, compiled), 2 * rows)
-    return min(compute.gather(rows))
+    model.recompute = True
+    return min(compute.gather(largest_batch(attempt)))
 
 
 def largest_batch(attempt: Callable[[int], object], rows: int = 256) -> int:

@@ -124,9 +124,8 @@ def main(argv=None):
             print0(f"{fp8.convert(model)} matrix products per pass in float8; evaluation stays in {compute.dtype}")
 
     # Horizon, batch and rates
-    compiled = compile_model(model, compute)
     if args.device_batch_size <= 0:
-        args.device_batch_size = rows_that_fit(model, compiled, compute)
+        args.device_batch_size = rows_that_fit(model, compute)
         print0(f"--device-batch-size {args.device_batch_size}")
     if args.num_iterations > 0:
         tokens = args.num_iterations * args.total_batch_size if args.total_batch_size > 0 else None
@@ -184,6 +183,7 @@ def main(argv=None):
             print0(f"CORE will be skipped: {error}")
 
     # The loop
+    compiled = compile_model(model, compute, args.device_batch_size)
     loss_scale = LossScale(**loop.get("loss_scale", {})) if compute.dtype == torch.float16 else None
     wandb = wandb_run("nanochat", args.run, vars(args))
     meter = Meter(compute, saver.directory, args.total_batch_size, flops_per_token, wandb, loop.get("meter"))

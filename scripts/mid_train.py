@@ -154,7 +154,7 @@ def main(argv=None):
         return min(share, 1 - 1e-9) if behind else share
 
     # The loop
-    compiled = compile_model(model, compute)
+    compiled = compile_model(model, compute, args.device_batch_size)
     loss_scale = LossScale(**loop.get("loss_scale", {})) if compute.dtype == torch.float16 else None
     wandb = wandb_run("nanochat-mid", args.run, vars(args))
     meter = Meter(compute, saver.directory, args.total_batch_size, model.estimate_flops(), wandb, loop.get("meter"))

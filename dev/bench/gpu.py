@@ -292,7 +292,7 @@ class Training:
 
             fp8.convert(self.model)
         self.optimizer = MuonAdamW(self.model.param_groups(**rates))
-        self.compiled = compile_model(self.model, self.compute)
+        self.compiled = compile_model(self.model, self.compute, rows)
         self.text = Text(context, 300_000 if args.tiny else 30_000_000, device)
         tame_garbage_collector()
 
@@ -334,7 +334,7 @@ def measure_training(args, device, dtype) -> dict:
             optimizer = seconds_of(update, device, repeats=3 if args.tiny else 8)
             rate, peak = rows * run.context / seconds, peak_flops(device)
             found[name] = {
-                "rows": rows, "tok/s": rate, "MFU": peak and rate * run.model.estimate_flops() / peak,
+                "rows": rows, "computes again": run.model.recompute, "tok/s": rate, "MFU": peak and rate * run.model.estimate_flops() / peak,
                 "optimizer of a 2^19-token step": optimizer / (optimizer + (seconds - optimizer) * 2**19 / (rows * run.context)),
                 "peak GB": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
             }  # fmt: skip

@@ -84,7 +84,7 @@ def scaling(args) -> None:
     compute = compute_init("cpu")
     torch.set_num_threads(1)
     model, optimizer = build(args)
-    solo_model, model = compile_model(solo_model, alone), compile_model(model, compute)
+    solo_model, model = compile_model(solo_model, alone, args.rows), compile_model(model, compute, args.rows)
     tokens = torch.randint(0, args.vocab_size, (2, 2, args.rows, args.sequence_len))
     batches = [(tokens[0, i].int(), tokens[1, i]) for i in (0, 1)]
 
