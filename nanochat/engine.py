@@ -362,7 +362,7 @@ class Engine:
             [draw(row.dice) for row in rows],
         )
         self.tokens_written += len(rows)
-        sampled = torch.stack([tokens.double(), log_probs.double()], dim=1).tolist()  # in one transfer from a GPU
+        sampled = torch.stack([tokens.float(), log_probs], dim=1).tolist()  # in one transfer; ids below 2^24 stay exact
         return [(row, *self._accept(row, int(token), log_prob)) for row, (token, log_prob) in zip(rows, sampled)]
 
     def _read(self, tokens: list[int], slot: int, start: int, end: int) -> None:
@@ -436,7 +436,8 @@ class Engine:
     def _rows_that_fit(self) -> int:
         """How many rows half of the free memory has room for, at least one."""
         if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
+            unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            free = torch.cuda.mem_get_info(self.device)[0] + unused  # PyTorch's own, for the next who asks it
         else:
             import psutil
 

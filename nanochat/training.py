@@ -66,19 +66,18 @@ def peak_flops(device: torch.device) -> float | None:
 def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.nn.Module:
     """The model compiled for passes of `rows` rows, or itself, with a word why, where nothing can compile it.
 
-    Its attention is chosen here: that tries kernels out, which cannot be done inside of a compiled graph. And so is
-    whether it keeps all that the backward pass wants, which is faster, or on a GPU that has no room for it only the most.
+    On a GPU that has no room for all that the backward pass wants, the model keeps only the most, which is slower.
     """
-    config = model.config
+    choose_attention(model, compute)
     if compute.device.type == "cuda":
+        config = model.config
+        torch.cuda.empty_cache()  # what is free is asked of the driver
         wanted = rows * config.sequence_len * config.n_layer * config.n_embd * KEPT * compute.dtype.itemsize
         free = torch.cuda.mem_get_info(compute.device)[0]
         model.recompute = max(compute.gather(wanted > ROOM * free))  # all ranks alike
         if model.recompute:
             logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of in-place operations; blocks have none
             print0(f"{wanted / 1e9:.0f} GB of activations would not fit beside the rest in {free / 1e9:.0f} GB: some are computed again")
-    for window in sorted({*model.window_sizes, -1}):
-        choose(compute.device, compute.dtype, config.n_head, config.n_kv_head, config.n_embd // config.n_head, window)
     if compute.device.type == "mps":
         return model
     if compute.device.type == "cpu":
@@ -87,6 +86,13 @@ def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.
             print0("no C++ compiler or no Python headers here: training runs uncompiled, about a third slower")
             return model
     return torch.compile(model, dynamic=False)
+
+
+def choose_attention(model: torch.nn.Module, compute: Compute) -> None:
+    """Try out what attends, for each of the model's windows. Not possible in a compiled graph or where activations are made again."""
+    config = model.config
+    for window in sorted({*model.window_sizes, -1}):
+        choose(compute.device, compute.dtype, config.n_head, config.n_kv_head, config.n_embd // config.n_head, window)
 
 
 # -----------------------------------------------------------------------------
@@ -105,7 +111,8 @@ class LossScale:
         finite = all(bool(torch.isfinite(g).all()) for g in grads)
         finite = compute.sum(torch.tensor(int(finite))) == compute.world_size
         if finite:
-            torch._foreach_div_(grads, self.scale)
+            if grads:  # a rank may have had nothing to learn from
+                torch._foreach_div_(grads, self.scale)
             self.good_steps += 1
             if self.good_steps % 1000 == 0:
                 self.scale *= 2
@@ -168,14 +175,15 @@ def due(step: int, every: int, last: bool = False) -> bool:
     return every != 0 and (last or (every > 0 and step > 0 and step % every == 0))
 
 
-def rows_that_fit(model, compute: Compute) -> int:
-    """Rows of whole context, a power of two, that a forward and backward pass has memory for on the GPU of every rank.
+def rows_that_fit(model, compute: Compute, most: int) -> int:
+    """Rows of whole context, a power of two up to `most`, that a pass and its gradients have memory for on every rank's GPU.
 
     Beside them must fit what a run keeps: gradients, the optimizer's state and, for a while, its update, three times
     the weights together. Tried uncompiled, which takes seconds, and with cheap things computed again.
     """
+    rows = 1 << max(0, most.bit_length() - 1)
     if compute.device.type != "cuda":
-        return 8  # of a CPU's memory there is enough
+        return min(8, rows)  # of a CPU's memory there is enough
 
     def attempt(rows: int) -> None:
         kept = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # and the gradients themselves
@@ -188,11 +196,24 @@ def rows_that_fit(model, compute: Compute) -> int:
             model.zero_grad()
             compute.beat()
 
+    choose_attention(model, compute)
     model.recompute = True
-    return min(compute.gather(largest_batch(attempt)))
+    return min(compute.gather(largest_batch(attempt, rows)))
 
 
-def largest_batch(attempt: Callable[[int], object], rows: int = 256) -> int:
+def saved_flag(directory: Path, args, name: str, compute: Compute):
+    """A flag of the run that this one goes on with; None where it begins anew."""
+    restarted = max(compute.gather(restarts())) > 0
+
+    def look():
+        with suppress(UserError):
+            if restarted or args.resume_from_step != "-1":
+                return verify(directory, find_last_step(directory), names=[])["user_config"].get(name)
+
+    return compute.on_main(look)
+
+
+def largest_batch(attempt: Callable[[int], object], rows: int) -> int:
     """The most rows, halving from `rows`, for which `attempt(rows)` does not run out of a GPU's memory.
 
     Raises UserError where not even one row fits.

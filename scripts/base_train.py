@@ -87,6 +87,7 @@ def main(argv=None):
         resume_training,
         rows_that_fit,
         save_training,
+        saved_flag,
         set_rates,
         tame_garbage_collector,
         train_step,
@@ -124,17 +125,20 @@ def main(argv=None):
             print0(f"{fp8.convert(model)} matrix products per pass in float8; evaluation stays in {compute.dtype}")
 
     # Horizon, batch and rates
-    if args.device_batch_size <= 0:
-        args.device_batch_size = rows_that_fit(model, compute)
-        print0(f"--device-batch-size {args.device_batch_size}")
     if args.num_iterations > 0:
         tokens = args.num_iterations * args.total_batch_size if args.total_batch_size > 0 else None
     else:
         tokens = horizon_tokens(args.target_flops, args.target_param_data_ratio, flops_per_token, counts["scaling"])
+    batch = args.total_batch_size
+    if batch <= 0:
+        batch = best_batch_size(tokens or horizon_tokens(-1, args.target_param_data_ratio, flops_per_token, counts["scaling"]))
+    if args.device_batch_size <= 0:
+        most = batch // args.max_seq_len // compute.world_size
+        args.device_batch_size = saved_flag(saver.directory, args, "device_batch_size", compute) or rows_that_fit(model, compute, most)
+        print0(f"--device-batch-size {args.device_batch_size}")
     if args.total_batch_size <= 0:
-        ratio_tokens = tokens or horizon_tokens(-1, args.target_param_data_ratio, flops_per_token, counts["scaling"])
         unit = args.device_batch_size * args.max_seq_len
-        args.total_batch_size = max(round(best_batch_size(ratio_tokens) / unit), compute.world_size) * unit
+        args.total_batch_size = max(round(batch / unit), compute.world_size) * unit
     lanes = micro_batches(args.total_batch_size, args.device_batch_size, args.max_seq_len, compute.world_size)
     passes = len(compute.mine(lanes))  # of this rank in each step
     num_iterations = args.num_iterations if args.num_iterations > 0 else max(1, round(tokens / args.total_batch_size))

@@ -75,6 +75,7 @@ def main(argv=None):
         LossScale,
         Meter,
         StopSignal,
+        choose_attention,
         due,
         inherit,
         resume_training,
@@ -133,7 +134,12 @@ def main(argv=None):
             epoch, place = divmod(asked, len(task))
             yield random.Random(f"chat_rl {epoch}").sample(range(len(task)), len(task))[place], asked
 
-    # On a CPU the model itself writes the answers, on a GPU a copy in the compute dtype, whose weights follow.
+    # On a CPU the model itself writes the answers, on a GPU a copy in the compute dtype, whose weights follow. Its cache
+    # takes up to half of the memory, so the model learns from half as many tokens at a time as before, and keeps less of them.
+    choose_attention(model, compute)
+    max_tokens = args.device_batch_size * args.max_seq_len
+    if compute.device.type == "cuda":
+        model.recompute, max_tokens = True, max_tokens // 2
     sampler = copy.deepcopy(model).pack() if compute.device.type == "cuda" else model
     engine = Engine(sampler, tokenizer, max_rows=-(-args.examples_per_step // compute.world_size) * args.num_samples)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k or None}
@@ -160,7 +166,7 @@ def main(argv=None):
         last = step >= num_steps
         stopping = stop.asked()
         fresh = meta is None or step > meta["step"]  # what was done when this step was saved is not done again
-        measuring = not stopping and (fresh or not loop["measured"])  # whoever asks to stop may not wait long
+        measuring = not stopping and (fresh or last or not loop["measured"])  # whoever asks to stop may not wait long
         meter.flush()  # what is sampled next waits for the weights anyway
 
         write_with(engine, model)
@@ -179,7 +185,7 @@ def main(argv=None):
         lrm = set_rates(optimizer, step, step / num_steps, 0, 1.0, 0.0)
         groups = sample_groups(engine, tokenizer, task, questions_of(step), compute, args.num_samples, **sampling)
         loss, tokens, values = policy_step(
-            model, optimizer, groups, compute, args.device_batch_size * args.max_seq_len, args.temperature, args.top_k or None, engine.python_start, loss_scale
+            model, optimizer, groups, compute, max_tokens, args.temperature, args.top_k or None, engine.python_start, loss_scale
         )
         step += 1
         meter.stop(step, step / num_steps, loss, lrm, 1 + (step * args.examples_per_step - 1) // len(task), tokens, **values)

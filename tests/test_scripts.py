@@ -138,6 +138,16 @@ def test_sigterm_finishes_the_step_and_saves(base_dir, pipeline, stage, monkeypa
     assert_same_run(folder, pipeline[0] / FOLDERS[stage] / "d2")
 
 
+def test_as_many_rows_as_fit_and_as_many_again_when_resumed(base_dir, pipeline, monkeypatch, capsys):
+    """On a CPU eight, here four because the batch has no more; a resumed run takes what the run before it took."""
+    command = [*BASE, f"--source={pipeline[1]}", "--device-batch-size=-1", "--total-batch-size=256", "--model-tag=r"]
+    run("base_train", *command, "--num-iterations=2", "--save-every=1")
+    monkeypatch.setattr(training, "rows_that_fit", lambda *args: 2)
+    shutil.rmtree(base_dir / "base_checkpoints/r/step_000002")
+    run("base_train", *command, "--num-iterations=2", "--resume-from-step=latest")
+    assert re.findall(r"--device-batch-size (\d+)", capsys.readouterr().out) == ["4", "4"]
+
+
 def test_sigterm_from_outside(base_dir, pipeline):
     """A real process, a real signal: it exits 0 with a line that says how to go on."""
     process = subprocess.Popen(

@@ -149,6 +149,11 @@ def test_due():
     assert not due(8, -1) and not due(0, 4) and not due(9, 0, last=True)
 
 
+def test_a_rank_that_had_nothing_to_learn_from_overflows_nothing():
+    scale = LossScale()
+    assert scale.unscale([torch.nn.Parameter(torch.ones(2))], CPU) and scale.good_steps == 1
+
+
 def test_rates_reach_the_groups():
     group = {"params": [], "weight_decay": 0.4}
     optimizer = MuonAdamW([{"kind": "muon", "lr": 0.02, **group}, {"kind": "adamw", "lr": 0.3, **group}])
@@ -229,7 +234,7 @@ def test_the_largest_batch_that_does_not_run_out_of_memory():
     with pytest.raises(UserError, match="not even one row"):
         largest_batch(lambda rows: attempt(rows, most=0), 4)
     with pytest.raises(ZeroDivisionError):
-        largest_batch(lambda rows: 1 / 0)
+        largest_batch(lambda rows: 1 / 0, 8)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

@@ -221,9 +221,11 @@ def check_step(args, device, dtype) -> dict:
     found = {"compiled loss": require(abs(losses[1].item() / losses[0].item() - 1), 1e-3),
              "compiled gradients": require(error(gradients[1], gradients[0]), 5e-2 if dtype == torch.bfloat16 else 1e-3)}  # fmt: skip
     exact = build(depth, T, device, torch.float32, noise=True)  # in bfloat16 equally likely tokens may change places
-    prompt = x[0, : T // 4].tolist()
+    prompt, precision = x[0, : T // 4].tolist(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     naive = list(exact.generate(prompt, 16, temperature=0.0))
     (row,), _ = Engine(exact, NoTokenizer()).generate_batch(prompt, max_tokens=16, temperature=0.0)
+    torch.set_float32_matmul_precision(precision)
     if row[len(prompt) :] != naive:
         raise AssertionError(f"the engine says {row[len(prompt):]}, the model {naive}")
     return {**found, "engine": "says what the model says"}
@@ -385,6 +387,9 @@ def measure_engine(args, device, dtype) -> dict:
     config, tokens = model.config, 16 if args.tiny else 128
     for batch in (1, 2) if args.tiny else (1, 8, 32, 128):
         engine = Engine(model, NoTokenizer(), max_rows=batch)
+        if engine.max_rows < batch:
+            found[f"writing {batch}"] = f"there is room for {engine.max_rows} rows only"
+            break
         for prompt in prompts(batch, length, config.vocab_size):
             engine.submit(prompt, max_tokens=tokens + 40, temperature=0.0)
         while engine.num_running < batch:
