@@ -80,19 +80,16 @@ def estimate(depth: int, args) -> dict:
     """One pretraining run: {"parameters", "scaling", "tokens", "steps", "batch", "flops", "hours", "chat hours", "checkpoint" in bytes}."""
     import torch
 
-    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.gpt import GPT, config_of_depth
     from nanochat.schedule import best_batch_size, horizon_tokens, micro_batches
     from nanochat.training import PEAK_FLOPS
 
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in args.gpu), None)
     if peak is None:
         raise UserError(f"the bf16 peak of --gpu {args.gpu!r} is not known; known are {', '.join(PEAK_FLOPS)}")
-    width = -(-depth * args.aspect_ratio // args.head_dim) * args.head_dim
-    n_head = width // args.head_dim
     with torch.device("meta"):
-        model = GPT(GPTConfig(
-            sequence_len=args.max_seq_len, vocab_size=args.vocab_size, n_layer=depth, n_head=n_head,
-            n_kv_head=args.n_kv_head if args.n_kv_head > 0 else n_head, n_embd=width, window_pattern=args.window_pattern,
+        model = GPT(config_of_depth(
+            depth, args.vocab_size, args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern
         ))
     counts, flops_per_token = model.num_scaling_params(), model.estimate_flops()
 

@@ -43,6 +43,23 @@ class GPTConfig:
     qk_scale: float = 1.2  # q and k after their norm; sharpens attention that QK-norm flattens
 
 
+def config_of_depth(
+    depth: int, vocab_size: int, sequence_len: int, aspect_ratio: int = 64, head_dim: int = 128, n_kv_head: int = -1,
+    window_pattern: str = GPTConfig.window_pattern,
+) -> GPTConfig:  # fmt: skip
+    """What the one dial gives: a width of depth * aspect_ratio, rounded up to whole heads. n_kv_head -1: one for each head."""
+    n_head = -(-depth * aspect_ratio // head_dim)
+    return GPTConfig(
+        sequence_len=sequence_len,
+        vocab_size=vocab_size,
+        n_layer=depth,
+        n_head=n_head,
+        n_kv_head=n_kv_head if n_kv_head > 0 else n_head,
+        n_embd=n_head * head_dim,
+        window_pattern=window_pattern,
+    )
+
+
 def norm(x: torch.Tensor) -> torch.Tensor:
     """RMSNorm without a gain (arXiv:1910.07467)."""
     return F.rms_norm(x, (x.size(-1),))
@@ -195,6 +212,7 @@ def keep_products():
     The rest (norms, rotations, the activation) is computed again: 12 numbers per token and channel instead of 20
     stay in memory (dev/LOG.md, 15).
     """
+
     def policy(context, operator, *args, **kwargs):
         name = operator.name()
         kept = not name.startswith(("aten::", "prims::")) or "attention" in name or name in ("aten::mm", "aten::_scaled_mm")

@@ -203,14 +203,8 @@ def rows_that_fit(model, compute: Compute, most: int) -> int:
 
 def saved_flag(directory: Path, args, name: str, compute: Compute):
     """A flag of the run that this one goes on with; None where it begins anew."""
-    restarted = max(compute.gather(restarts())) > 0
-
-    def look():
-        with suppress(UserError):
-            if restarted or args.resume_from_step != "-1":
-                return verify(directory, find_last_step(directory), names=[])["user_config"].get(name)
-
-    return compute.on_main(look)
+    number = step_to_resume(directory, args, compute)
+    return None if number is None else compute.on_main(lambda: verify(directory, number, names=[])["user_config"].get(name))
 
 
 def largest_batch(attempt: Callable[[int], object], rows: int) -> int:
@@ -397,8 +391,7 @@ def resume_training(directory, args, model, optimizer, compute: Compute) -> dict
     Returns its meta, or None for a fresh start. Says which flags are not those of the saved run, since
     it then goes on differently. UserError when the checkpoint is of another model.
     """
-    restarted = max(compute.gather(restarts())) > 0  # the nodes count apart
-    number = compute.on_main(lambda: _step_to_resume(directory, args.resume_from_step, restarted))
+    number = step_to_resume(directory, args, compute)
     if number is None:
         return None
     if step_folder(directory, number).is_dir():  # else it is in the reference's layout, and load_checkpoint says what to do
@@ -416,6 +409,12 @@ def resume_training(directory, args, model, optimizer, compute: Compute) -> dict
         print0(f"flags that differ from the saved run: {', '.join(changed)}")
     print0(f"resumed from step {number} in {directory}")
     return meta
+
+
+def step_to_resume(directory: Path, args, compute: Compute) -> int | None:
+    """The step that this run goes on from, the same on all ranks; None for a fresh start."""
+    restarted = max(compute.gather(restarts())) > 0  # the nodes count apart
+    return compute.on_main(lambda: _step_to_resume(directory, args.resume_from_step, restarted))
 
 
 def _step_to_resume(directory: Path, wanted: str, restarted: bool) -> int | None:

@@ -65,7 +65,7 @@ def main(argv=None):
         tokenizing_distributed_data_loader_with_state_bos_bestfit,
     )
     from nanochat.dataset import count_documents
-    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.gpt import GPT, config_of_depth
     from nanochat.loss_eval import evaluate_bpb, sample_texts, share_of
     from nanochat.optim import MuonAdamW
     from nanochat.saver import Saver
@@ -99,23 +99,15 @@ def main(argv=None):
     saver = Saver(checkpoint_dir("base", tag), compute, args.keep_last)
 
     # The model
-    width = -(-args.depth * args.aspect_ratio // args.head_dim) * args.head_dim
-    n_head = width // args.head_dim
-    config = GPTConfig(
-        sequence_len=args.max_seq_len,
-        vocab_size=tokenizer.get_vocab_size(),
-        n_layer=args.depth,
-        n_head=n_head,
-        n_kv_head=args.n_kv_head if args.n_kv_head > 0 else n_head,
-        n_embd=width,
-        window_pattern=args.window_pattern,
+    config = config_of_depth(
+        args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern
     )
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=compute.device)
     model.init_weights(compute.dtype)
     counts, flops_per_token = model.num_scaling_params(), model.estimate_flops()
-    print0(f"model d{args.depth}: width {width}, {n_head} heads, {counts['total'] / 1e6:.1f}M parameters "
+    print0(f"model d{args.depth}: width {config.n_embd}, {config.n_head} heads, {counts['total'] / 1e6:.1f}M parameters "
            f"({counts['scaling'] / 1e6:.1f}M scaling), {flops_per_token / 1e6:.0f} MFLOPs per token, "
            f"{compute.dtype} on {compute.device.type}")
     if args.fp8:

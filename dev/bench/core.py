@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 
+from dev.bench.model import build
 from nanochat.common import compute_cleanup, compute_init, run_script
 
 
@@ -32,19 +33,12 @@ def main(argv=None):
     import torch
 
     from nanochat.core_eval import BATCH_TOKENS, CHUNK, answer_rows, fetch_bundle, load_tasks, read_rows
-    from nanochat.gpt import GPT, GPTConfig
     from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
     compute = compute_init(args.device_type)
     tokenizer = RustBPETokenizer.from_directory(args.tokenizer) if args.tokenizer else get_tokenizer()
     bundle = Path(args.bundle) if args.bundle else fetch_bundle(compute)
-    width = -(-args.depth * 64 // 128) * 128
-    heads = width // 128
-    config = GPTConfig(args.sequence_len, tokenizer.get_vocab_size(), args.depth, heads, heads, width)
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device=compute.device)
-    model.init_weights()
+    model = build(args.depth, args.sequence_len, tokenizer.get_vocab_size(), compute.device)
     for parameter in [*model.transformer.h.parameters(), model.lm_head.weight]:
         torch.nn.init.normal_(parameter, std=parameter.size(-1) ** -0.5)
 

@@ -18,25 +18,7 @@ import argparse
 import random
 import time
 
-
-def build(depth: int, vocab_size: int, context: int, device: str):
-    import torch
-
-    from nanochat.gpt import GPT, GPTConfig
-
-    torch.manual_seed(0)
-    width = -(-depth * 64 // 128) * 128
-    config = GPTConfig(sequence_len=context, vocab_size=vocab_size, n_layer=depth, n_head=width // 128, n_kv_head=width // 128, n_embd=width)
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device=device)
-    model.init_weights()
-    with torch.no_grad():  # at first the output projections are zero, and nothing that attention does would matter
-        for block in model.transformer.h:
-            block.attn.c_proj.weight.normal_(std=width**-0.5)
-            block.mlp.c_proj.weight.normal_(std=width**-0.5 / 2)
-        model.lm_head.weight.normal_(std=0.02)
-    return model.eval().pack()
+from dev.bench.model import build
 
 
 class NoTokenizer:
@@ -164,7 +146,7 @@ def main(argv=None):
     from nanochat.common import compute_init
 
     compute_init(args.device)
-    model = build(args.depth, args.vocab_size, args.context, args.device)
+    model = build(args.depth, args.context, args.vocab_size, args.device, noise=True).eval().pack()
     peer = None if args.skip_peers else build_peer(model.config, args.device)
     speed = bandwidth(args.device)
     print(f"depth {args.depth}, width {model.config.n_embd}, vocabulary {args.vocab_size}, {args.device}, memory {speed / 1e9:.1f} GB/s")

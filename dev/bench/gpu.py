@@ -23,29 +23,9 @@ import statistics
 import time
 from pathlib import Path
 
+from dev.bench.model import build
+
 VOCAB = 65536  # pairs of bytes
-
-
-def build(depth: int, context: int, device, dtype=None, vocab_size: int = VOCAB, noise: bool = False):
-    """A model with the width and heads that base_train gives this depth; `noise`: as if trained, nothing is zero."""
-    import torch
-
-    from nanochat.gpt import GPT, GPTConfig
-
-    torch.manual_seed(0)
-    width = -(-depth * 64 // 128) * 128
-    config = GPTConfig(sequence_len=context, vocab_size=vocab_size, n_layer=depth, n_head=width // 128, n_kv_head=width // 128, n_embd=width)
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device=device)
-    model.init_weights(dtype)
-    if noise:
-        with torch.no_grad():
-            for block in model.transformer.h:
-                block.attn.c_proj.weight.normal_(std=width**-0.5)
-                block.mlp.c_proj.weight.normal_(std=width**-0.5 / 2)
-            model.lm_head.weight.normal_(std=0.02)
-    return model
 
 
 class Text:
@@ -210,7 +190,7 @@ def check_step(args, device, dtype) -> dict:
     from nanochat.engine import Engine
 
     depth, T = (2, 128) if args.tiny else (8, 1024)
-    model = build(depth, T, device, dtype, noise=True)
+    model = build(depth, T, VOCAB, device, dtype, noise=True)
     x, y = Text(T, 200_000, device).batch(4)
     losses, gradients = [], []
     for run in (model, torch.compile(model, dynamic=False)):
@@ -220,7 +200,7 @@ def check_step(args, device, dtype) -> dict:
         gradients.append(torch.cat([p.grad.flatten().double() for p in model.parameters()]))
     found = {"compiled loss": require(abs(losses[1].item() / losses[0].item() - 1), 1e-3),
              "compiled gradients": require(error(gradients[1], gradients[0]), 5e-2 if dtype == torch.bfloat16 else 1e-3)}  # fmt: skip
-    exact = build(depth, T, device, torch.float32, noise=True)  # in bfloat16 equally likely tokens may change places
+    exact = build(depth, T, VOCAB, device, torch.float32, noise=True)  # in bfloat16 equally likely tokens may change places
     prompt, precision = x[0, : T // 4].tolist(), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     naive = list(exact.generate(prompt, 16, temperature=0.0))
@@ -288,7 +268,7 @@ class Training:
 
         torch.manual_seed(0)
         self.compute, self.rows, self.context = Compute(device, dtype), rows, context
-        self.model = build(depth, context, device, dtype)
+        self.model = build(depth, context, VOCAB, device, dtype)
         if float8:
             from nanochat import fp8
 
@@ -379,7 +359,7 @@ def measure_engine(args, device, dtype) -> dict:
     from nanochat.engine import Engine
 
     depth, length = (2, 64) if args.tiny else (20, 512)
-    model = build(depth, 256 if args.tiny else 2048, device, dtype, 512 if args.tiny else 32768, noise=True).eval().pack()
+    model = build(depth, 256 if args.tiny else 2048, 512 if args.tiny else 32768, device, dtype, noise=True).eval().pack()
     read_ours(model, length, 0)  # kernels are loaded
     found = {"reading tok/s": max(read_ours(model, length, seed) for seed in range(3))}
     ceiling = measure_ceilings(args, device, dtype)["copy GB/s"]

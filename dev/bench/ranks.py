@@ -71,7 +71,7 @@ def scaling(args) -> None:
     """One of the two ranks of the comparison: measures, and prints it on rank 0."""
     import torch
 
-    from dev.bench.train import build
+    from dev.bench.train import build_with_optimizer
     from nanochat.common import Compute
     from nanochat.optim import Bucket, MuonAdamW
     from nanochat.training import compile_model, train_step
@@ -80,10 +80,10 @@ def scaling(args) -> None:
     if hasattr(os, "sched_setaffinity"):  # before any thread is started, which takes over what is set here
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     alone = Compute(torch.device("cpu"), torch.float32)
-    solo_model, solo_optimizer = build(args)  # before the ranks have met: an optimizer that exchanges nothing
+    solo_model, solo_optimizer = build_with_optimizer(args)  # before the ranks have met: an optimizer that exchanges nothing
     compute = compute_init("cpu")
     torch.set_num_threads(1)
-    model, optimizer = build(args)
+    model, optimizer = build_with_optimizer(args)
     solo_model, model = compile_model(solo_model, alone, args.rows), compile_model(model, compute, args.rows)
     tokens = torch.randint(0, args.vocab_size, (2, 2, args.rows, args.sequence_len))
     batches = [(tokens[0, i].int(), tokens[1, i]) for i in (0, 1)]

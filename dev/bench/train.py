@@ -20,22 +20,13 @@ import subprocess
 import sys
 import time
 
+from dev.bench.model import build
 
-def build(args):
-    import torch
 
-    from nanochat.gpt import GPT, GPTConfig
+def build_with_optimizer(args):
     from nanochat.optim import MuonAdamW
 
-    torch.manual_seed(0)
-    width = -(-args.depth * 64 // 128) * 128
-    config = GPTConfig(
-        sequence_len=args.sequence_len, vocab_size=args.vocab_size, n_layer=args.depth, n_head=width // 128, n_kv_head=width // 128, n_embd=width
-    )
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device="cpu")
-    model.init_weights()
+    model = build(args.depth, args.sequence_len, args.vocab_size, "cpu")
     return model, MuonAdamW(model.param_groups())
 
 
@@ -47,7 +38,7 @@ def measure(args) -> dict:
     from nanochat.common import Compute
     from nanochat.training import train_step
 
-    model, optimizer = build(args)
+    model, optimizer = build_with_optimizer(args)
     step_model = torch.compile(model, dynamic=False) if args.variant == "ours" else model
     if args.variant == "peer":
 
