@@ -466,8 +466,11 @@ class GPT(nn.Module):
             if name.startswith("transformer.h."):
                 (gates if name.endswith("ve_gate.weight") else matrices).append((name, p))
 
-        def adamw(params, lr, betas, weight_decay):
-            return {"kind": "adamw", "params": params, "lr": lr, "betas": betas, "eps": 1e-10, "weight_decay": weight_decay}
+        # At initialisation the gradients of the scalars are zero in exact arithmetic (the output projections are zero, so
+        # the residual is a multiple of x0, and the last norm ignores its scale). Computed, they are rounding noise of
+        # about 1e-11, which a smaller eps would turn into whole steps of random sign (dev/LOG.md, 16).
+        def adamw(params, lr, betas, weight_decay, eps=1e-10):
+            return {"kind": "adamw", "params": params, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
 
         value_embeds = [(f"value_embeds.{name}", p) for name, p in self.value_embeds.named_parameters()]
         smear = [("smear_gate.weight", self.smear_gate.weight), ("smear_lambda", self.smear_lambda)]
@@ -475,9 +478,9 @@ class GPT(nn.Module):
             adamw([("lm_head.weight", self.lm_head.weight)], unembedding_lr * scale, (0.8, 0.96), 0.01),
             adamw([("transformer.wte.weight", self.transformer.wte.weight)], embedding_lr * scale, (0.8, 0.995), 0.001),
             adamw(value_embeds, embedding_lr * scale * 0.5, (0.8, 0.995), 0.01),
-            adamw([("resid_lambdas", self.resid_lambdas)], scalar_lr * 0.01, (0.8, 0.95), 0.05),
-            adamw([("x0_lambdas", self.x0_lambdas)], scalar_lr, (0.96, 0.95), 0.0),
-            adamw(smear + [("backout_lambda", self.backout_lambda)] + gates, 0.2, (0.8, 0.95), 0.0),
+            adamw([("resid_lambdas", self.resid_lambdas)], scalar_lr * 0.01, (0.8, 0.95), 0.05, eps=1e-7),
+            adamw([("x0_lambdas", self.x0_lambdas)], scalar_lr, (0.96, 0.95), 0.0, eps=1e-7),
+            adamw(smear + [("backout_lambda", self.backout_lambda)] + gates, 0.2, (0.8, 0.95), 0.0, eps=1e-7),
             {
                 "kind": "muon",
                 "params": matrices,

@@ -85,6 +85,9 @@ def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.
         if not shutil.which("g++") and not shutil.which("clang++") or not headers.exists():
             print0("no C++ compiler or no Python headers here: training runs uncompiled, about a third slower")
             return model
+        # Else threads add up the gradients of the embeddings in an order that changes from run to run.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     return torch.compile(model, dynamic=False)
 
 
