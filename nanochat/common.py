@@ -212,11 +212,11 @@ class Compute:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def mine(self, n: int) -> range:
+    def shard(self, n: int) -> range:
         """Which of n things that are dealt to the ranks in turn are this rank's: of 7 on rank 1 of 3, 1 and 4."""
         return range(self.rank, n, self.world_size)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Tell that something got done. Long work calls this every few seconds."""
         self.pulse.beats += 1
 
@@ -289,7 +289,7 @@ class Compute:
     def _meeting(self):
         self.pulse.meetings += 1
         yield
-        self.beat()
+        self.heartbeat()
 
 
 def compute_dtype(device_type: str) -> torch.dtype:

@@ -139,12 +139,12 @@ def load_tasks(bundle: Path) -> list[CoreTask]:
         raise UserError(f"the CORE bundle is damaged ({error!r}). Delete {bundle} and run this again.") from None
 
 
-def read_rows(task: CoreTask, max_rows: int = -1) -> list[dict]:
-    """The rows of a task, shuffled as in published scores and only then cut to `max_rows` (-1: all)."""
+def read_rows(task: CoreTask, max_sequences: int = -1) -> list[dict]:
+    """The rows of a task, shuffled as in published scores and only then cut to `max_sequences` (-1: all)."""
     try:
         lines = [line for line in task.path.read_text(encoding="utf-8").split("\n") if line.strip()]
         random.Random(1337).shuffle(lines)
-        return [json.loads(line) for line in (lines if max_rows < 0 else lines[:max_rows])]
+        return [json.loads(line) for line in (lines if max_sequences < 0 else lines[:max_sequences])]
     except (OSError, ValueError) as error:
         bundle = task.path.parents[2]
         raise UserError(f"CORE's {task.label} is damaged ({error}). Delete {bundle} and run this again.") from None

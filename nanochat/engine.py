@@ -1,10 +1,10 @@
 """Inference: many conversations written at once, each as if it were alone.
 
 The one idea: keys and values of earlier positions are kept, so a new token costs one pass through
-the model, and a pass costs about the same for one row as for sixteen. So all rows that are being
-written share each pass, and `scheduler.py` decides who takes part. What is particular to a row (its
-dice, its settings, the tool call it is in the middle of, the tokens a tool forces upon it) is kept
-with the row, so what a row says does not depend on its neighbours, up to the rounding of sums.
+the model, and a pass costs about the same for one seq as for sixteen. So all seqs that are being
+written share each pass, and `scheduler.py` decides who takes part. What is particular to a seq (its
+rng, its settings, the tool call it is in the middle of, the tokens a tool forces upon it) is kept
+with the seq, so what a seq says does not depend on its neighbours, up to the rounding of sums.
 
 The engine knows a model only by calling it: `model.hidden(ids, kv_cache=...)` moves a cache forward
 and `model.logits` reads it. It does not know about conversations, files or text beyond tool calls.
@@ -15,26 +15,26 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from nanochat.calculator import use_calculator
 from nanochat.common import UserError
-from nanochat.scheduler import Copy, Row, Scheduler
+from nanochat.scheduler import Copy, Sequence, Scheduler
 
 
 class KVCache:
-    """Keys and values of every layer for a batch of rows, each row with a length of its own.
+    """Keys and values of every layer for a batch of seqs, each seq with a length of its own.
 
     k_cache, v_cache: (layers, batch, seq, heads, dim). cache_seqlens: int32 (batch,), how many
-    positions of each row are filled. last_tokens: int64 (batch,), each row's newest token, -1 where
-    there is none; the model looks at a token's left neighbour. rows: None, or int32 (batch,) where
-    this is a selection made by `select`: which rows of the tensors are meant.
+    positions of each seq are filled. last_tokens: int64 (batch,), each seq's newest token, -1 where
+    there is none; the model looks at a token's left neighbour. seqs: None, or int32 (batch,) where
+    this is a selection made by `select`: which seqs of the tensors are meant.
     """
 
-    rows: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
 
     def __init__(self, batch_size, num_heads, seq_len, head_dim, num_layers, device, dtype):
         shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
@@ -50,7 +50,7 @@ class KVCache:
         self.last_tokens.fill_(-1)
 
     def get_pos(self) -> int:
-        """How many positions the first row holds."""
+        """How many positions the first seq holds."""
         return int(self.cache_seqlens[0])
 
     def get_layer_cache(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +62,7 @@ class KVCache:
         self.cache_seqlens += num_tokens
 
     def prefill(self, other: KVCache) -> None:
-        """Copy `other` into this empty cache; a cache of one row is copied into every row."""
+        """Copy `other` into this empty cache; a cache of one seq is copied into every seq."""
         length = int(other.cache_seqlens.max())
         assert self.get_pos() == 0, "only an empty cache can be prefilled"
         assert length <= self.k_cache.size(2), f"{length} positions do not fit {self.k_cache.size(2)}"
@@ -71,11 +71,11 @@ class KVCache:
         self.cache_seqlens.copy_(other.cache_seqlens)
         self.last_tokens.copy_(other.last_tokens)
 
-    def select(self, rows: torch.Tensor, seqlens: torch.Tensor, last_tokens: torch.Tensor) -> KVCache:
-        """The same memory seen as a batch of the given rows, which the caller says how far are filled."""
+    def select(self, seqs: torch.Tensor, seqlens: torch.Tensor, last_tokens: torch.Tensor) -> KVCache:
+        """The same memory seen as a batch of the given seqs, which the caller says how far are filled."""
         selection = object.__new__(KVCache)
         selection.k_cache, selection.v_cache = self.k_cache, self.v_cache
-        selection.rows, selection.cache_seqlens, selection.last_tokens = rows, seqlens, last_tokens
+        selection.slots, selection.cache_seqlens, selection.last_tokens = seqs, seqlens, last_tokens
         return selection
 
 
@@ -91,35 +91,35 @@ def cache_dtype(model) -> torch.dtype:
 
 def sample(
     logits: torch.Tensor,
-    temperatures: Sequence[float],
-    top_ks: Sequence[int | None],
-    top_ps: Sequence[float],
-    draws: Sequence[float],
+    temperatures: list[float],
+    top_ks: list[int | None],
+    top_ps: list[float],
+    draws: list[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row, from logits (B, V), each row with settings and a draw in [0, 1) of its own.
+    """One token per seq, from logits (B, V), each seq with settings and a draw in [0, 1) of its own.
 
-    Returns (tokens (B,) int64, log-probabilities (B,) float32): how likely each was under its row's settings.
-    A draw picks the token whose slice of the cumulative distribution it falls into, so a row needs a
-    single random number and rows are sampled together. Temperature 0 takes the likeliest token. `top_k`
+    Returns (tokens (B,) int64, log-probabilities (B,) float32): how likely each was under its seq's settings.
+    A draw picks the token whose slice of the cumulative distribution it falls into, so a seq needs a
+    single random number and seqs are sampled together. Temperature 0 takes the likeliest token. `top_k`
     keeps the k likeliest; `top_p` keeps of these as few of the likeliest as have that share of the
     probability (nucleus sampling, arXiv:1904.09751).
     """
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     log_probs = torch.zeros(len(logits), device=logits.device)
-    groups: dict[int, list[int]] = {}  # rows that need as many candidates in order of likelihood; 0: all, in no order
-    for row, temperature in enumerate(temperatures):
-        k = min(top_ks[row] or logits.size(-1), logits.size(-1))
-        ordered = k < logits.size(-1) or top_ps[row] < 1
+    groups: dict[int, list[int]] = {}  # seqs that need as many candidates in order of likelihood; 0: all, in no order
+    for seq, temperature in enumerate(temperatures):
+        k = min(top_ks[seq] or logits.size(-1), logits.size(-1))
+        ordered = k < logits.size(-1) or top_ps[seq] < 1
         width = 1 if temperature == 0 else 1 << (k - 1).bit_length() if ordered else 0
-        groups.setdefault(width, []).append(row)
-    for width, rows in groups.items():
+        groups.setdefault(width, []).append(seq)
+    for width, seqs in groups.items():
 
         def column(values):
-            return torch.tensor([values[row] for row in rows], device=logits.device)[:, None]
+            return torch.tensor([values[seq] for seq in seqs], device=logits.device)[:, None]
 
-        scores = logits if len(rows) == len(logits) else logits[rows]
+        scores = logits if len(seqs) == len(logits) else logits[seqs]
         if width == 1:
-            tokens[rows] = scores.argmax(dim=-1)
+            tokens[seqs] = scores.argmax(dim=-1)
             continue
         if width:
             scores, candidates = scores.topk(min(width, logits.size(-1)), dim=-1)  # (R, width), likeliest first
@@ -134,8 +134,8 @@ def sample(
             kept = (cumulative - weights < column(top_ps) * total).sum(dim=-1, keepdim=True)
             total = torch.where(column(top_ps) < 1, cumulative.gather(1, kept.clamp(min=1) - 1), total)
         choice = torch.searchsorted(cumulative, column(draws) * total, right=True)  # (R, 1)
-        tokens[rows] = (candidates.gather(1, choice) if width else choice)[:, 0]
-        log_probs[rows] = (weights.gather(1, choice) / total).log()[:, 0]
+        tokens[seqs] = (candidates.gather(1, choice) if width else choice)[:, 0]
+        log_probs[seqs] = (weights.gather(1, choice) / total).log()[:, 0]
     return tokens, log_probs
 
 
@@ -143,17 +143,17 @@ def sample(
 # The engine
 
 # Prompt tokens that are read between two rounds, so that those who already write wait for about a round or two.
-READ_BUDGET = {"cpu": 128, "cuda": 2048}
+PREFILL_BUDGET = {"cpu": 128, "cuda": 2048}
 
 
 class Engine:
     """Writes on from prompts with `model`; `tokenizer` is needed for tool calls and to know when to stop.
 
-    `max_rows` may be written at once, if they fit half of the free memory; more wait in line. Memory is
-    taken as rows need it. `context` bounds what a row may hold, prompt included (None: what the model can).
+    `max_sequences` may be written at once, if they fit half of the free memory; more wait in line. Memory is
+    taken as seqs need it. `context` bounds what a seq may hold, prompt included (None: what the model can).
     """
 
-    def __init__(self, model, tokenizer, max_rows: int = 64, context: int | None = None):
+    def __init__(self, model, tokenizer, max_sequences: int = 64, context: int | None = None):
         self.model, self.tokenizer = model, tokenizer
         self.python_start, self.python_end, self.output_start, self.output_end, assistant_end = (
             tokenizer.encode_special(f"<|{name}|>")
@@ -163,8 +163,8 @@ class Engine:
         self.terminal_tokens = frozenset((assistant_end, tokenizer.get_bos_token_id()))
         self.context = min(context or model.config.sequence_len, model.config.sequence_len)
         self.device = model.get_device()
-        self.max_rows = min(max_rows, self._rows_that_fit())
-        self.tokens_read = self.tokens_reused = self.tokens_written = 0  # in all
+        self.max_sequences = min(max_sequences, self._sequences_that_fit())
+        self.prefill_tokens = self.cached_tokens = self.generated_tokens = 0  # in all
         self.cache: KVCache | None = None
         self.graphs: dict[int, DecodingGraph] = {}
         self.scheduler = self._make_scheduler()
@@ -180,23 +180,23 @@ class Engine:
         top_k: int | None = None,
         top_p: float = 1.0,
         seed: int = 42,
-        stop: Sequence[str] = (),
+        stop: list[str] = (),
         sample_index: int = 0,
-    ) -> Row:
+    ) -> Sequence:
         """Put a prompt in line; `step` writes it on. What it says depends on these arguments alone.
 
-        The row ends with a terminal token (assistant_end or bos), which is its last, after `max_tokens`,
+        The seq ends with a terminal token (assistant_end or bos), which is its last, after `max_tokens`,
         when the context is full, or once its text contains one of the strings in `stop`. Rows of one seed
         differ by `sample_index`. Raises UserError for arguments that cannot work.
         """
-        row = self._make_row(tokens, max_tokens, temperature, top_k, top_p, seed, stop, sample_index)
-        self.scheduler.add(row)
-        return row
+        seq = self._make_sequence(tokens, max_tokens, temperature, top_k, top_p, seed, stop, sample_index)
+        self.scheduler.add(seq)
+        return seq
 
-    def cancel(self, row: Row) -> None:
-        """End `row` where it stands. Its place is free at once; nothing happens if it has ended."""
-        if row.finish_reason is None:
-            self.scheduler.end(row, "cancelled")
+    def cancel(self, seq: Sequence) -> None:
+        """End `seq` where it stands. Its place is free at once; nothing happens if it has ended."""
+        if seq.finish_reason is None:
+            self.scheduler.end(seq, "cancelled")
 
     @property
     def busy(self) -> bool:
@@ -211,30 +211,30 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self.scheduler.waiting)
 
-    def step(self) -> list[tuple[Row, int, int]]:
-        """One round: read some of the prompts in line, then one token for each running row.
+    def step(self) -> list[tuple[Sequence, int, int]]:
+        """One round: read some of the prompts in line, then one token for each running seq.
 
-        Returns (row, token, mask) for each of these, mask 1 where the token was sampled and 0 where a tool
-        forced it. A row that ends by this token has its `finish_reason` now. If a round fails or is
-        interrupted, all rows end as "cancelled" and the engine can be used again.
+        Returns (seq, token, mask) for each of these, mask 1 where the token was sampled and 0 where a tool
+        forced it. A seq that ends by this token has its `finish_reason` now. If a round fails or is
+        interrupted, all seqs end as "cancelled" and the engine can be used again.
         """
         try:
             return self._step()
         except BaseException:  # what the cache holds is no longer certain
-            self.forget()
+            self.reset()
             self.cache, self.graphs = None, {}
             raise
 
-    def forget(self) -> None:
-        """End all rows and reuse nothing of earlier ones, as when the model's weights have changed. Memory is kept."""
-        for row in [*self.scheduler.waiting, *self.scheduler.slot_of]:
-            self.scheduler.end(row, "cancelled")
+    def reset(self) -> None:
+        """End all seqs and reuse nothing of earlier ones, as when the model's weights have changed. Memory is kept."""
+        for seq in [*self.scheduler.waiting, *self.scheduler.slot_of]:
+            self.scheduler.end(seq, "cancelled")
         self.scheduler = self._make_scheduler()
 
-    def finish(self) -> Iterator[Row]:
-        """Go on until nothing is left to do, yielding each row as it ends."""
+    def finish(self) -> Iterator[Sequence]:
+        """Go on until nothing is left to do, yielding each seq as it ends."""
         while self.busy:
-            yield from [row for row, _, _ in self.step() if row.finish_reason]
+            yield from [seq for seq, _, _ in self.step() if seq.finish_reason]
 
     # -------------------------------------------------------------------------
     # One prompt
@@ -248,20 +248,20 @@ class Engine:
         top_k: int | None = None,
         seed: int = 42,
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """Continue one prompt `num_samples` times, yielding a token for every row at each step.
+        """Continue one prompt `num_samples` times, yielding a token for every seq at each step.
 
-        Yields (token_column, token_masks), one entry per row: the mask is 1 where the token was
-        sampled and 0 where a tool forced it. A row ends with a terminal token (assistant_end or
-        bos), which is yielded; while other rows go on it repeats that token with mask 0. Without
-        `max_tokens` rows go on until the context is full. The generator's return value (what
-        `yield from` gives) lists why each row ended: "stop", "length" or "context".
+        Yields (token_column, token_masks), one entry per seq: the mask is 1 where the token was
+        sampled and 0 where a tool forced it. A seq ends with a terminal token (assistant_end or
+        bos), which is yielded; while other seqs go on it repeats that token with mask 0. Without
+        `max_tokens` seqs go on until the context is full. The generator's return value (what
+        `yield from` gives) lists why each seq ended: "stop", "length" or "context".
 
         Raises UserError, at once and not at the first step, for arguments that cannot work.
         """
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}; it must be 1 or more")
-        rows = [self._make_row(tokens, max_tokens, temperature, top_k, 1.0, seed, (), i) for i in range(num_samples)]
-        return self._columns(rows)
+        seqs = [self._make_sequence(tokens, max_tokens, temperature, top_k, 1.0, seed, (), i) for i in range(num_samples)]
+        return self._columns(seqs)
 
     def generate_batch(
         self,
@@ -276,35 +276,35 @@ class Engine:
         sequences = [list(tokens) for _ in range(num_samples)]
         masks = [[0] * len(tokens) for _ in range(num_samples)]
         for column, column_masks in self.generate(tokens, num_samples, max_tokens, temperature, top_k, seed):
-            for row, (token, mask) in enumerate(zip(column, column_masks)):
+            for seq, (token, mask) in enumerate(zip(column, column_masks)):
                 if token not in self.terminal_tokens:
-                    sequences[row].append(token)
-                    masks[row].append(mask)
+                    sequences[seq].append(token)
+                    masks[seq].append(mask)
         return sequences, masks
 
-    def _columns(self, rows: list[Row]):
-        """The loop behind `generate`. The rows may have come by their i-th tokens in different rounds."""
-        for row in rows:
-            self.scheduler.add(row)
+    def _columns(self, seqs: list[Sequence]):
+        """The loop behind `generate`. The seqs may have come by their i-th tokens in different rounds."""
+        for seq in seqs:
+            self.scheduler.add(seq)
         try:
             column = 0
-            while any(row.finish_reason is None or column < len(row.masks) for row in rows):
-                while any(row.finish_reason is None and column == len(row.masks) for row in rows):
+            while any(seq.finish_reason is None or column < len(seq.masks) for seq in seqs):
+                while any(seq.finish_reason is None and column == len(seq.masks) for seq in seqs):
                     self.step()
-                if any(column < len(row.masks) for row in rows):
-                    over = [column >= len(row.masks) for row in rows]
-                    tokens = [row.tokens[-1] if done else row.tokens[row.prompt_length + column] for row, done in zip(rows, over)]
-                    yield tokens, [0 if done else row.masks[column] for row, done in zip(rows, over)]
+                if any(column < len(seq.masks) for seq in seqs):
+                    over = [column >= len(seq.masks) for seq in seqs]
+                    tokens = [seq.tokens[-1] if done else seq.tokens[seq.prompt_length + column] for seq, done in zip(seqs, over)]
+                    yield tokens, [0 if done else seq.masks[column] for seq, done in zip(seqs, over)]
                 column += 1
-            return [row.finish_reason for row in rows]
+            return [seq.finish_reason for seq in seqs]
         finally:
-            for row in rows:
-                self.cancel(row)
+            for seq in seqs:
+                self.cancel(seq)
 
     # -------------------------------------------------------------------------
     # Inside a round
 
-    def _make_row(self, tokens, max_tokens, temperature, top_k, top_p, seed, stop, sample_index) -> Row:
+    def _make_sequence(self, tokens, max_tokens, temperature, top_k, top_p, seed, stop, sample_index) -> Sequence:
         if not tokens:
             raise UserError("The prompt is empty; begin it with bos at least")
         if len(tokens) >= self.context:
@@ -322,100 +322,100 @@ class Engine:
             raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1 (all tokens)")
         room = self.context - len(tokens)
         budget = room if max_tokens is None else min(max_tokens, room)
-        return Row(
+        return Sequence(
             tokens=list(tokens),
             limit=len(tokens) + budget,
-            # A row that has used up both at once has written all that was asked for.
+            # A seq that has used up both at once has written all that was asked for.
             exhausted="length" if budget == max_tokens else "context",
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             stop=tuple(text.encode() for text in stop if text),
-            dice=random.Random(f"{seed}/{sample_index}"),  # neighbouring seeds and samples get unrelated dice
+            rng=random.Random(f"{seed}/{sample_index}"),  # neighbouring seeds and samples get unrelated rng
         )
 
     def _make_scheduler(self) -> Scheduler:
-        return Scheduler(self.max_rows, READ_BUDGET.get(self.device.type, READ_BUDGET["cpu"]))
+        return Scheduler(self.max_sequences, PREFILL_BUDGET.get(self.device.type, PREFILL_BUDGET["cpu"]))
 
     # Around each call and not around a generator: a mode set there would leak to whoever reads from it.
     @torch.inference_mode()
-    def _step(self) -> list[tuple[Row, int, int]]:
+    def _step(self) -> list[tuple[Sequence, int, int]]:
         work = self.scheduler.plan()
         self._make_room(len(self.scheduler.slots))
         for item in work:
             if isinstance(item, Copy):
                 for memory in (self.cache.k_cache, self.cache.v_cache):
                     memory[:, item.target, : item.length] = memory[:, item.source, : item.length]
-                self.tokens_reused += item.length
+                self.cached_tokens += item.length
             else:
-                self._read(item.row.tokens, item.slot, item.start, item.end)
+                self._prefill(item.seq.tokens, item.slot, item.start, item.end)
         # In order of their places, so that attention finds neighbours in the cache next to one another.
-        rows = sorted(self.scheduler.running, key=lambda row: self.scheduler.slot_of[row].index)
-        if not rows:
+        seqs = sorted(self.scheduler.running, key=lambda seq: self.scheduler.slot_of[seq].index)
+        if not seqs:
             return []
-        logits = self._logits(rows)
+        logits = self._logits(seqs)
         tokens, log_probs = sample(
             logits,
-            [row.temperature for row in rows],
-            [row.top_k for row in rows],
-            [row.top_p for row in rows],
-            [draw(row.dice) for row in rows],
+            [seq.temperature for seq in seqs],
+            [seq.top_k for seq in seqs],
+            [seq.top_p for seq in seqs],
+            [uniform_sample(seq.rng) for seq in seqs],
         )
-        self.tokens_written += len(rows)
+        self.generated_tokens += len(seqs)
         sampled = torch.stack([tokens.float(), log_probs], dim=1).tolist()  # in one transfer; ids below 2^24 stay exact
-        return [(row, *self._accept(row, int(token), log_prob)) for row, (token, log_prob) in zip(rows, sampled)]
+        return [(seq, *self._accept(seq, int(token), log_prob)) for seq, (token, log_prob) in zip(seqs, sampled)]
 
-    def _read(self, tokens: list[int], slot: int, start: int, end: int) -> None:
+    def _prefill(self, tokens: list[int], slot: int, start: int, end: int) -> None:
         """Fill the cache with tokens start .. end of a prompt. Nobody asks what the model expects after them."""
         ids = torch.tensor([tokens[start:end]], device=self.device)
         place = torch.tensor([[slot], [start], [tokens[start - 1] if start else -1]], dtype=torch.int32, device=self.device)
         self.model.hidden(ids, kv_cache=self.cache.select(*place), last_only=True)
-        self.tokens_read += end - start
+        self.prefill_tokens += end - start
 
-    def _logits(self, rows: list[Row]) -> torch.Tensor:
-        """Feed each row's last token to the model: what it expects next, (B, V)."""
-        slots = [self.scheduler.slot_of[row].index for row in rows]
-        lengths = [len(row.tokens) - 1 for row in rows]
-        newest = [row.tokens[-1] for row in rows]
-        before = [row.tokens[-2] if len(row.tokens) > 1 else -1 for row in rows]
+    def _logits(self, seqs: list[Sequence]) -> torch.Tensor:
+        """Feed each seq's last token to the model: what it expects next, (B, V)."""
+        slots = [self.scheduler.slot_of[seq].index for seq in seqs]
+        lengths = [len(seq.tokens) - 1 for seq in seqs]
+        newest = [seq.tokens[-1] for seq in seqs]
+        before = [seq.tokens[-2] if len(seq.tokens) > 1 else -1 for seq in seqs]
         batch = torch.tensor([slots, lengths, before, newest], dtype=torch.int32)  # (4, B)
         if self.device.type == "cuda":
-            return self._graph(len(rows)).run(batch)
+            return self._graph(len(seqs)).run(batch)
         return decode(self.model, self.cache, batch.to(self.device))
 
-    def _accept(self, row: Row, token: int, log_prob: float) -> tuple[int, int]:
-        """Give `row` its next token, the sampled one unless a tool has put others in line: (token, mask)."""
-        mask = 0 if row.forced else 1
-        if row.forced:
-            token = row.forced.popleft()
-        row.computed = len(row.tokens)
-        row.tokens.append(token)
-        row.masks.append(mask)
-        row.log_probs.append(log_prob * mask)
-        reason = row.exhausted if len(row.tokens) >= row.limit else None
-        if mask and self._says_the_end(row, token):
+    def _accept(self, seq: Sequence, token: int, log_prob: float) -> tuple[int, int]:
+        """Give `seq` its next token, the sampled one unless a tool has put others in line: (token, mask)."""
+        mask = 0 if seq.forced else 1
+        if seq.forced:
+            token = seq.forced.popleft()
+        seq.computed = len(seq.tokens)
+        seq.tokens.append(token)
+        seq.masks.append(mask)
+        seq.log_probs.append(log_prob * mask)
+        reason = seq.exhausted if len(seq.tokens) >= seq.limit else None
+        if mask and self._says_the_end(seq, token):
             reason = "stop"
         if reason:
-            self.scheduler.end(row, reason)
+            self.scheduler.end(seq, reason)
         return token, mask
 
-    def _says_the_end(self, row: Row, token: int) -> bool:
-        """Whether a sampled token ends its row. Calls of the calculator are noticed, and answered, here, too."""
+    def _says_the_end(self, seq: Sequence, token: int) -> bool:
+        """Whether a sampled token ends its seq. Calls of the calculator are noticed, and answered, here, too."""
         if token in self.terminal_tokens:
             return True
         if token == self.python_start:
-            row.call, row.tail = [], b""
-        elif token == self.python_end and row.call is not None:
-            result = use_calculator(self.tokenizer.decode(row.call))
-            row.call = None
+            seq.call, seq.tail = [], b""
+        elif token == self.python_end and seq.call is not None:
+            result = use_calculator(self.tokenizer.decode(seq.call))
+            seq.call = None
             if result is not None:
-                row.forced.extend([self.output_start, *self.tokenizer.encode(str(result)), self.output_end])
-        elif row.call is not None:
-            row.call.append(token)
-        elif row.stop:
-            text = row.tail + self.tokenizer.id_to_bytes(token)
-            row.tail = text[-max(map(len, row.stop)) :]
-            return any(stop in text for stop in row.stop)
+                seq.forced.extend([self.output_start, *self.tokenizer.encode(str(result)), self.output_end])
+        elif seq.call is not None:
+            seq.call.append(token)
+        elif seq.stop:
+            text = seq.tail + self.tokenizer.id_to_bytes(token)
+            seq.tail = text[-max(map(len, seq.stop)) :]
+            return any(stop in text for stop in seq.stop)
         return False
 
     # -------------------------------------------------------------------------
@@ -433,8 +433,8 @@ class Engine:
             dtype=cache_dtype(self.model),
         )
 
-    def _rows_that_fit(self) -> int:
-        """How many rows half of the free memory has room for, at least one."""
+    def _sequences_that_fit(self) -> int:
+        """How many seqs half of the free memory has room for, at least one."""
         if self.device.type == "cuda":
             unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             free = torch.cuda.mem_get_info(self.device)[0] + unused  # PyTorch's own, for the next who asks it
@@ -446,13 +446,13 @@ class Engine:
         values = 2 * config.n_layer * config.n_kv_head * (config.n_embd // config.n_head) * self.context
         return max(1, free // 2 // (values * cache_dtype(self.model).itemsize))
 
-    def _make_room(self, num_rows: int) -> None:
-        """A cache of `num_rows` rows at least; what the present one holds is kept."""
+    def _make_room(self, num_sequences: int) -> None:
+        """A cache of `num_sequences` seqs at least; what the present one holds is kept."""
         spare = 1 if self.device.type == "cuda" else 0  # where the empty places of a graph's batch write to
         before = 0 if self.cache is None else self.cache.k_cache.size(1) - spare
-        if num_rows <= before:
+        if num_sequences <= before:
             return
-        cache = self._make_cache(min(max(num_rows, 2 * before), self.scheduler.max_rows) + spare, self.context)
+        cache = self._make_cache(min(max(num_sequences, 2 * before), self.scheduler.max_sequences) + spare, self.context)
         if self.cache is not None:
             cache.k_cache[:, :before] = self.cache.k_cache[:, :before]
             cache.v_cache[:, :before] = self.cache.v_cache[:, :before]
@@ -467,22 +467,22 @@ class Engine:
         return self.graphs[size]
 
 
-def draw(dice: random.Random) -> float:
+def uniform_sample(rng: random.Random) -> float:
     """Uniform in [0, 1). 23 bits and no more, so that draw * total rounds to less than total in float32."""
-    return dice.getrandbits(23) / (1 << 23)
+    return rng.getrandbits(23) / (1 << 23)
 
 
 def decode(model, cache: KVCache, batch: torch.Tensor) -> torch.Tensor:
-    """One token for each of B rows: batch int32 (4, B) of slots, lengths, last tokens but one, last tokens; gives (B, V)."""
+    """One token for each of B seqs: batch int32 (4, B) of slots, lengths, last tokens but one, last tokens; gives (B, V)."""
     slots, lengths, before, newest = batch.unbind()
     return model.logits(model.hidden(newest[:, None], kv_cache=cache.select(slots, lengths, before))[:, -1])
 
 
 class DecodingGraph:
-    """`decode` for batches of up to `size` rows as one CUDA graph: its hundreds of kernels are started by one call.
+    """`decode` for batches of up to `size` seqs as one CUDA graph: its hundreds of kernels are started by one call.
 
     A graph repeats itself on the same memory, so a batch is copied to where it reads and the logits
-    are read where it leaves them. Places without a row write to the cache's last row, which is nobody's.
+    are read where it leaves them. Places without a seq write to the cache's last seq, which is nobody's.
     """
 
     def __init__(self, model, cache: KVCache, size: int):

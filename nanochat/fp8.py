@@ -6,7 +6,7 @@ multiplied by the two scales again. There are two kinds (arXiv:2209.05433): e4m3
 to 448, for weights and activations, and e5m2, 2 bits, up to 57344, for gradients, which spread wider.
 Scales are taken anew from each tensor, so nothing is kept between steps and nothing can go stale.
 
->>> if (why := obstacle(device, dtype)) is None:
+>>> if (why := unsupported_reason(device, dtype)) is None:
 ...     convert(model)
 
 swaps the class of the Linears in the blocks whose two sizes are multiples of 16 and at least MIN_WIDTH, and leaves
@@ -95,7 +95,7 @@ def convert(model: GPT) -> int:
     return len(linears)
 
 
-def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why there can be no float8 products of `dtype` on `device`; None where some were tried and came out right."""
     needs = "float8 needs an NVIDIA GPU of compute capability 8.9 or more (such as H100, H200, L40S)"
     if device.type != "cuda":

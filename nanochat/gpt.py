@@ -178,7 +178,7 @@ class Attention(nn.Module):
         else:
             k_cache, v_cache = kv_cache.get_layer_cache(self.layer)
             y = flash_attn.flash_attn_with_kvcache(
-                q, k_cache, v_cache, k=k, v=v, cache_seqlens=kv_cache.cache_seqlens, cache_batch_idx=kv_cache.rows,
+                q, k_cache, v_cache, k=k, v=v, cache_seqlens=kv_cache.cache_seqlens, cache_batch_idx=kv_cache.slots,
                 causal=True, window_size=(window, 0),
             )  # fmt: skip
         return self.c_proj(y.flatten(2))

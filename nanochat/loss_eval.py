@@ -40,7 +40,7 @@ def share_of(tokens: int, documents: int, B: int, T: int, compute: Compute) -> t
     """
     batches = max(1, tokens // (B * T))
     lanes = min(batches, MOST_LANES, max(1, documents // 8))
-    return lanes, batches // lanes * len(compute.mine(lanes))
+    return lanes, batches // lanes * len(compute.shard(lanes))
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def evaluate_bpb(model, batches: Iterable[tuple], steps: int, token_bytes: torch
         target_bytes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
         nats += torch.where(target_bytes > 0, losses, 0).to(exact).sum()
         n_bytes += target_bytes.sum()
-        compute.beat()
+        compute.heartbeat()
     nats, n_bytes = compute.sum(nats).item(), compute.sum(n_bytes).item()
     return nats / (math.log(2) * n_bytes) if n_bytes > 0 else math.inf
 

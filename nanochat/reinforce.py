@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import torch
 
 from nanochat.common import Compute
-from nanochat.scheduler import Row
-from nanochat.task_eval import answer_text, render_prompts, write_and_judge
-from nanochat.training import LossScale, descend
+from nanochat.scheduler import Sequence
+from nanochat.task_eval import answer_text, render_prompts, generate_and_grade
+from nanochat.training import LossScale, backward_and_step
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Group:
     """The answers to one question."""
 
     conversation: dict
-    rows: list[Row]
+    seqs: list[Sequence]
     rewards: list[float]
 
     @property
@@ -43,12 +43,12 @@ class Group:
         return [reward - mean for reward in self.rewards]
 
     @property
-    def informative(self) -> bool:
+    def has_signal(self) -> bool:
         """Whether there is anything to prefer. Where not, all advantages are 0."""
         return min(self.rewards) != max(self.rewards)
 
 
-def write_with(engine, model) -> None:
+def sync_weights(engine, model) -> None:
     """Let `engine` write with the weights that `model` has now: its own model, or a copy in the compute dtype, follows."""
     if engine.model is model:
         model.pack()
@@ -56,7 +56,7 @@ def write_with(engine, model) -> None:
         with torch.no_grad():
             for copied, weight in zip(engine.model.parameters(), model.parameters()):
                 copied.copy_(weight)
-    engine.forget()
+    engine.reset()
 
 
 def sample_groups(
@@ -69,16 +69,16 @@ def sample_groups(
     asked, conversation_of = [], {}
     for index, seed in questions:
         ((_, conversation, ids, _),) = render_prompts(task, tokenizer, [index], room)
-        rows = [engine.submit(ids, max_new_tokens, temperature, top_k, seed=seed, sample_index=i) for i in range(num_samples)]
-        asked.append((conversation, rows))
-        conversation_of |= dict.fromkeys(rows, conversation)
+        seqs = [engine.submit(ids, max_new_tokens, temperature, top_k, seed=seed, sample_index=i) for i in range(num_samples)]
+        asked.append((conversation, seqs))
+        conversation_of |= dict.fromkeys(seqs, conversation)
 
-    def judge(row: Row) -> float:
-        return task.reward(conversation_of[row], answer_text(tokenizer, engine, row)) if row.finish_reason == "stop" else 0.0
+    def judge(seq: Sequence) -> float:
+        return task.reward(conversation_of[seq], answer_text(tokenizer, engine, seq)) if seq.finish_reason == "stop" else 0.0
 
-    judged = write_and_judge(engine, judge, compute)
+    judged = generate_and_grade(engine, judge, compute)
     rewards = dict(tqdm(judged, total=len(conversation_of), desc="answers", leave=False, disable=None if compute.is_main else True))
-    return [Group(conversation, rows, [rewards[row] for row in rows]) for conversation, rows in asked]
+    return [Group(conversation, seqs, [rewards[seq] for seq in seqs]) for conversation, seqs in asked]
 
 
 def policy_batches(groups: list[Group], max_tokens: int, device: torch.device) -> list[tuple[torch.Tensor, ...]]:
@@ -87,21 +87,21 @@ def policy_batches(groups: list[Group], max_tokens: int, device: torch.device) -
     Each is (inputs (B, T), targets (B, T), advantages (B, T), log_probs (B, T)). A target is -1 where nothing was sampled:
     in the prompt, in what a tool said, and in the padding. log_probs are those at the time of sampling.
     """
-    answers = [pair for group in groups if group.informative for pair in zip(group.rows, group.advantages)]
+    answers = [pair for group in groups if group.has_signal for pair in zip(group.seqs, group.advantages)]
     answers.sort(key=lambda answer: -len(answer[0].tokens))
     batches = []
     while answers:
         longest = len(answers[0][0].tokens) - 1
-        rows = max(1, max_tokens // longest)
-        batch, answers = answers[:rows], answers[rows:]
+        seqs = max(1, max_tokens // longest)
+        batch, answers = answers[:seqs], answers[seqs:]
         shape = len(batch), longest
         inputs, targets = torch.zeros(shape, dtype=torch.int32), torch.full(shape, -1)
         advantages, log_probs = torch.zeros(shape), torch.zeros(shape)
-        for i, (row, advantage) in enumerate(batch):
-            end, first = len(row.tokens) - 1, row.prompt_length - 1
-            inputs[i, :end] = torch.tensor(row.tokens[:-1])
-            targets[i, first:end] = torch.tensor(row.written).where(torch.tensor(row.masks) == 1, -1)
-            log_probs[i, first:end] = torch.tensor(row.log_probs)
+        for i, (seq, advantage) in enumerate(batch):
+            end, first = len(seq.tokens) - 1, seq.prompt_length - 1
+            inputs[i, :end] = torch.tensor(seq.tokens[:-1])
+            targets[i, first:end] = torch.tensor(seq.generated).where(torch.tensor(seq.masks) == 1, -1)
+            log_probs[i, first:end] = torch.tensor(seq.log_probs)
             advantages[i] = advantage
         batches.append(tuple(tensor.to(device) for tensor in (inputs, targets, advantages, log_probs)))
     return batches
@@ -113,20 +113,20 @@ def policy_step(
 ) -> tuple[torch.Tensor, int, dict[str, float]]:  # fmt: skip
     """One update from this rank's groups and those of the other ranks: (loss, tokens sampled, what the answers were like).
 
-    Where no group is informative, on any rank, the step changes nothing and the loss is 0.
+    Where no group is has_signal, on any rank, the step changes nothing and the loss is 0.
     """
-    rows = [row for group in groups for row in group.rows]
+    seqs = [seq for group in groups for seq in group.seqs]
     batches = policy_batches(groups, max_tokens, compute.device)
     counts = {
-        "answers": len(rows),
+        "answers": len(seqs),
         "reward": sum(sum(group.rewards) for group in groups),
-        "length": sum(len(row.written) for row in rows),
-        "truncated": sum(row.finish_reason != "stop" for row in rows),
-        "tool_calls": sum(python_start in row.written for row in rows),
-        "sampled": sum(sum(row.masks) for row in rows),
-        "surprise": -sum(sum(row.log_probs) for row in rows),
+        "length": sum(len(seq.generated) for seq in seqs),
+        "truncated": sum(seq.finish_reason != "stop" for seq in seqs),
+        "tool_calls": sum(python_start in seq.generated for seq in seqs),
+        "sampled": sum(sum(seq.masks) for seq in seqs),
+        "surprise": -sum(sum(seq.log_probs) for seq in seqs),
         "groups": len(groups),
-        "informative": sum(group.informative for group in groups),
+        "has_signal": sum(group.has_signal for group in groups),
         "learnt": sum(int((targets >= 0).sum()) for _, targets, _, _ in batches),
     }
     total = dict(zip(counts, compute.sum(torch.tensor([float(count) for count in counts.values()], dtype=torch.float64)).tolist()))
@@ -139,10 +139,10 @@ def policy_step(
             differences.append((log_probs.detach() - before[counted]).abs().sum())
             yield -(advantages[counted] * log_probs).sum() / total["sampled"]
 
-    loss = descend(losses(), optimizer, compute, loss_scale) if total["informative"] else torch.zeros(())
+    loss = backward_and_step(losses(), optimizer, compute, loss_scale) if total["has_signal"] else torch.zeros(())
     values = {name: total[name] / total["answers"] for name in ("reward", "length", "truncated", "tool_calls")}
     # On policy, the mean surprise at what was sampled estimates the entropy of the distribution it was sampled from.
     values["entropy"] = total["surprise"] / total["sampled"]
-    values["informative"] = total["informative"] / total["groups"]
-    values["mismatch"] = compute.sum(sum(differences)).item() / max(1.0, total["learnt"])
+    values["has_signal"] = total["has_signal"] / total["groups"]
+    values["sampler_gap"] = compute.sum(sum(differences)).item() / max(1.0, total["learnt"])
     return loss, int(total["sampled"]), values

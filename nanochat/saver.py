@@ -101,7 +101,7 @@ class Saver:
     def _join(self) -> None:
         while self.thread is not None and self.thread.is_alive():
             self.thread.join(timeout=1)
-            self.compute.beat()
+            self.compute.heartbeat()
 
     def wait(self) -> None:
         """Wait for the save that is in flight; raises the error of the last save, if it had one."""

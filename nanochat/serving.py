@@ -183,11 +183,11 @@ class EngineThread:
 
     @property
     def waiting(self) -> int:
-        return max(0, self.active - self.engine.max_rows)
+        return max(0, self.active - self.engine.max_sequences)
 
     @property
     def full(self) -> bool:
-        return self.active >= self.engine.max_rows and self.waiting >= self.max_queue
+        return self.active >= self.engine.max_sequences and self.waiting >= self.max_queue
 
     @property
     def failing(self) -> bool:
@@ -196,7 +196,7 @@ class EngineThread:
     def submit(self, prompt: list[int], n: int = 1, **settings) -> Answer:
         """Have `n` answers to a prompt written; `settings` are those of `Engine.submit`. Refused when the line is full."""
         if self.full:
-            rounds = (self.waiting + n) / self.engine.max_rows  # in which everybody before this request is done
+            rounds = (self.waiting + n) / self.engine.max_sequences  # in which everybody before this request is done
             raise Refused("the server is busy; try again a little later", min(60, max(1, math.ceil(rounds * self.seconds))))
         self.loop = asyncio.get_running_loop()
         answer = Answer(self, prompt, n, settings)
@@ -336,7 +336,7 @@ class Workers:
         idlest = min(self.threads, key=lambda thread: (thread.failing, thread.active))
         home = self._home.get(key, idlest)
         # Reading a conversation anew costs less than waiting behind a quarter of all rows.
-        return idlest if home.failing or home.full or home.active > idlest.active + home.engine.max_rows // 4 else home
+        return idlest if home.failing or home.full or home.active > idlest.active + home.engine.max_sequences // 4 else home
 
     def counts(self) -> Counter[str]:
         return sum((thread.counts for thread in self.threads), Counter())

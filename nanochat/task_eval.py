@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from nanochat.common import Compute, UserError, cores_per_rank, print0
-from nanochat.scheduler import Row
+from nanochat.scheduler import Sequence
 
 
 def standard_error(accuracy: float, n: int) -> float:
@@ -100,7 +100,7 @@ def count_right(
 def _deal(n: int, size: int, compute: Compute) -> list[range]:
     """The blocks of up to `size` of n problems that fall to this rank."""
     blocks = [range(first, min(first + size, n)) for first in range(0, n, size)]
-    return [blocks[i] for i in compute.mine(len(blocks))]
+    return [blocks[i] for i in compute.shard(len(blocks))]
 
 
 def _tally(outcomes, n: int, mine: int, name: str, compute: Compute, show: bool) -> torch.Tensor:
@@ -115,7 +115,7 @@ def _tally(outcomes, n: int, mine: int, name: str, compute: Compute, show: bool)
             asked, solved = asked + 1, solved + (right > 0)
             bar.set_postfix_str(f"{solved}/{asked} = {100 * solved / asked:.1f}%", refresh=False)
             bar.update()
-            compute.beat()
+            compute.heartbeat()
     return counts
 
 
@@ -172,22 +172,22 @@ def _answer_in_words(task, model, tokenizer, engine, compute, indices, num_sampl
             row = engine.submit(ids, max_new_tokens, temperature, top_k, seed=index, sample_index=i)
             problems[row] = index, conversation, was_cropped, judged
 
-    def judge(row: Row) -> bool:
+    def judge(row: Sequence) -> bool:
         return task.evaluate(problems[row][1], answer_text(tokenizer, engine, row))
 
-    for row, passed in write_and_judge(engine, judge, compute):
+    for row, passed in generate_and_grade(engine, judge, compute):
         index, _, was_cropped, judged = problems.pop(row)
         judged.append(bool(passed))
         if len(judged) == num_samples:
             yield index, sum(judged), was_cropped
 
 
-def answer_text(tokenizer, engine, row: Row) -> str:
+def answer_text(tokenizer, engine, row: Sequence) -> str:
     """What a row says, without the token that ends it."""
-    return tokenizer.decode([id for id in row.written if id not in engine.terminal_tokens])
+    return tokenizer.decode([id for id in row.generated if id not in engine.terminal_tokens])
 
 
-def write_and_judge(engine, judge: Callable[[Row], Any], compute: Compute) -> Iterator[tuple[Row, Any]]:
+def generate_and_grade(engine, judge: Callable[[Sequence], Any], compute: Compute) -> Iterator[tuple[Sequence, Any]]:
     """Let the engine write all that is in line; yields (row, judge(row)) in the order in which rows end.
 
     Judging may run programs, so it takes place on all cores that this rank has, while other rows are written.
@@ -197,7 +197,7 @@ def write_and_judge(engine, judge: Callable[[Row], Any], compute: Compute) -> It
         while engine.busy or judgments:
             if engine.busy:
                 judgments += [(row, pool.submit(judge, row)) for row, _, _ in engine.step() if row.finish_reason]
-                compute.beat()
+                compute.heartbeat()
             while judgments and (judgments[0][1].done() or not engine.busy):
                 row, judgment = judgments.popleft()
                 yield row, judgment.result()

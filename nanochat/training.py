@@ -139,10 +139,10 @@ def train_step(
     if count == 0:
         return torch.zeros((), device=batches[0][0].device)
     losses = (model(inputs, targets, loss_reduction="sum") / count for inputs, targets in batches)
-    return descend(losses, optimizer, compute, loss_scale)
+    return backward_and_step(losses, optimizer, compute, loss_scale)
 
 
-def descend(losses: Iterable[torch.Tensor], optimizer, compute: Compute, loss_scale: LossScale | None = None) -> torch.Tensor:
+def backward_and_step(losses: Iterable[torch.Tensor], optimizer, compute: Compute, loss_scale: LossScale | None = None) -> torch.Tensor:
     """One update by the gradient of the sum of `losses`, over all ranks; returns that sum.
 
     They are made one at a time, so that one micro-batch's activations are held. A rank may have none.
@@ -151,7 +151,7 @@ def descend(losses: Iterable[torch.Tensor], optimizer, compute: Compute, loss_sc
     for loss in losses:
         total = total + loss.detach()
         (loss * loss_scale.scale if loss_scale else loss).backward()
-        compute.beat()
+        compute.heartbeat()
     if loss_scale is None or loss_scale.unscale([p for group in optimizer.param_groups for _, p in group["params"]], compute):
         optimizer.step()
     optimizer.zero_grad()
@@ -197,7 +197,7 @@ def rows_that_fit(model, compute: Compute, most: int) -> int:
         finally:
             del kept
             model.zero_grad()
-            compute.beat()
+            compute.heartbeat()
 
     choose_attention(model, compute)
     model.recompute = True
@@ -471,7 +471,7 @@ def conversations_done(loader_state: dict, epochs: float) -> torch.Tensor:
     return torch.tensor([loader_state["finished"], behind])
 
 
-def tame_garbage_collector() -> None:
+def freeze_garbage() -> None:
     """Leave what exists now out of later collections: a full one in mid-step costs up to half a second."""
     gc.collect()
     gc.freeze()

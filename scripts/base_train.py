@@ -89,7 +89,7 @@ def main(argv=None):
         save_training,
         saved_flag,
         set_rates,
-        tame_garbage_collector,
+        freeze_garbage,
         train_step,
     )
 
@@ -111,7 +111,7 @@ def main(argv=None):
            f"({counts['scaling'] / 1e6:.1f}M scaling), {flops_per_token / 1e6:.0f} MFLOPs per token, "
            f"{compute.dtype} on {compute.device.type}")
     if args.fp8:
-        if obstacle := fp8.obstacle(compute.device, compute.dtype):
+        if obstacle := fp8.unsupported_reason(compute.device, compute.dtype):
             print0(f"--fp8 is skipped, training goes on in {compute.dtype}: {obstacle}")
         else:
             print0(f"{fp8.convert(model)} matrix products per pass in float8; evaluation stays in {compute.dtype}")
@@ -132,7 +132,7 @@ def main(argv=None):
         unit = args.device_batch_size * args.max_seq_len
         args.total_batch_size = max(round(batch / unit), compute.world_size) * unit
     lanes = micro_batches(args.total_batch_size, args.device_batch_size, args.max_seq_len, compute.world_size)
-    passes = len(compute.mine(lanes))  # of this rank in each step
+    passes = len(compute.shard(lanes))  # of this rank in each step
     num_iterations = args.num_iterations if args.num_iterations > 0 else max(1, round(tokens / args.total_batch_size))
     tokens = num_iterations * args.total_batch_size
     warmup_steps = min(args.warmup_steps, num_iterations // 20)
@@ -184,7 +184,7 @@ def main(argv=None):
     wandb = wandb_run("nanochat", args.run, vars(args))
     meter = Meter(compute, saver.directory, args.total_batch_size, flops_per_token, wandb, loop.get("meter"))
     stop = StopSignal(compute)
-    tame_garbage_collector()
+    freeze_garbage()
     while True:
         last = step >= num_iterations
         stopping = stop.asked()

@@ -169,7 +169,7 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the chat
     compute = compute_init(args.device_type)
     model, tokenizer, meta = load_model(args.source, compute, model_tag=args.model_tag, step=args.step)
-    engine = Engine(model.pack(), tokenizer, max_rows=1)
+    engine = Engine(model.pack(), tokenizer, max_sequences=1)
     chat = Chat(engine, args.source == "base", args.max_tokens, args.temperature, args.top_k or None)
     if args.prompt is None:
         converse(chat)

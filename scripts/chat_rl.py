@@ -67,7 +67,7 @@ def main(argv=None):
     from nanochat.checkpoint_manager import checkpoint_dir, load_model
     from nanochat.engine import Engine
     from nanochat.optim import MuonAdamW
-    from nanochat.reinforce import policy_step, sample_groups, write_with
+    from nanochat.reinforce import policy_step, sample_groups, sync_weights
     from nanochat.saver import Saver
     from nanochat.schedule import batch_lr_scale
     from nanochat.task_eval import answer_text, count_right, pass_at_k
@@ -81,7 +81,7 @@ def main(argv=None):
         resume_training,
         save_training,
         set_rates,
-        tame_garbage_collector,
+        freeze_garbage,
         warm_start,
     )
     from tasks.arc import ARC
@@ -141,7 +141,7 @@ def main(argv=None):
     if compute.device.type == "cuda":
         model.recompute, max_tokens = True, max_tokens // 2
     sampler = copy.deepcopy(model).pack() if compute.device.type == "cuda" else model
-    engine = Engine(sampler, tokenizer, max_rows=-(-args.examples_per_step // compute.world_size) * args.num_samples)
+    engine = Engine(sampler, tokenizer, max_sequences=-(-args.examples_per_step // compute.world_size) * args.num_samples)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k or None}
 
     def measure():
@@ -160,7 +160,7 @@ def main(argv=None):
     wandb = wandb_run("nanochat-rl", args.run, vars(args))
     meter = Meter(compute, saver.directory, 0, None, wandb, loop.get("meter"))
     stop = StopSignal(compute)
-    tame_garbage_collector()
+    freeze_garbage()
     groups, measured = [], {}
     while True:
         last = step >= num_steps
@@ -169,13 +169,13 @@ def main(argv=None):
         measuring = not stopping and (fresh or last or not loop["measured"])  # whoever asks to stop may not wait long
         meter.flush()  # what is sampled next waits for the weights anyway
 
-        write_with(engine, model)
+        sync_weights(engine, model)
         if (due(step, args.eval_every, last) or (step == 0 and args.eval_every != 0)) and measuring:
             measured = measure()
             meter.log(step, **{name: value for name, (value, _) in measured.items()}, **{f"{name}_ci": ci for name, (_, ci) in measured.items()})
             scores = " | ".join(f"{name} {100 * value:.1f}% +- {100 * ci:.1f}" for name, (value, ci) in measured.items())
             print0(f"step {step:05d} | {args.task}: {scores}")
-            engine.forget()
+            engine.reset()
         if (due(step, args.save_every, last) or stopping) and fresh and step > 0:
             save_training(saver, step, model, optimizer, tokenizer, args, meter, None, None, loss_scale, measuring)
         if last or stopping:
@@ -194,7 +194,7 @@ def main(argv=None):
     if stopping and not last:
         print0(f"stopped after step {step}; go on with the same flags and --resume-from-step=latest")
     elif compute.is_main:
-        said = [(group.conversation["messages"][0], answer_text(tokenizer, engine, group.rows[0])) for group in groups[:4]]
+        said = [(group.conversation["messages"][0], answer_text(tokenizer, engine, group.seqs[0])) for group in groups[:4]]
         report.log("Reinforcement learning", {
             **vars(args), "stage": "rl", "scores": {f"{args.task} {name}": value for name, (value, _) in measured.items()},
             "model tag": tag, "steps": step, "questions": len(task),

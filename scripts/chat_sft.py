@@ -69,7 +69,7 @@ def main(argv=None):
         resume_training,
         save_training,
         set_rates,
-        tame_garbage_collector,
+        freeze_garbage,
         train_step,
         warm_start,
     )
@@ -90,7 +90,7 @@ def main(argv=None):
     saver = Saver(checkpoint_dir("sft", tag), compute, args.keep_last)
     inherit(args, origin)
     lanes = micro_batches(args.total_batch_size, args.device_batch_size, args.max_seq_len, compute.world_size)
-    passes = len(compute.mine(lanes))  # of this rank in each step
+    passes = len(compute.shard(lanes))  # of this rank in each step
     args.short_run = origin.get("user_config", {}).get("short_run", 1.0)
     lr_scale = batch_lr_scale(args.total_batch_size) * args.short_run * args.init_lr_frac
     optimizer = MuonAdamW(
@@ -159,7 +159,7 @@ def main(argv=None):
     wandb = wandb_run("nanochat-sft", args.run, vars(args))
     meter = Meter(compute, saver.directory, args.total_batch_size, model.estimate_flops(), wandb, loop.get("meter"))
     stop = StopSignal(compute)
-    tame_garbage_collector()
+    freeze_garbage()
     progress = progress_at(step, conversations_done(loader_state, args.num_epochs)) if meta else 0.0
     while True:
         last = progress >= 1

@@ -36,7 +36,7 @@ def parse_args(argv):
     parser.add_argument("--log-content", action="store_true", help="write what is said to the log, too")
     args = parser.parse_args(argv)
     for name, low, high in (("num_gpus", 1, 1024), ("port", 0, 65535), ("temperature", 0, 2), ("top_k", 0, 200),
-                            ("max_tokens", 1, 4096), ("max_rows", 1, 1024), ("max_queue", 0, 100_000)):
+                            ("max_tokens", 1, 4096), ("max_sequences", 1, 1024), ("max_queue", 0, 100_000)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be from {low} to {high}")
@@ -91,12 +91,12 @@ def make_app(workers, name: str, temperature: float = 0.8, top_k: int = 50, max_
             "uptime_s": round(time.monotonic() - started, 1),
             **{key: counts[key] for key in ("requests", "completed", "cancelled", "failed")},
             "rejected": workers.rejected,
-            "tokens_written": sum(engine.tokens_written for engine in engines),
-            "tokens_read": sum(engine.tokens_read for engine in engines),
-            "tokens_reused": sum(engine.tokens_reused for engine in engines),
+            "generated_tokens": sum(engine.generated_tokens for engine in engines),
+            "prefill_tokens": sum(engine.prefill_tokens for engine in engines),
+            "cached_tokens": sum(engine.cached_tokens for engine in engines),
             # What the engines themselves say, not what we believe of them: a leak would show here.
             "workers": [{"device": thread.device, "running": thread.engine.num_running, "waiting": thread.engine.num_waiting,
-                         "rows": thread.engine.max_rows} for thread in workers.threads],
+                         "rows": thread.engine.max_sequences} for thread in workers.threads],
         }
 
     return app
@@ -160,7 +160,7 @@ def make_workers(args):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         model, tokenizer, _ = load_model(args.source, replace(compute, device=device), directory.name, step)
-        return Engine(model.pack(), tokenizer, **({} if args.max_rows is None else {"max_rows": args.max_rows}))
+        return Engine(model.pack(), tokenizer, **({} if args.max_sequences is None else {"max_sequences": args.max_sequences}))
 
     if ranks()[2] > 1:
         raise UserError("chat_web is one process for all GPUs; start it without torchrun, and with -n GPUS")

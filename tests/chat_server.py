@@ -36,7 +36,7 @@ def answering(replies: dict[str, str]):
 
 
 @dataclass(eq=False)
-class Row:
+class Sequence:
     tokens: list[int]
     script: list[int]
     limit: int
@@ -50,12 +50,12 @@ class Row:
 class ScriptedEngine:
     """The interface of engine.Engine. `reply(prompt)` is what is said, one byte per step; `hold` makes steps wait for `allow`."""
 
-    def __init__(self, reply=lambda prompt: "hello", max_rows: int = 4, context: int = 400):
-        self.reply, self.max_rows, self.context = reply, max_rows, context
+    def __init__(self, reply=lambda prompt: "hello", max_sequences: int = 4, context: int = 400):
+        self.reply, self.max_sequences, self.context = reply, max_sequences, context
         self.tokenizer, self.terminal_tokens = TOKENIZER, frozenset([END])
-        self.tokens_read = self.tokens_reused = self.tokens_written = self.steps = 0
-        self.rows: list[Row] = []
-        self.asked: list[Row] = []  # all there ever were
+        self.prefill_tokens = self.cached_tokens = self.generated_tokens = self.steps = 0
+        self.seqs: list[Sequence] = []
+        self.asked: list[Sequence] = []  # all there ever were
         self.error: Exception | None = None  # what the next step fails with
         self.in_step, self.dropped = threading.Event(), threading.Event()
         self._permits: threading.Semaphore | None = None
@@ -73,51 +73,51 @@ class ScriptedEngine:
 
     @property
     def num_running(self) -> int:
-        return min(len(self.rows), self.max_rows)
+        return min(len(self.seqs), self.max_sequences)
 
     @property
     def num_waiting(self) -> int:
-        return len(self.rows) - self.num_running
+        return len(self.seqs) - self.num_running
 
     @property
     def busy(self) -> bool:
-        return bool(self.rows)
+        return bool(self.seqs)
 
-    def submit(self, tokens, max_tokens=None, **settings) -> Row:
+    def submit(self, tokens, max_tokens=None, **settings) -> Sequence:
         prompt = TOKENIZER.decode(tokens)
         if "refuse me" in prompt:
             raise UserError("the engine does not like this")
         script = self.reply(prompt)
         script = script if isinstance(script, list) else [*tokens_of(script), END]
-        row = Row(list(tokens), script, len(tokens) + min(max_tokens or self.context, self.context - len(tokens)), settings)
-        self.rows.append(row)
-        self.asked.append(row)
-        return row
+        seq = Sequence(list(tokens), script, len(tokens) + min(max_tokens or self.context, self.context - len(tokens)), settings)
+        self.seqs.append(seq)
+        self.asked.append(seq)
+        return seq
 
-    def cancel(self, row: Row) -> None:
-        if row in self.rows:
-            self.rows.remove(row)
-            row.finish_reason = "cancelled"
+    def cancel(self, seq: Sequence) -> None:
+        if seq in self.seqs:
+            self.seqs.remove(seq)
+            seq.finish_reason = "cancelled"
             self.dropped.set()
 
-    def step(self) -> list[tuple[Row, int, int]]:
+    def step(self) -> list[tuple[Sequence, int, int]]:
         self.in_step.set()
         if self._permits:
             assert self._permits.acquire(timeout=PATIENCE)
         self.steps += 1
         if self.error:
-            error, self.error, self.rows = self.error, None, []
+            error, self.error, self.seqs = self.error, None, []
             raise error
         events = []
-        for row in self.rows[: self.max_rows]:
-            row.tokens.append(row.script[len(row.tokens) - row.prompt_length])
-            self.tokens_written += 1
-            if row.tokens[-1] == END:
-                row.finish_reason = "stop"
-            elif len(row.tokens) >= row.limit:
-                row.finish_reason = "context" if row.limit == self.context else "length"
-            events.append((row, row.tokens[-1], 1))
-        self.rows = [row for row in self.rows if not row.finish_reason]
+        for seq in self.seqs[: self.max_sequences]:
+            seq.tokens.append(seq.script[len(seq.tokens) - seq.prompt_length])
+            self.generated_tokens += 1
+            if seq.tokens[-1] == END:
+                seq.finish_reason = "stop"
+            elif len(seq.tokens) >= seq.limit:
+                seq.finish_reason = "context" if seq.limit == self.context else "length"
+            events.append((seq, seq.tokens[-1], 1))
+        self.seqs = [seq for seq in self.seqs if not seq.finish_reason]
         return events
 
 

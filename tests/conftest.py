@@ -71,8 +71,8 @@ def base_dir(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_babbler():
-    """`make_babbler(tokenizer, sequence_len)` gives a small model that says nearly nothing but letters; bytes are its tokens."""
+def make_random_model():
+    """`make_random_model(tokenizer, sequence_len)` gives a small model that says nearly nothing but letters; bytes are its tokens."""
     import torch
 
     from nanochat.gpt import GPT, GPTConfig

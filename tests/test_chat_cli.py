@@ -167,10 +167,10 @@ def test_a_base_model_continues_text_and_remembers_nothing(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def artifacts(tokenizer, tmp_path_factory, make_babbler):
+def artifacts(tokenizer, tmp_path_factory, make_random_model):
     """A base folder with a tokenizer and a small model for two stages, which babbles and never ends an answer."""
     base = tmp_path_factory.mktemp("artifacts")
-    model = make_babbler(tokenizer, sequence_len=4096)
+    model = make_random_model(tokenizer, sequence_len=4096)
     compute = Compute(torch.device("cpu"), torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))

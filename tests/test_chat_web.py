@@ -31,7 +31,7 @@ V1 = "/v1/chat/completions"
 @pytest.fixture
 def site():
     """A server of one engine with two rows, three may wait. Its steps wait for permission."""
-    engine = ScriptedEngine(max_rows=2)
+    engine = ScriptedEngine(max_sequences=2)
     engine.hold()
     with serving(engine, max_queue=3) as site, ThreadPoolExecutor(8) as pool:
         site.in_background = pool.submit
@@ -70,13 +70,13 @@ def test_health_and_stats_answer_while_a_step_takes_its_time(site):
     assert stats.pop("uptime_s") >= 0
     assert stats == {
         "requests": 4, "completed": 4, "cancelled": 0, "failed": 0, "rejected": 0,
-        "tokens_written": 4 * len("hello."), "tokens_read": 0, "tokens_reused": 0,
+        "generated_tokens": 4 * len("hello."), "prefill_tokens": 0, "cached_tokens": 0,
         "workers": [{"device": "fake:0", "running": 0, "waiting": 0, "rows": 2}],
     }  # fmt: skip
 
 
 def test_the_second_of_two_engines_serves_too():
-    engines = [ScriptedEngine(max_rows=2) for _ in range(2)]
+    engines = [ScriptedEngine(max_sequences=2) for _ in range(2)]
     for engine in engines:
         engine.hold()
     with serving(*engines) as site, ThreadPoolExecutor(4) as pool:
@@ -224,8 +224,8 @@ def test_the_log_has_no_word_of_what_is_said(caplog):
 
 
 @pytest.fixture(scope="module")
-def model(make_babbler):
-    return make_babbler(TOKENIZER, sequence_len=256)
+def model(make_random_model):
+    return make_random_model(TOKENIZER, sequence_len=256)
 
 
 def test_what_a_real_engine_writes_for_many_is_what_it_writes_for_each(model):
@@ -243,7 +243,7 @@ def test_what_a_real_engine_writes_for_many_is_what_it_writes_for_each(model):
         row = alone.submit(render_for_completion(TOKENIZER, request), top_k=50, **settings)
         while alone.busy:
             alone.step()
-        text = TOKENIZER.decode([token for token in row.written if token not in alone.terminal_tokens])
+        text = TOKENIZER.decode([token for token in row.generated if token not in alone.terminal_tokens])
         return text[: min([len(text), *(at for stop in request.get("stop", []) if (at := text.find(stop)) >= 0)])]
 
     async def ask(client, request, stream):
@@ -256,7 +256,7 @@ def test_what_a_real_engine_writes_for_many_is_what_it_writes_for_each(model):
         async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
             return await asyncio.gather(*(ask(client, request, i % 3 == 0) for i, request in enumerate(requests)))
 
-    with serving(Engine(model, TOKENIZER, max_rows=4)) as site:
+    with serving(Engine(model, TOKENIZER, max_sequences=4)) as site:
         assert asyncio.run(ask_all(site.address)) == [expected(request) for request in requests]
         assert site.get("/stats").json()["workers"] == [{"device": "fake:0", "running": 0, "waiting": 0, "rows": 4}]
 

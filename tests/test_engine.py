@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import UserError
-from nanochat.engine import READ_BUDGET, Engine, KVCache, draw, sample
+from nanochat.engine import PREFILL_BUDGET, Engine, KVCache, sample, uniform_sample
 from nanochat.gpt import GPT, GPTConfig
 
 SPECIALS = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
@@ -59,7 +59,7 @@ def make_model(seed=0, **changes):
 class Script:
     """A stand-in for a model: after each position it is all but certain of the token that `say` names.
 
-    `say(tokens)` gets one row's tokens so far and gives the next token. The tokens are kept where a model
+    `say(tokens)` gets one seq's tokens so far and gives the next token. The tokens are kept where a model
     keeps its keys, so they follow whatever the engine does with its cache.
     """
 
@@ -67,7 +67,7 @@ class Script:
         self.config = SimpleNamespace(sequence_len=sequence_len, n_layer=1, n_head=1, n_kv_head=1, n_embd=4)
         self.say = say
         self.calls = []  # shape of the ids of every call
-        self.seen = []  # each row's tokens in the last call
+        self.seen = []  # each seq's tokens in the last call
 
     def get_device(self):
         return torch.device("cpu")
@@ -75,8 +75,8 @@ class Script:
     def hidden(self, ids, kv_cache, last_only=False):
         self.calls.append(tuple(ids.shape))
         self.seen = []
-        for new, row, length in zip(ids, kv_cache.rows.tolist(), kv_cache.cache_seqlens.tolist()):
-            kept = kv_cache.k_cache[0, row, :, 0, 0]
+        for new, seq, length in zip(ids, kv_cache.slots.tolist(), kv_cache.cache_seqlens.tolist()):
+            kept = kv_cache.k_cache[0, seq, :, 0, 0]
             kept[length : length + len(new)] = new
             self.seen.append(kept[: length + len(new)].int().tolist())
         kv_cache.advance(ids.size(1))
@@ -84,8 +84,8 @@ class Script:
 
     def logits(self, hidden):
         logits = torch.full((len(hidden), 262), -1e9)
-        for row, tokens in zip(logits, self.seen):
-            row[self.say(tokens)] = 0.0
+        for seq, tokens in zip(logits, self.seen):
+            seq[self.say(tokens)] = 0.0
         return logits
 
 
@@ -110,7 +110,7 @@ def strip_output(tokens):
 
 
 def run(engine, tokens, **options):
-    """All columns of one generation, its masks, and why the rows ended."""
+    """All columns of one generation, its masks, and why the seqs ended."""
     columns, masks = [], []
 
     def drain():
@@ -158,9 +158,9 @@ def test_prefill_copies_one_row_into_all():
     one.last_tokens.fill_(5)
     many = KVCache(2, 2, 7, 4, 2, "cpu", torch.float32)
     many.prefill(one)
-    for row in range(2):
-        assert torch.equal(many.k_cache[:, row, :3], one.k_cache[:, 0])
-        assert torch.equal(many.v_cache[:, row, :3], one.v_cache[:, 0])
+    for seq in range(2):
+        assert torch.equal(many.k_cache[:, seq, :3], one.k_cache[:, 0])
+        assert torch.equal(many.v_cache[:, seq, :3], one.v_cache[:, 0])
     assert many.cache_seqlens.tolist() == [3, 3] and many.last_tokens.tolist() == [5, 5]
     assert not many.k_cache[:, :, 3:].any()
     with pytest.raises(AssertionError):
@@ -188,8 +188,8 @@ def test_greedy_equals_naive_generate(changes, prompt_length):
     naive = list(model.generate(prompt, max_tokens=30, temperature=0.0))
     columns, masks, reasons = run(Engine(model, TOKENIZER), prompt, num_samples=3, max_tokens=30, temperature=0.0)
     expected = until_terminal(naive)
-    for row in range(3):
-        tokens = until_terminal([column[row] for column in columns])
+    for seq in range(3):
+        tokens = until_terminal([column[seq] for column in columns])
         assert tokens == expected
     assert len(set(expected)) > 5 or len(expected) < 10, "a model that repeats itself would test little"
     assert reasons == (["stop"] * 3 if expected[-1] in (BOS, END) else ["length"] * 3)
@@ -262,17 +262,17 @@ def test_sample_top_k_keeps_exactly_the_k_likeliest():
 def test_rows_with_settings_of_their_own_are_sampled_as_if_alone():
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(60, 500, generator=generator) * 3
-    dice = random.Random(0)
+    rng = random.Random(0)
     settings = [
-        (dice.choice([0.0, 0.3, 1.0, 2.0]), dice.choice([None, 1, 5, 50, 64]), dice.choice([1.0, 0.5, 0.95]), dice.random())
+        (rng.choice([0.0, 0.3, 1.0, 2.0]), rng.choice([None, 1, 5, 50, 64]), rng.choice([1.0, 0.5, 0.95]), rng.random())
         for _ in logits
     ]
     tokens, log_probs = sample(logits, *map(list, zip(*settings)))
     together = tokens.tolist()
-    alone = [pick(row[None], t, draw, k, p) for row, (t, k, p, draw) in zip(logits, settings)]
+    alone = [pick(seq[None], t, draw, k, p) for seq, (t, k, p, draw) in zip(logits, settings)]
     assert together == alone
-    greedy = [row for row, (t, *_) in enumerate(settings) if t == 0]
-    assert greedy and [together[row] for row in greedy] == logits[greedy].argmax(-1).tolist()
+    greedy = [seq for seq, (t, *_) in enumerate(settings) if t == 0]
+    assert greedy and [together[seq] for seq in greedy] == logits[greedy].argmax(-1).tolist()
     assert not log_probs[greedy].any() and log_probs.isfinite().all()
 
 
@@ -292,8 +292,8 @@ def test_draws_stay_below_the_total_in_float32():
     """The largest draw times any total near one rounds to less than the total, so a token is always found."""
     totals = 1 + torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 1e-4
     assert (totals * torch.tensor(1 - 2**-23) < totals).all()
-    dice = random.Random(0)
-    draws = [draw(dice) for _ in range(500)]
+    rng = random.Random(0)
+    draws = [uniform_sample(rng) for _ in range(500)]
     assert 0 <= min(draws) and max(draws) <= 1 - 2**-23 and 0.4 < sum(draws) / 500 < 0.6
 
 
@@ -305,8 +305,8 @@ def test_a_row_depends_on_its_seed_and_not_on_its_neighbours():
     two, _ = engine.generate_batch([BOS, 65, 66], num_samples=2, seed=7, **options)
     other, _ = engine.generate_batch([BOS, 65, 66], num_samples=4, seed=8, **options)
     assert two == four[:2]
-    assert len({tuple(row) for row in four + other}) == 8  # neighbouring seeds do not share rows either
-    assert len({row[3] for row in four + other}) > 1  # the first token is drawn per row too
+    assert len({tuple(seq) for seq in four + other}) == 8  # neighbouring seeds do not share seqs either
+    assert len({seq[3] for seq in four + other}) > 1  # the first token is drawn per seq too
 
 
 # -----------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_what_the_calculator_says_and_refuses(text, result):
 
 
 def test_rows_call_tools_on_their_own():
-    """Two rows of one batch, one in a call while the other is not: only the caller is forced."""
+    """Two seqs of one batch, one in a call while the other is not: only the caller is forced."""
     start = {0: [CALL, *b"1+1", CALL_END, *b"x"], 1: [*b"abcdefghij"]}
 
     def say(tokens):
@@ -374,7 +374,7 @@ def test_a_call_that_is_never_closed_and_an_end_without_a_start_force_nothing():
 
 
 # -----------------------------------------------------------------------------
-# How rows end
+# How seqs end
 
 
 @pytest.mark.parametrize("terminal", [END, BOS])
@@ -391,10 +391,10 @@ def test_a_finished_row_repeats_its_end_while_others_go_on():
     options = {"num_samples": 40, "max_tokens": 60, "temperature": 3.0, "seed": 1}
     columns, masks, reasons = run(Engine(model, TOKENIZER), [BOS], **options)
     assert set(reasons) == {"stop", "length"}, "the seed should give both kinds"
-    for row, reason in enumerate(reasons):
-        tokens = [column[row] for column in columns]
+    for seq, reason in enumerate(reasons):
+        tokens = [column[seq] for column in columns]
         length = len(until_terminal(tokens))
-        assert [mask[row] for mask in masks] == [1] * length + [0] * (len(columns) - length)
+        assert [mask[seq] for mask in masks] == [1] * length + [0] * (len(columns) - length)
         assert set(tokens[length:]) <= {tokens[length - 1]}
         assert (reason == "stop") == (tokens[length - 1] in (BOS, END))
 
@@ -454,47 +454,47 @@ def test_the_readers_of_a_generator_keep_their_gradients():
 
 def spoken(model, request):
     """What a request gets from an engine of its own."""
-    engine = Engine(model, TOKENIZER, max_rows=1)
-    row = engine.submit(**request)
+    engine = Engine(model, TOKENIZER, max_sequences=1)
+    seq = engine.submit(**request)
     list(engine.finish())
-    return row
+    return seq
 
 
 def requests_of(n, seed=0):
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     return [
         {
-            "tokens": [BOS, *(dice.randrange(256) for _ in range(dice.choice([0, 3, 40, 160])))],
-            "max_tokens": dice.randint(1, 24),
-            "temperature": dice.choice([0.0, 0.7, 1.5]),
-            "top_k": dice.choice([None, 20]),
-            "top_p": dice.choice([1.0, 0.9]),
+            "tokens": [BOS, *(rng.randrange(256) for _ in range(rng.choice([0, 3, 40, 160])))],
+            "max_tokens": rng.randint(1, 24),
+            "temperature": rng.choice([0.0, 0.7, 1.5]),
+            "top_k": rng.choice([None, 20]),
+            "top_p": rng.choice([1.0, 0.9]),
             "seed": i,
         }
         for i in range(n)
     ]
 
 
-@pytest.mark.parametrize("max_rows", [32, 5])
-def test_a_row_says_the_same_alone_and_among_31_others(max_rows):
+@pytest.mark.parametrize("max_sequences", [32, 5])
+def test_a_row_says_the_same_alone_and_among_31_others(max_sequences):
     """They join one by one while others write, share beginnings, and leave at different times."""
     model = make_model()
     requests = requests_of(32)
-    engine = Engine(model, TOKENIZER, max_rows=max_rows)
-    rows = []
+    engine = Engine(model, TOKENIZER, max_sequences=max_sequences)
+    seqs = []
     for request in requests:
-        rows.append(engine.submit(**request))
+        seqs.append(engine.submit(**request))
         engine.step()
-        assert engine.num_running <= max_rows
+        assert engine.num_running <= max_sequences
     list(engine.finish())
-    for row, request in zip(rows, requests):
+    for seq, request in zip(seqs, requests):
         alone = spoken(model, request)
-        assert (row.written, row.masks, row.finish_reason) == (alone.written, alone.masks, alone.finish_reason)
+        assert (seq.generated, seq.masks, seq.finish_reason) == (alone.generated, alone.masks, alone.finish_reason)
         if request["temperature"] == 0:
             naive = list(model.generate(request["tokens"], request["max_tokens"], temperature=0.0))
-            assert row.written == until_terminal(naive)
+            assert seq.generated == until_terminal(naive)
     assert not engine.busy and engine.num_running == engine.num_waiting == 0
-    assert engine.tokens_written == sum(len(row.written) for row in rows)
+    assert engine.generated_tokens == sum(len(seq.generated) for seq in seqs)
 
 
 @pytest.mark.parametrize("budget", [1, 7, 100])
@@ -502,8 +502,8 @@ def test_pieces_in_which_a_prompt_is_read_do_not_matter(monkeypatch, budget):
     model = make_model()
     prompt = [BOS, *range(200)]
     naive = list(model.generate(prompt, max_tokens=8, temperature=0.0))
-    monkeypatch.setitem(READ_BUDGET, "cpu", budget)
-    assert spoken(model, {"tokens": prompt, "max_tokens": 8, "temperature": 0.0}).written == until_terminal(naive)
+    monkeypatch.setitem(PREFILL_BUDGET, "cpu", budget)
+    assert spoken(model, {"tokens": prompt, "max_tokens": 8, "temperature": 0.0}).generated == until_terminal(naive)
 
 
 def test_the_next_turn_reads_only_what_is_new_and_says_the_same():
@@ -511,33 +511,33 @@ def test_the_next_turn_reads_only_what_is_new_and_says_the_same():
     engine = Engine(model, TOKENIZER)
     first = engine.submit([BOS, *range(60)], max_tokens=20, temperature=0.0)
     list(engine.finish())
-    assert (engine.tokens_read, engine.tokens_reused) == (60, 0)
+    assert (engine.prefill_tokens, engine.cached_tokens) == (60, 0)
     turn = [*first.tokens, *b"and then?"]
     second = engine.submit(turn, max_tokens=20, temperature=0.0)
     other = engine.submit([BOS, *range(50), 99], max_tokens=20, temperature=0.0)  # begins alike, too
     list(engine.finish())
     assert second.reused == len(first.tokens) - 1 and other.reused == 51
-    assert engine.tokens_read == 60 + len(b"and then?")
-    for row in (second, other):
-        naive = model.generate(row.tokens[: row.prompt_length], max_tokens=20, temperature=0.0)
-        assert row.written == until_terminal(list(naive))
+    assert engine.prefill_tokens == 60 + len(b"and then?")
+    for seq in (second, other):
+        naive = model.generate(seq.tokens[: seq.prompt_length], max_tokens=20, temperature=0.0)
+        assert seq.generated == until_terminal(list(naive))
 
 
 def test_a_cancelled_row_is_gone_and_the_others_do_not_notice():
     model = make_model()
     requests = requests_of(6, seed=3)
-    engine = Engine(model, TOKENIZER, max_rows=3)
-    rows = [engine.submit(**{**request, "max_tokens": 24}) for request in requests]
+    engine = Engine(model, TOKENIZER, max_sequences=3)
+    seqs = [engine.submit(**{**request, "max_tokens": 24}) for request in requests]
     for victim in (0, 4):  # one that writes, one that waits
         engine.step()
-        engine.cancel(rows[victim])
-        assert rows[victim].finish_reason == "cancelled"
-        assert all(row is not rows[victim] for row, _, _ in engine.step())
+        engine.cancel(seqs[victim])
+        assert seqs[victim].finish_reason == "cancelled"
+        assert all(seq is not seqs[victim] for seq, _, _ in engine.step())
     list(engine.finish())
-    engine.cancel(rows[1])  # has ended by itself: nothing happens
+    engine.cancel(seqs[1])  # has ended by itself: nothing happens
     for i in (1, 2, 3, 5):
-        assert rows[i].written == spoken(model, {**requests[i], "max_tokens": 24}).written
-        assert rows[i].finish_reason in ("stop", "length")
+        assert seqs[i].generated == spoken(model, {**requests[i], "max_tokens": 24}).generated
+        assert seqs[i].finish_reason in ("stop", "length")
 
 
 def test_an_abandoned_generator_leaves_no_row_behind():
@@ -559,30 +559,30 @@ def test_two_generators_may_take_turns():
     said = [[[], []], [[], []]]
     generators = [engine.generate(prompt, 2, 10, seed=4) for prompt in prompts]
     for columns in zip(*generators):
-        for rows, (column, _) in zip(said, columns):
-            for row, token in zip(rows, column):
-                row.append(token)
-    for prompt, rows, sequences in zip(prompts, said, expected):
-        for row, sequence in zip(rows, sequences):
-            assert [*prompt, *row][: len(sequence)] == sequence
+        for seqs, (column, _) in zip(said, columns):
+            for seq, token in zip(seqs, column):
+                seq.append(token)
+    for prompt, seqs, sequences in zip(prompts, said, expected):
+        for seq, sequence in zip(seqs, sequences):
+            assert [*prompt, *seq][: len(sequence)] == sequence
 
 
 def test_text_that_stops_a_row():
     story = [*"It was cold. The énd is near. Really.".encode()]
     for stop, expected in (("énd", "It was cold. The énd"), ("cold. T", "It was cold. T"), ("absent", None), ("R", None)):
         engine = Engine(Script(recite(story, 1)), TOKENIZER)
-        row = engine.submit([BOS], temperature=0.0, stop=["zzz", stop] if stop != "R" else [])
+        seq = engine.submit([BOS], temperature=0.0, stop=["zzz", stop] if stop != "R" else [])
         list(engine.finish())
-        text = TOKENIZER.decode([token for token in row.written if token != END])
-        assert text == (expected or TOKENIZER.decode(story)) and row.finish_reason == "stop"
+        text = TOKENIZER.decode([token for token in seq.generated if token != END])
+        assert text == (expected or TOKENIZER.decode(story)) and seq.finish_reason == "stop"
 
 
 def test_text_of_a_tool_does_not_stop_a_row():
     said = [*b"a", CALL, *b"11+1", CALL_END, *b"b12c"]
     engine = Engine(Script(recite(said, 1)), TOKENIZER)
-    row = engine.submit([BOS], temperature=0.0, stop=["11", "ab", "12c"])
+    seq = engine.submit([BOS], temperature=0.0, stop=["11", "ab", "12c"])
     list(engine.finish())
-    assert row.written == [*b"a", CALL, *b"11+1", CALL_END, OUT, *b"12", OUT_END, *b"b12c"]
+    assert seq.generated == [*b"a", CALL, *b"11+1", CALL_END, OUT, *b"12", OUT_END, *b"b12c"]
 
 
 def test_a_round_that_fails_ends_all_rows_and_the_engine_goes_on():
@@ -594,19 +594,19 @@ def test_a_round_that_fails_ends_all_rows_and_the_engine_goes_on():
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    rows = [engine.submit([BOS, *range(100)]), engine.submit([BOS, 1])]
+    seqs = [engine.submit([BOS, *range(100)]), engine.submit([BOS, 1])]
     hidden, model.hidden = model.hidden, fail
     with pytest.raises(RuntimeError, match="out of memory"):
         engine.step()
     model.hidden = hidden
-    assert [row.finish_reason for row in rows] == ["cancelled"] * 2 and not engine.busy
+    assert [seq.finish_reason for seq in seqs] == ["cancelled"] * 2 and not engine.busy
     again = engine.submit([BOS, *range(100)], max_tokens=4, temperature=0.0)
     list(engine.finish())
-    assert again.written == first.written and again.reused == 0
+    assert again.generated == first.generated and again.reused == 0
 
 
 def test_the_cache_grows_with_the_rows_and_no_further():
-    engine = Engine(Script(lambda tokens: 65, sequence_len=10), TOKENIZER, max_rows=6)
+    engine = Engine(Script(lambda tokens: 65, sequence_len=10), TOKENIZER, max_sequences=6)
     for wanted, capacity in ((1, 1), (2, 3), (3, 6), (20, 6)):  # newcomers prefer places that hold nothing yet
         for i in range(wanted):
             engine.submit([BOS, wanted, i], temperature=0.0)
@@ -628,9 +628,9 @@ def test_graphs_on_a_gpu_say_what_the_naive_loop_says():
     model.set_compute_dtype(torch.float32)
     requests = [request for request in requests_of(40, seed=1) if request["temperature"] == 0]
     engine = Engine(model, TOKENIZER)
-    rows = [engine.submit(**request) for request in requests]
+    seqs = [engine.submit(**request) for request in requests]
     list(engine.finish())
-    for row, request in zip(rows, requests):
+    for seq, request in zip(seqs, requests):
         naive = list(model.generate(request["tokens"], request["max_tokens"], temperature=0.0))
-        assert row.written == until_terminal(naive)
+        assert seq.generated == until_terminal(naive)
     assert set(engine.graphs) >= {1, 2, 4, 8}

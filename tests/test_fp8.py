@@ -236,10 +236,10 @@ def test_training_follows_that_of_float32():
 
 
 def test_a_chip_without_float8_is_told_in_one_line(monkeypatch):
-    assert "compute capability 8.9" in fp8.obstacle(CPU, torch.float32) and "a cpu" in fp8.obstacle(CPU, torch.float32)
+    assert "compute capability 8.9" in fp8.unsupported_reason(CPU, torch.float32) and "a cpu" in fp8.unsupported_reason(CPU, torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    told = fp8.obstacle(torch.device("cuda"), torch.bfloat16)
+    told = fp8.unsupported_reason(torch.device("cuda"), torch.bfloat16)
     assert told.endswith("NVIDIA A100 has 8.0") and "\n" not in told
 
 
@@ -249,7 +249,7 @@ def test_a_chip_that_should_have_it_is_tried(monkeypatch):
     monkeypatch.setattr(fp8, "trial", lambda device, dtype: trial(CPU, dtype))
     before = torch.get_rng_state()
     with torch.no_grad():
-        assert fp8.obstacle(cuda, torch.bfloat16) is None
+        assert fp8.unsupported_reason(cuda, torch.bfloat16) is None
     assert torch.equal(torch.get_rng_state(), before)
 
     def refuses(*args, **kwargs):
@@ -257,8 +257,8 @@ def test_a_chip_that_should_have_it_is_tried(monkeypatch):
 
     original = torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", refuses)
-    assert fp8.obstacle(cuda, torch.bfloat16) == "float8 products fail here: RuntimeError: no kernel"
+    assert fp8.unsupported_reason(cuda, torch.bfloat16) == "float8 products fail here: RuntimeError: no kernel"
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: 1.5 * original(*args, **kwargs))
-    assert "wrong here, by 5" in fp8.obstacle(cuda, torch.bfloat16)
+    assert "wrong here, by 5" in fp8.unsupported_reason(cuda, torch.bfloat16)
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: float("nan") * original(*args, **kwargs))
-    assert "wrong here, by nan" in fp8.obstacle(cuda, torch.bfloat16)
+    assert "wrong here, by nan" in fp8.unsupported_reason(cuda, torch.bfloat16)

@@ -111,7 +111,7 @@ def test_stop_strings_end_the_answer_and_are_not_in_it(client, site):
         assert answer.choices[0].message.content == text and answer.choices[0].finish_reason == "stop"
         chunks = list(ask(client, "count", stop=stop, stream=True))
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
-    assert not site.engine.rows  # what the engine would have written further was dropped
+    assert not site.engine.seqs  # what the engine would have written further was dropped
 
 
 def test_length(client):

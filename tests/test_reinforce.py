@@ -15,8 +15,8 @@ from nanochat.cross_entropy import sampling_log_probs
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
-from nanochat.reinforce import Group, policy_batches, policy_step, sample_groups, write_with
-from nanochat.scheduler import Row
+from nanochat.reinforce import Group, policy_batches, policy_step, sample_groups, sync_weights
+from nanochat.scheduler import Sequence
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end", "output_start", "output_end")
@@ -73,16 +73,16 @@ def make_model(seed=0):
 
 def test_a_tiny_task_is_learnt_to_near_perfection():
     model = make_model()
-    engine = Engine(model, TOKENIZER, max_rows=128)
+    engine = Engine(model, TOKENIZER, max_sequences=128)
     optimizer = MuonAdamW(model.param_groups(embedding_lr=0.03, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.0, weight_decay=0.0))
     rewards = []
     for step in range(40):
-        write_with(engine, model)
+        sync_weights(engine, model)
         questions = [(index, 4 * step + index) for index in range(4)]
         groups = sample_groups(engine, TOKENIZER, NextLetter(), questions, CPU, 32, max_new_tokens=4, temperature=1.0, top_k=None)
         _, _, values = policy_step(model, optimizer, groups, CPU, 1024, 1.0, None, engine.python_start)
         rewards.append(values["reward"])
-        assert values["mismatch"] < 1e-5, "what is learnt from is the distribution that was sampled from"
+        assert values["sampler_gap"] < 1e-5, "what is learnt from is the distribution that was sampled from"
     assert rewards[0] < 0.2, "at first it guesses, and seldom comes to an end"
     assert sum(rewards[-5:]) / 5 > 0.95, rewards
 
@@ -104,20 +104,20 @@ class Bigrams(torch.nn.Module):
 
 
 def random_groups(seed, temperature, top_k, table, num_groups=3, num_samples=4):
-    """Groups of rows with rewards and tool output, whose log-probabilities are computed in plain Python."""
+    """Groups of seqs with rewards and tool output, whose log-probabilities are computed in plain Python."""
     rng = random.Random(seed)
     groups = []
     for _ in range(num_groups):
-        rows, prompt = [], [rng.randrange(7) for _ in range(rng.randint(1, 3))]
+        seqs, prompt = [], [rng.randrange(7) for _ in range(rng.randint(1, 3))]
         for _ in range(num_samples):
-            row = Row(tokens=list(prompt), limit=99, finish_reason="stop")
+            seq = Sequence(tokens=list(prompt), limit=99, finish_reason="stop")
             for _ in range(rng.randint(1, 5)):
                 mask = int(rng.random() < 0.8)
-                p = by_hand(table[row.tokens[-1]], temperature, top_k)
+                p = by_hand(table[seq.tokens[-1]], temperature, top_k)
                 token = rng.choices(range(7), p)[0] if mask else rng.randrange(7)
-                row.tokens.append(token), row.masks.append(mask), row.log_probs.append(mask and math.log(p[token]))
-            rows.append(row)
-        groups.append(Group({}, rows, [float(rng.random() < 0.5) for _ in rows]))
+                seq.tokens.append(token), seq.masks.append(mask), seq.log_probs.append(mask and math.log(p[token]))
+            seqs.append(seq)
+        groups.append(Group({}, seqs, [float(rng.random() < 0.5) for _ in seqs]))
     return groups
 
 
@@ -136,14 +136,14 @@ def test_the_gradient_is_the_one_derived_by_hand(seed, temperature, top_k, max_t
     model = Bigrams()
     table = model.table.tolist()
     groups = random_groups(seed, temperature, top_k, table)
-    expected, count = [[0.0] * 7 for _ in range(7)], sum(sum(row.masks) for group in groups for row in group.rows)
+    expected, count = [[0.0] * 7 for _ in range(7)], sum(sum(seq.masks) for group in groups for seq in group.seqs)
     loss = 0.0
     for group in groups:
         baseline = sum(group.rewards) / len(group.rewards)
-        for row, reward in zip(group.rows, group.rewards):
-            for place, (token, mask) in enumerate(zip(row.written, row.masks)):
+        for seq, reward in zip(group.seqs, group.rewards):
+            for place, (token, mask) in enumerate(zip(seq.generated, seq.masks)):
                 if mask:
-                    before = row.tokens[row.prompt_length + place - 1]
+                    before = seq.tokens[seq.prompt_length + place - 1]
                     p = by_hand(table[before], temperature, top_k)
                     loss -= (reward - baseline) * math.log(p[token]) / count
                     for v in range(7):
@@ -152,14 +152,14 @@ def test_the_gradient_is_the_one_derived_by_hand(seed, temperature, top_k, max_t
     optimizer = sgd_like(model)
     optimizer.seen = torch.zeros(7, 7)
     measured, tokens, values = policy_step(model, optimizer, groups, CPU, max_tokens, temperature, top_k, python_start=0)
-    assert tokens == count and measured.item() == pytest.approx(loss, abs=1e-5) and values["mismatch"] < 1e-5
+    assert tokens == count and measured.item() == pytest.approx(loss, abs=1e-5) and values["sampler_gap"] < 1e-5
     assert torch.allclose(optimizer.seen, torch.tensor(expected), atol=1e-5)
 
 
 def test_ranks_share_the_work_and_the_sum_is_that_of_one(run_ranks):
     """Three ranks, of which one has no group that can be learnt from."""
     groups = random_groups(5, 1.0, None, Bigrams().table.tolist(), num_groups=4)
-    groups[1] = Group({}, groups[1].rows, [1.0] * 4)
+    groups[1] = Group({}, groups[1].seqs, [1.0] * 4)
     shares = [[groups[0], groups[3]], [groups[1]], [groups[2]]]
 
     def work(compute, share):
@@ -179,12 +179,12 @@ def test_ranks_share_the_work_and_the_sum_is_that_of_one(run_ranks):
 def test_groups_of_equal_rewards_are_not_computed_again_and_change_nothing():
     model = Bigrams()
     groups = random_groups(1, 1.0, None, model.table.tolist())
-    equal = [Group({}, group.rows, [0.25] * 4) for group in groups]
+    equal = [Group({}, group.seqs, [0.25] * 4) for group in groups]
     assert policy_batches(equal, 8, CPU.device) == []
     model.sampling_log_probs = None  # would fail if it were called
     optimizer = SimpleNamespace(param_groups=[])  # and so would a step
     loss, _, values = policy_step(model, optimizer, equal, CPU, 8, 1.0, None, python_start=0)
-    assert loss == 0 and values["informative"] == 0 and values["reward"] == 0.25
+    assert loss == 0 and values["has_signal"] == 0 and values["reward"] == 0.25
 
 
 # -----------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_an_answer_that_was_cut_off_is_worth_nothing_whatever_it_says():
     model = make_model()
     engine = Engine(model, TOKENIZER)
     groups = sample_groups(engine, TOKENIZER, Cheap(), [(0, 1), (2, 2)], CPU, 16, max_new_tokens=3, temperature=1.0, top_k=None)
-    ends = [(row.finish_reason, reward) for group in groups for row, reward in zip(group.rows, group.rewards)]
+    ends = [(seq.finish_reason, reward) for group in groups for seq, reward in zip(group.seqs, group.rewards)]
     assert set(ends) == {("stop", 1.0), ("length", 0.0)}
     _, _, values = policy_step(model, MuonAdamW(model.param_groups()), groups, CPU, 8, 1.0, None, engine.python_start)
     assert values["truncated"] == sum(reason == "length" for reason, _ in ends) / 32
@@ -210,30 +210,30 @@ def test_answers_depend_on_the_seed_of_their_question_and_not_on_the_company():
     options = {"num_samples": 3, "max_new_tokens": 5, "temperature": 1.0, "top_k": 8}
     together = sample_groups(Engine(model, TOKENIZER), TOKENIZER, NextLetter(), [(0, 10), (1, 11), (0, 12)], CPU, **options)
     for question, group in zip([(0, 10), (1, 11), (0, 12)], together):
-        (alone,) = sample_groups(Engine(model, TOKENIZER, max_rows=1), TOKENIZER, NextLetter(), [question], CPU, **options)
-        assert [row.tokens for row in alone.rows] == [row.tokens for row in group.rows]
-    assert [row.written for row in together[0].rows] != [row.written for row in together[2].rows], "one question, two seeds"
+        (alone,) = sample_groups(Engine(model, TOKENIZER, max_sequences=1), TOKENIZER, NextLetter(), [question], CPU, **options)
+        assert [seq.tokens for seq in alone.seqs] == [seq.tokens for seq in group.seqs]
+    assert [seq.generated for seq in together[0].seqs] != [seq.generated for seq in together[2].seqs], "one question, two seeds"
 
 
 def test_what_a_step_tells():
-    rows = [Row(tokens=[1, 2], limit=9) for _ in range(2)]
-    for row, written, masks, reason in zip(rows, ([5, 3, 3, 4], [6, 4]), ([1, 0, 0, 1], [1, 1]), ("stop", "length")):
-        row.tokens += written
-        row.masks, row.log_probs, row.finish_reason = masks, [-0.5 * mask for mask in masks], reason
+    seqs = [Sequence(tokens=[1, 2], limit=9) for _ in range(2)]
+    for seq, written, masks, reason in zip(seqs, ([5, 3, 3, 4], [6, 4]), ([1, 0, 0, 1], [1, 1]), ("stop", "length")):
+        seq.tokens += written
+        seq.masks, seq.log_probs, seq.finish_reason = masks, [-0.5 * mask for mask in masks], reason
     model = Bigrams()
-    _, tokens, values = policy_step(model, sgd_like(model), [Group({}, rows, [1.0, 0.0])], CPU, 8, 1.0, None, python_start=5)
+    _, tokens, values = policy_step(model, sgd_like(model), [Group({}, seqs, [1.0, 0.0])], CPU, 8, 1.0, None, python_start=5)
     assert tokens == 4
-    del values["mismatch"]
-    assert values == {"reward": 0.5, "length": 3.0, "truncated": 0.5, "tool_calls": 0.5, "entropy": 0.5, "informative": 1.0}
+    del values["sampler_gap"]
+    assert values == {"reward": 0.5, "length": 3.0, "truncated": 0.5, "tool_calls": 0.5, "entropy": 0.5, "has_signal": 1.0}
 
 
 def test_batches_hold_what_was_sampled_and_where():
-    row = Row(tokens=[1, 2], limit=9)
-    row.tokens += [5, 3, 4]
-    row.masks, row.log_probs = [1, 0, 1], [-0.5, 0.0, -0.25]
-    short = Row(tokens=[1], limit=9)
+    seq = Sequence(tokens=[1, 2], limit=9)
+    seq.tokens += [5, 3, 4]
+    seq.masks, seq.log_probs = [1, 0, 1], [-0.5, 0.0, -0.25]
+    short = Sequence(tokens=[1], limit=9)
     short.tokens, short.masks, short.log_probs = [1, 6], [1], [-1.0]
-    ((inputs, targets, advantages, log_probs),) = policy_batches([Group({}, [short, row], [0.0, 1.0])], 8, CPU.device)
+    ((inputs, targets, advantages, log_probs),) = policy_batches([Group({}, [short, seq], [0.0, 1.0])], 8, CPU.device)
     assert inputs.tolist() == [[1, 2, 5, 3], [1, 0, 0, 0]]
     assert targets.tolist() == [[-1, 5, -1, 4], [6, -1, -1, -1]]
     assert log_probs.tolist() == [[0, -0.5, 0, -0.25], [-1.0, 0, 0, 0]]
@@ -243,16 +243,16 @@ def test_batches_hold_what_was_sampled_and_where():
 def test_the_engine_follows_the_weights():
     model = make_model()
     engine = Engine(model, TOKENIZER)
-    write_with(engine, model)
+    sync_weights(engine, model)
     before = engine.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.3)
-    write_with(engine, model)
+    sync_weights(engine, model)
     after = engine.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
     assert after != before and after == Engine(model, TOKENIZER).generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
     copy = make_model(seed=1)  # as on a GPU, where a copy in the compute dtype writes
     other = Engine(copy, TOKENIZER)
     other.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
-    write_with(other, model)
+    sync_weights(other, model)
     assert other.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0) == after

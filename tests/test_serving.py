@@ -116,7 +116,7 @@ def test_a_cancelled_answer_is_gone_before_the_next_step():
         engine.release()
         assert await text_of(stays) == "hello"
         assert workers.counts() == {"requests": 2, "completed": 1, "cancelled": 1} and left.cancelled
-        assert workers.threads[0].active == 0 and not engine.rows
+        assert workers.threads[0].active == 0 and not engine.seqs
 
     with_workers(scenario, ScriptedEngine())
 
@@ -206,7 +206,7 @@ def test_a_full_line_refuses_and_says_when_to_come_back():
         engine.release()
         assert [await text_of(answer) for answer in answers] == ["hello"] * 5
 
-    with_workers(scenario, ScriptedEngine(max_rows=2), max_queue=3)
+    with_workers(scenario, ScriptedEngine(max_sequences=2), max_queue=3)
 
 
 def test_the_idlest_gets_what_is_new_and_a_conversation_stays_where_it_was():
@@ -230,7 +230,7 @@ def test_the_idlest_gets_what_is_new_and_a_conversation_stays_where_it_was():
         assert {worker.device for worker in crowd} == {"fake:0", "fake:1"}
         assert abs(workers.threads[0].active - workers.threads[1].active) <= 3
 
-    with_workers(scenario, ScriptedEngine(max_rows=8), ScriptedEngine(max_rows=8))
+    with_workers(scenario, ScriptedEngine(max_sequences=8), ScriptedEngine(max_sequences=8))
 
 
 def test_a_worker_that_is_out_of_order_is_avoided():

@@ -237,9 +237,9 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_with_a_right_one(n, 
 
 def test_the_interval_of_pass_at_k_holds_the_truth_as_often_as_it_says():
     """Accuracies of 10% to 100%, measured on 40 problems, many times; at its worst such an interval is a little off 95%."""
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for truth in (0.1, 0.3, 0.5, 0.9, 1.0):
-        measured = [pass_at_k(torch.rand(40, generator=dice) < truth, 1, 1) for _ in range(400)]
+        measured = [pass_at_k(torch.rand(40, generator=rng) < truth, 1, 1) for _ in range(400)]
         held = sum(abs(mean - truth) <= half for mean, half in measured) / 400
         assert held > 0.91, truth
     assert pass_at_k(torch.ones(3), 1, 1) == (1.0, pytest.approx(1.96 * (10 / 49 / 7) ** 0.5)), "three of three is not certainty"
@@ -260,11 +260,11 @@ def test_right_answers_are_counted_problem_by_problem(model, world_size, run_ran
 
 def test_answers_are_judged_while_others_are_written(model):
     """The first judgment waits until the engine has gone on, which it must not wait for."""
-    engine = Engine(model, TOKENIZER, max_rows=1)
+    engine = Engine(model, TOKENIZER, max_sequences=1)
 
     class Patient(Words):
         def evaluate(self, conversation, completion):
-            return any(engine.tokens_written > 3 or time.sleep(0.01) for _ in range(2000))
+            return any(engine.generated_tokens > 3 or time.sleep(0.01) for _ in range(2000))
 
     accuracy, n = run_task(Patient(2), model, TOKENIZER, engine, CPU, max_new_tokens=3, progress=False)
     assert (accuracy, n) == (1.0, 2)

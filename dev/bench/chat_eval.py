@@ -31,16 +31,16 @@ def main(argv=None):
     model.pack()
     answers, seconds, task = {}, {}, make_task(args.task)
     evaluate = task.evaluate
-    for max_rows in (64, 1):
-        said = answers[max_rows] = {}
+    for max_sequences in (64, 1):
+        said = answers[max_sequences] = {}
         # The answers themselves are compared, not only whether they are right.
         task.evaluate = lambda problem, answer, said=said: said.update({str(problem): answer}) or evaluate(problem, answer)
-        engine = Engine(model, tokenizer, max_rows=max_rows)
+        engine = Engine(model, tokenizer, max_sequences=max_sequences)
         started = time.perf_counter()
         accuracy, n = run_task(task, model, tokenizer, engine, compute, args.problems, max_new_tokens=args.max_new_tokens, progress=False)
-        seconds[max_rows] = time.perf_counter() - started
-        print(f"{max_rows:2d} rows: {n} problems in {seconds[max_rows]:.1f} s, {engine.tokens_written} tokens, "
-              f"{engine.tokens_written / seconds[max_rows]:,.0f} tok/s, accuracy {100 * accuracy:.1f}%", flush=True)
+        seconds[max_sequences] = time.perf_counter() - started
+        print(f"{max_sequences:2d} rows: {n} problems in {seconds[max_sequences]:.1f} s, {engine.generated_tokens} tokens, "
+              f"{engine.generated_tokens / seconds[max_sequences]:,.0f} tok/s, accuracy {100 * accuracy:.1f}%", flush=True)
     same = sum(answers[64][problem] == answers[1][problem] for problem in answers[1])
     print(f"{seconds[1] / seconds[64]:.1f} times as fast, {same} of {len(answers[1])} answers the same")
 

@@ -32,8 +32,8 @@ class NoTokenizer:
 
 
 def prompts(n: int, length: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
-    dice = random.Random(seed)
-    return [[dice.randrange(vocab_size) for _ in range(length)] for _ in range(n)]
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(n)]
 
 
 def best_of(repeats: int, measure) -> float:
@@ -45,7 +45,7 @@ def read_ours(model, length: int, seed: int) -> float:
     """Tokens per second of one prompt until it joins those that write."""
     from nanochat.engine import Engine
 
-    engine = Engine(model, NoTokenizer(), max_rows=1)
+    engine = Engine(model, NoTokenizer(), max_sequences=1)
     (prompt,) = prompts(1, length, model.config.vocab_size, seed)
     engine.submit(prompt[:2], max_tokens=1)
     engine.step()  # memory is taken now
@@ -60,7 +60,7 @@ def write_ours(model, batch: int, length: int, tokens: int, temperature: float, 
     """Tokens per second of all rows once every one of them writes."""
     from nanochat.engine import Engine
 
-    engine = Engine(model, NoTokenizer(), max_rows=batch)
+    engine = Engine(model, NoTokenizer(), max_sequences=batch)
     for i, prompt in enumerate(prompts(batch, length, model.config.vocab_size, seed)):
         engine.submit(prompt, temperature=temperature, top_k=50, seed=i)
     while len(engine.step()) < batch:

@@ -264,7 +264,7 @@ class Training:
 
         from nanochat.common import Compute
         from nanochat.optim import MuonAdamW
-        from nanochat.training import compile_model, tame_garbage_collector
+        from nanochat.training import compile_model, freeze_garbage
 
         torch.manual_seed(0)
         self.compute, self.rows, self.context = Compute(device, dtype), rows, context
@@ -276,7 +276,7 @@ class Training:
         self.optimizer = MuonAdamW(self.model.param_groups(**rates))
         self.compiled = compile_model(self.model, self.compute, rows)
         self.text = Text(context, 300_000 if args.tiny else 30_000_000, device)
-        tame_garbage_collector()
+        freeze_garbage()
 
     def step(self, read: bool = True):
         from nanochat.training import train_step
@@ -366,9 +366,9 @@ def measure_engine(args, device, dtype) -> dict:
     weights = sum(p.nbytes for name, p in model.named_parameters() if "embed" not in name and "wte" not in name)
     config, tokens = model.config, 16 if args.tiny else 128
     for batch in (1, 2) if args.tiny else (1, 8, 32, 128):
-        engine = Engine(model, NoTokenizer(), max_rows=batch)
-        if engine.max_rows < batch:
-            found[f"writing {batch}"] = f"there is room for {engine.max_rows} rows only"
+        engine = Engine(model, NoTokenizer(), max_sequences=batch)
+        if engine.max_sequences < batch:
+            found[f"writing {batch}"] = f"there is room for {engine.max_sequences} rows only"
             break
         for prompt in prompts(batch, length, config.vocab_size):
             engine.submit(prompt, max_tokens=tokens + 40, temperature=0.0)

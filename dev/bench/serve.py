@@ -58,8 +58,8 @@ def serve_without_model() -> None:
         finish_reason: str | None = None
 
     class Metronome:
-        tokenizer, context, max_rows, terminal_tokens = bytewise, 4096, 64, frozenset()
-        tokens_written = tokens_read = tokens_reused = num_running = num_waiting = 0
+        tokenizer, context, max_sequences, terminal_tokens = bytewise, 4096, 64, frozenset()
+        generated_tokens = prefill_tokens = cached_tokens = num_running = num_waiting = 0
 
         def __init__(self):
             self.rows, self.next_step = [], 0.0
@@ -139,7 +139,7 @@ async def level(server: Server, clients: int, seconds: float, rng: random.Random
     rates = [(count - 1) / (reply.last - reply.first) for reply, count in written if count >= TOKENS // 4]
     firsts = sorted(reply.first - reply.asked for reply in replies if reply.first) or [float("nan")]
     health = sorted(delay for delay in health if delay > 0)
-    return {"rate": (after["tokens_written"] - before["tokens_written"]) / elapsed, "replies": len(replies),
+    return {"rate": (after["generated_tokens"] - before["generated_tokens"]) / elapsed, "replies": len(replies),
             "fair": min(rates) / max(rates) if rates else float("nan"), "first": firsts[len(firsts) // 2], "worst": firsts[-1],
             "health": health[int(len(health) * 0.99)] if health else float("nan")}
 
