@@ -18,6 +18,7 @@ import json
 import os
 import queue
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -143,6 +144,44 @@ def get_base_dir() -> Path:
     path = base_dir_path()
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextmanager
+def atomic(path: str | os.PathLike):
+    """Yield a temporary path beside `path` for a file or folder; what was written there replaces `path` as a whole.
+
+    It is flushed to the disk and renamed only when the block ends without an exception, else it is removed.
+
+    >>> with atomic("a.txt") as tmp:
+    ...     tmp.write_text("complete or absent")
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    replaced = tmp.with_name(f"{tmp.name}.replaced")
+    try:
+        yield tmp
+        for written in [*tmp.rglob("*"), tmp] if tmp.is_dir() else [tmp]:
+            _flush(written)
+        if path.is_dir():  # a folder that is not empty cannot be replaced by one rename
+            path.rename(replaced)
+        tmp.replace(path)
+        _flush(path.parent)
+    finally:
+        for leftover in (tmp, replaced):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def hub_endpoint() -> str:
