@@ -32,7 +32,7 @@ import yaml
 from filelock import FileLock
 
 from nanochat.common import Compute, UserError, file_url, get_base_dir
-from nanochat.download import download_file
+from nanochat.dataset import fetch_file
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 BUNDLE_LIMIT = 2**31  # bytes unpacked; the true bundle has 41 million
@@ -85,7 +85,7 @@ def fetch_bundle(compute: Compute) -> Path:
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 archive = folder.with_suffix(".zip")
-                download_file(file_url(BUNDLE_URL), archive, check=lambda part: unpack(part, folder))
+                fetch_file(file_url(BUNDLE_URL), archive, check=lambda part: unpack(part, folder))
                 if not folder.exists():  # the zip was there already, put there by hand
                     unpack(archive, folder)
                 archive.unlink()

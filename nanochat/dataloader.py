@@ -1,202 +1,142 @@
-"""Documents and conversations in, batches of token ids out: packed, prefetched, resumable.
+"""Batches of token ids from documents and conversations: packed, prefetched, resumable on any number of ranks.
 
-The one idea to know: every batch comes with the state that resumes just after it, small and plain
-(JSON): where reading stands in each lane (see lanes.py), and which documents wait in its packing
-buffer, by their places in the data. On resume those are read again, and the batches that follow are
-bit for bit those of an uninterrupted run.
+The data is one global stream of rows, and a step consumes `rows_per_step` of them. Every rank walks the whole stream
+and keeps its own rows: a step is cut into micro-batches of B rows, and micro-batch m belongs to rank m % world_size.
+So neither the number of ranks nor B changes the data of a step. Every batch comes with a small JSON state: the next
+position of the walk, and the positions of the documents that wait in the packing buffer. On resume those are read
+again, and the following batches are bit for bit those of an uninterrupted run.
 
-No token is lost. Pretraining rows have no padding: a document too long for what is left of its row
-is cut, and goes on in a later row. Conversation rows keep pieces whole: what does not fit waits, and
-the rest of a row is padding. Both are made in a background thread while the device computes. This
-file fetches no data, and does not know what a conversation looks like.
+Rows are made in a background thread while the device computes. How they are filled is decided in packing.py.
 """
 
 from __future__ import annotations
 
 import atexit
-import random
 import threading
-from collections import deque
-from functools import lru_cache
 from queue import SimpleQueue
-from typing import Iterable, Iterator
+from typing import Callable, Iterator
 
 import numpy as np
 import torch
 
-from nanochat.common import UserError
-from nanochat.dataset import DEFAULT_SOURCE, split_paths
-from nanochat.lanes import Documents, Lanes, Place, RowGroups
-from nanochat.packing import BestFitBuffer, Conversations, split_conversation
+from nanochat.common import UserError, ranks
+from nanochat.dataset import DEFAULT_SOURCE, count_rows, split_paths
+from nanochat.packing import ConversationPacker, DocumentPacker, Documents, Position, StreamPacker, split_conversation
 
-AHEAD = 4  # batches made before they are asked for
-LONG = 8192  # tokens; where documents are longer on average, fewer of them wait ...
-FEW = 32  # ... but never fewer than these, so that one enormous document does not fill whole batches
+AHEAD = 4  # batches made before they are needed
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor, dict]]
 
 
 # -----------------------------------------------------------------------------
 # Pretraining: documents
 
 
-def _bestfit_batches(documents: Documents, B: int, T: int, bos: int, buffer_size: int, waiting: Iterable) -> Iterator[tuple]:
-    """Rows of T + 1 tokens, packed so that no token is lost and few documents are cut.
+def tokenizing_distributed_data_loader_with_state_bos_bestfit(
+    tokenizer, B: int, T: int, split: str, tokenizer_threads: int = 4, tokenizer_batch_size: int = 128,
+    device: str | torch.device = "cuda", resume_state_dict: dict | None = None, *, source: str = DEFAULT_SOURCE,
+    rank: int | None = None, world_size: int | None = None, rows_per_step: int | None = None, buffer_size: int = 1000,
+) -> Batches:
+    """Pretraining batches in which every row starts with bos and is packed by best fit, without padding or loss.
 
-    A row opens with the document that has waited longest, and goes on with those that fill it exactly, or else
-    with the largest that fits, again and again (`BestFitBuffer.pop_best`). When none fits, the shortest is cut.
-    What is left of a document that was cut, or is longer than a row, goes to the end of the queue; it begins with
-    bos when its turn comes. `python -m dev.bench.loader --policies` compares other rules.
+    Args:
+        B, T: rows of a micro-batch and tokens of a row.
+        split: "train" or "val".
+        rank, world_size: torchrun's by default.
+        rows_per_step: rows of one optimizer step over all ranks, by default B * world_size. If B does not divide it,
+            the last micro-batch of a step is smaller.
+        buffer_size: number of documents to choose from.
 
-    A document waits as ([*place, how many of its ids have been used], ids); they are without bos.
+    Yields (inputs int32 (B, T), targets int64 (B, T), state) endlessly, epoch after epoch, in new tensors on the device.
+    The state of a rank's last micro-batch of a step is the same on all ranks, and resumes at the next step on any number
+    of ranks and with any B. The state of an earlier one resumes just after it on one rank. "epoch" counts from 1.
+
+    Raises:
+        UserError: no shards, only one shard for "train", no document in the split, or a state of other data.
     """
-    buffer = BestFitBuffer(T + 1)
 
-    def add(place: Iterable[int], ids: np.ndarray, start: int = 0) -> None:
-        buffer.add(1 + len(ids) - start, ([*place, start], ids))
+    def pack(documents: Documents, bos: int, waiting: list) -> DocumentPacker:
+        return DocumentPacker(documents, T, bos, buffer_size, waiting)
 
-    def refill() -> None:
-        """Read once if there is room; so a buffer grows over its first rows, and many lanes start without delay.
-
-        Of a corpus smaller than the buffer, hold no more than this epoch and the next.
-        """
-        if len(buffer) < (buffer_size if buffer.total < buffer_size * LONG else min(FEW, buffer_size)):
-            if not buffer or documents.next_place[0] <= 1 + min(entry[0] for entry, _ in buffer):
-                for document in documents.read():
-                    add(*document)
-
-    for (*place, start), ids in waiting:
-        if start > 0 and start >= len(ids):
-            raise UserError(f"the data has changed: document {place[3]} in row group {place[2]} of shard {place[1]} "
-                            "is shorter than when this run read it. Put the shards back as they were.")
-        add(place, ids, start)
-    while True:
-        rows = np.full((B, T + 1), bos, np.int32)  # so the bos of each document stands there already
-        for row in rows:
-            at = 0
-            while at < T:  # one place that is left keeps its bos
-                refill()
-                room = T + 1 - at
-                (*place, start), ids = (buffer.pop_best(room) or buffer.pop_shortest()) if at else buffer.pop_oldest()
-                end = min(len(ids), start + room - 1)
-                row[at + 1 : at + 1 + end - start] = ids[start:end]
-                at += 1 + end - start
-                if end < len(ids):
-                    add(place, ids, end)
-        tokens = torch.from_numpy(rows)
-        state = {"next": list(documents.next_place), "buffer": [entry for entry, _ in buffer]}
-        yield tokens[:, :-1].clone(), tokens[:, 1:].long(), state
+    return _document_loader(pack, tokenizer, B, split, tokenizer_threads, tokenizer_batch_size, device, resume_state_dict,
+                            source, rank, world_size, rows_per_step)  # fmt: skip
 
 
-def _stream_batches(documents: Documents, B: int, T: int, bos: int, offset: int) -> Iterator[tuple]:
-    """Documents end to end, cut wherever a row ends; no token is lost and rows start anywhere.
+def tokenizing_distributed_data_loader_with_state(
+    tokenizer, B: int, T: int, split: str, tokenizer_threads: int = 4, tokenizer_batch_size: int = 128,
+    device: str | torch.device = "cuda", resume_state_dict: dict | None = None, *, source: str = DEFAULT_SOURCE,
+    rank: int | None = None, world_size: int | None = None, rows_per_step: int | None = None,
+) -> Batches:
+    """Pretraining batches from one plain stream of tokens that is cut wherever a row ends. All else as above."""
 
-    `offset` tokens of the first document have been used already.
-    """
-    flat, unfinished = np.empty(0, np.int32), deque()  # the documents in `flat`: (place, length) each
-    skip = offset
-    while True:
-        parts, size = [flat], len(flat) - skip
-        while size < B * T + 1:
-            for place, ids in documents.read():
-                unfinished.append((place, 1 + len(ids)))
-                parts += [[bos], ids]
-                size += 1 + len(ids)
-        if len(parts) > 1:
-            flat, skip = np.concatenate(parts, dtype=np.int32)[skip:], 0
-        tokens = torch.from_numpy(flat[: B * T + 1])
-        flat = flat[B * T :]  # the last target is the first input of the next batch
-        offset += B * T
-        while offset >= unfinished[0][1]:
-            offset -= unfinished.popleft()[1]
-        state = {"next": list(unfinished[0][0]), "offset": offset}
-        yield tokens[:-1].view(B, T).clone(), tokens[1:].view(B, T).long(), state
+    def pack(documents: Documents, bos: int, waiting: list) -> StreamPacker:
+        return StreamPacker(documents, T, bos, waiting)
+
+    return _document_loader(pack, tokenizer, B, split, tokenizer_threads, tokenizer_batch_size, device, resume_state_dict,
+                            source, rank, world_size, rows_per_step)  # fmt: skip
+
+
+def tokenizing_distributed_data_loader_bos_bestfit(
+    tokenizer, B: int, T: int, split: str, tokenizer_threads: int = 4, tokenizer_batch_size: int = 128,
+    device: str | torch.device = "cuda", resume_state_dict: dict | None = None, *, source: str = DEFAULT_SOURCE,
+    rank: int | None = None, world_size: int | None = None, rows_per_step: int | None = None, buffer_size: int = 1000,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(inputs, targets) of `tokenizing_distributed_data_loader_with_state_bos_bestfit`."""
+    batches = tokenizing_distributed_data_loader_with_state_bos_bestfit(
+        tokenizer, B, T, split, tokenizer_threads, tokenizer_batch_size, device, resume_state_dict, source=source,
+        rank=rank, world_size=world_size, rows_per_step=rows_per_step, buffer_size=buffer_size,
+    )  # fmt: skip
+    return ((inputs, targets) for inputs, targets, _ in batches)
+
+
+def tokenizing_distributed_data_loader(
+    tokenizer, B: int, T: int, split: str, tokenizer_threads: int = 4, tokenizer_batch_size: int = 128,
+    device: str | torch.device = "cuda", resume_state_dict: dict | None = None, *, source: str = DEFAULT_SOURCE,
+    rank: int | None = None, world_size: int | None = None, rows_per_step: int | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(inputs, targets) of `tokenizing_distributed_data_loader_with_state`."""
+    batches = tokenizing_distributed_data_loader_with_state(
+        tokenizer, B, T, split, tokenizer_threads, tokenizer_batch_size, device, resume_state_dict, source=source,
+        rank=rank, world_size=world_size, rows_per_step=rows_per_step,
+    )  # fmt: skip
+    return ((inputs, targets) for inputs, targets, _ in batches)
 
 
 def _document_loader(
-    packed: bool,
-    tokenizer,
-    B: int,
-    T: int,
-    split: str,
-    tokenizer_threads: int = 4,
-    tokenizer_batch_size: int = 128,
-    device: str | torch.device = "cuda",
-    resume_state_dict: dict | None = None,
-    *,
-    source: str = DEFAULT_SOURCE,
-    rank: int | None = None,
-    world_size: int | None = None,
-    lanes: int | None = None,
-    buffer_size: int | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
-    """What the four public loaders below share: their arguments, which are explained there."""
+    pack, tokenizer, B, split, tokenizer_threads, tokenizer_batch_size, device, state, source, rank, world_size, rows_per_step
+) -> Batches:
+    """What the document loaders share; `pack(documents, bos, waiting)` makes the packer."""
     paths = split_paths(source, split)
-    bos = tokenizer.get_bos_token_id()
-    fresh = {"next": [1, 0, 0, 0], **({"buffer": []} if packed else {"offset": 0})}
-    dealt = Lanes(lanes, rank, world_size, resume_state_dict, fresh)
-    # All lanes together hold about 8000 documents, up to 80 lanes, so that many lanes do not make the memory, the state and a resume large.
-    buffer_size = buffer_size or max(100, min(1000, 8000 // dealt.lanes))
+    data = {"shards": count_rows(paths), "tokenizer": tokenizer.fingerprint()}
+    if state:
+        _check_data_unchanged(state, data)
 
-    def encode(documents: list[tuple[Place, str]]) -> list[tuple[Place, np.ndarray]]:
-        ids, offsets = tokenizer.encode_to_numpy([text for _, text in documents], num_threads=tokenizer_threads)
-        parts = np.split(ids, offsets[1:-1])
-        return [(place, part.copy()) for (place, _), part in zip(documents, parts)]  # one that waits keeps no others
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        ids, offsets = tokenizer.encode_to_numpy(texts, num_threads=tokenizer_threads)
+        return [part.copy() for part in np.split(ids, offsets[1:-1])]  # copies, so that one does not keep all in memory
 
-    def batches() -> Iterator[tuple]:
-        groups = RowGroups(paths)
-        # Documents that wait are noted as (*place, how many ids have been used), by older versions without the last.
-        buffers = {lane: [(*entry, 0)[:5] for entry in stream.get("buffer", [])] for lane, stream in dealt.streams.items()}
-        waiting = [entry for buffer in buffers.values() for entry in buffer]
-        again = dict(pair for documents in groups.read_again(waiting) for pair in encode(documents))
-        made = {}
-        for lane, stream in dealt.streams.items():
-            documents = Documents(groups, int(lane), dealt, encode, tokenizer_batch_size)
-            if packed:
-                unfinished = [(entry, again.pop(entry)) for entry in buffers[lane]]
-                made[lane] = _bestfit_batches(documents, B, T, bos, buffer_size, unfinished)
-            else:
-                made[lane] = _stream_batches(documents, B, T, bos, stream["offset"])
-        yield from dealt.batches(made)
+    def make_packer():
+        position = Position(*state["next"]) if state else Position(epoch=1, shard=0, group=0, row=0)
+        documents = Documents(paths, encode, tokenizer_batch_size, position)
+        return pack(documents, tokenizer.get_bos_token_id(), state["buffer"] if state else [])
 
-    return _prefetch(batches(), torch.device(device))
+    return _prefetch(_micro_batches(make_packer, data, B, rank, world_size, rows_per_step), torch.device(device))
 
 
-def tokenizing_distributed_data_loader_with_state_bos_bestfit(*args, **kwargs):
-    """Pretraining batches in which every row starts with bos and is packed by best fit, without padding or loss.
-
-    Args: (tokenizer, B, T, split, tokenizer_threads=4, tokenizer_batch_size=128, device="cuda",
-    resume_state_dict=None, *, source="climbmix", rank=None, world_size=None, lanes=None, buffer_size=None).
-    B rows of T tokens; split "train" or "val"; rank and world size default to torchrun's, and
-    lanes, the number of micro-batches per step over all ranks, to the world size.
-
-    Yields (inputs int32 (B, T), targets int64 (B, T), state) for ever, epoch after epoch, in
-    tensors of their own on the device; rank r of W gives a batch of lane r, one of lane r + W,
-    ..., and begins again with lane r. A lane's buffer holds `buffer_size` documents to choose from, by default
-    1000, or fewer where there are more than 8 lanes. `state` resumes just after the batch; its "epoch" counts passes
-    over the data from 1. `merge_states` of all ranks' states resumes on any number of ranks, exactly
-    where `lanes` is the same; where it is another, no document is lost and none is seen again.
-
-    Raises:
-        UserError: no shards, only one shard for "train", or no document in the split.
-    """
-    return _document_loader(True, *args, **kwargs)
-
-
-def tokenizing_distributed_data_loader_with_state(*args, **kwargs):
-    """Pretraining batches from one plain stream of tokens per lane, cut anywhere. All else as in the loader above.
-
-    With another number of lanes, a document that was cut by the end of a batch is seen again from its beginning.
-    """
-    return _document_loader(False, *args, **kwargs)
-
-
-def tokenizing_distributed_data_loader_bos_bestfit(*args, **kwargs):
-    """(inputs, targets) of `tokenizing_distributed_data_loader_with_state_bos_bestfit`."""
-    return ((inputs, targets) for inputs, targets, _ in _document_loader(True, *args, **kwargs))
-
-
-def tokenizing_distributed_data_loader(*args, **kwargs):
-    """(inputs, targets) of `tokenizing_distributed_data_loader_with_state`."""
-    return ((inputs, targets) for inputs, targets, _ in _document_loader(False, *args, **kwargs))
+def _check_data_unchanged(state: dict, data: dict) -> None:
+    """Raise UserError if `state` was saved with another tokenizer or other data than the current ones, `data`."""
+    if not data.keys() <= state.keys():
+        raise UserError("this checkpoint is of an older version, whose position in the data cannot be read. Start this stage again.")
+    remedy = "Restore what was there when the checkpoint was saved, or start this stage again."
+    if state["tokenizer"] != data["tokenizer"]:
+        raise UserError(f"the tokenizer is not the one that the checkpoint was made with. {remedy}")
+    if (count := data.get("num_conversations")) != (before := state.get("num_conversations")):
+        raise UserError(f"the data set has changed: {count} conversations now, {before} when the checkpoint was saved. {remedy}")
+    old, new = state.get("shards"), data.get("shards")
+    if old != new:
+        name = min(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        raise UserError(f"the data has changed: {name} has {new.get(name, 'no')} rows now, {old.get(name, 'none')} when the "
+                        f"checkpoint was saved. {remedy}")
 
 
 # -----------------------------------------------------------------------------
@@ -204,100 +144,82 @@ def tokenizing_distributed_data_loader(*args, **kwargs):
 
 
 def conversation_data_loader(
-    dataset,
-    tokenizer,
-    B: int,
-    T: int,
-    *,
-    supervise: str,
-    device: str | torch.device,
-    rank: int | None = None,
-    world_size: int | None = None,
-    lanes: int | None = None,
-    resume_state_dict: dict | None = None,
-    seed: int = 42,
-    buffer_size: int = 256,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict]]:
+    dataset, tokenizer, B: int, T: int, *, supervise: str, device: str | torch.device, rank: int | None = None,
+    world_size: int | None = None, rows_per_step: int | None = None, resume_state_dict: dict | None = None,
+    seed: int = 42, buffer_size: int = 256,
+) -> Batches:
     """Batches of packed conversations in which every supervised token appears exactly once per epoch.
 
     Args:
-        dataset: anything with `len` and `[i]` that gives conversations.
+        dataset: anything with `len` whose items are conversations.
+        T: pairs of (input, target) per row. A longer conversation is split, never cropped.
         supervise: "assistant" trains on what the assistant says (mask 1), "all" on every token.
-        T: pairs of (input, target) per row. A longer conversation is split into pieces, never cropped.
-        lanes: micro-batches per step over all ranks (None: the world size). A state resumes as it does above.
-        seed: of the order of conversations, which is another one in each epoch.
+        rank, world_size, rows_per_step: as for documents.
+        seed: determines the order of the conversations, which differs from epoch to epoch.
 
-    Yields (inputs int32 (B, T), targets int64 (B, T), state) for ever. Targets that are not
-    trained on, and padding (inputs bos), are -1; each row has a target that is trained on. The
-    batch in which a lane's epoch ends is filled with rows of the next. `state` resumes just after the
-    batch; "epoch" counts from 1. In it are counted, over all epochs and the lanes of this rank (after
-    `merge_states`: of all ranks), "finished": conversations used up, and "skipped": pieces left out
-    because nothing in them is supervised. finished / "num_conversations" epochs are done.
+    Yields (inputs int32 (B, T), targets int64 (B, T), state) endlessly. Targets that are not trained on and padding
+    (inputs bos) are -1; each row has a target that is trained on. The state resumes as for documents. It counts, over
+    all epochs, "finished": conversations that are packed completely, and "skipped": chunks left out because they have
+    no supervised token. finished / "num_conversations" is the number of completed epochs.
 
     Raises:
-        UserError: a whole epoch has no supervised token, or the data set's length has changed.
+        UserError: no supervised token in a whole epoch, or a state of another data set or tokenizer.
     """
-    state, count = resume_state_dict, len(dataset)
-    if state and state.get("num_conversations", count) != count:
-        raise UserError(
-            f"the data set has changed: {count} conversations now, {state['num_conversations']} when the "
-            "checkpoint was saved. Bring the old data back, or start this stage again."
-        )
-    fresh = {"next": [1, 0], "buffer": [], "finished": 0, "skipped": 0}
-    dealt = Lanes(lanes, rank, world_size, state, fresh)
-    bos = tokenizer.get_bos_token_id()
+    data = {"num_conversations": len(dataset), "tokenizer": tokenizer.fingerprint()}
+    if resume_state_dict:
+        _check_data_unchanged(resume_state_dict, data)
 
     def render(conversation) -> list[tuple[list[int], list[int]]]:
         return split_conversation(*tokenizer.render_conversation(conversation, max_tokens=None), T, supervise)
 
-    @lru_cache(maxsize=2)  # the lanes are in the same epoch or in neighbouring ones
-    def order(epoch: int) -> list[int]:
-        shuffled = list(range(count))
-        random.Random(f"{seed}, epoch {epoch}").shuffle(shuffled)
-        return shuffled
+    def make_packer() -> ConversationPacker:
+        state = resume_state_dict or ConversationPacker.FRESH
+        return ConversationPacker(dataset, render, T, tokenizer.get_bos_token_id(), buffer_size, seed, state)
 
-    def lane_batches(conversations: Conversations) -> Iterator[tuple]:
-        while True:
-            inputs = torch.full((B, T), bos, dtype=torch.int32)
-            targets = torch.full((B, T), -1, dtype=torch.int64)
-            for row in range(B):
-                column = 0
-                for piece_inputs, piece_targets in conversations.next_row():
-                    end = column + len(piece_inputs)
-                    inputs[row, column:end] = torch.tensor(piece_inputs, dtype=torch.int32)
-                    targets[row, column:end] = torch.tensor(piece_targets)
-                    column = end
-            yield inputs, targets, conversations.state()
-
-    def batches() -> Iterator[tuple]:
-        made = {
-            lane: lane_batches(
-                Conversations(dataset, render, order, int(lane), dealt.lanes, dealt.was_read, buffer_size, T, stream)
-            )
-            for lane, stream in dealt.streams.items()
-        }
-        for inputs, targets, after in dealt.batches(made):
-            yield inputs, targets, {**after, "num_conversations": count}
-
-    return _prefetch(batches(), torch.device(device))
+    return _prefetch(_micro_batches(make_packer, data, B, rank, world_size, rows_per_step), torch.device(device))
 
 
 # -----------------------------------------------------------------------------
-# The thread
+# Rows -> micro-batches -> device
 
 
-def _prefetch(batches: Iterator[tuple], device: torch.device) -> Iterator[tuple]:
-    """The same batches, made in a thread a few ahead of their use, and copied to the device there.
+def _micro_batches(
+    make_packer: Callable, data: dict, B: int, rank: int | None, world_size: int | None, rows_per_step: int | None
+) -> Batches:
+    """The micro-batches of this rank on the CPU; `data` is added to each state."""
+    launched_rank, _, launched_world_size = ranks()
+    rank = launched_rank if rank is None else rank
+    world_size = launched_world_size if world_size is None else world_size
+    rows_per_step = B * world_size if rows_per_step is None else rows_per_step
+    starts = range(0, rows_per_step, B)  # the first row of each micro-batch
+    mine = range(rank, len(starts), world_size)
+    assert mine, f"rank {rank} of {world_size} has none of the {len(starts)} micro-batches of a step"
 
-    On CUDA the copies run on a stream of their own, from pinned memory that PyTorch's allocator
-    keeps until they are done. Closing the generator ends the thread; an exception in the thread is
-    raised here.
+    packer = make_packer()
+    while True:
+        for number, start in enumerate(starts):
+            rows = [packer.next_row() for _ in range(min(B, rows_per_step - start))]
+            if number in mine:
+                inputs, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
+                batch = inputs, targets.long()
+                if number != mine[-1]:
+                    yield *batch, {**packer.state(), **data}
+        yield *batch, {**packer.state(), **data}  # at the end of the step, where the state is the same on all ranks
+
+
+def _prefetch(batches: Batches, device: torch.device) -> Batches:
+    """The same batches, made a few ahead of their use in a thread, and copied to the device there.
+
+    On CUDA the copies run on a stream of their own, from pinned memory that PyTorch's allocator retains until they are
+    done. Closing the generator ends the thread; an exception in the thread is raised here.
     """
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     ready, free, closed = SimpleQueue(), threading.Semaphore(AHEAD), threading.Event()
 
     def work() -> None:
         try:
+            if side:
+                torch.cuda.set_device(side.device)  # else pinning memory would open a context on GPU 0, on every rank
             for inputs, targets, state in batches:
                 copied = None
                 if side:
@@ -320,7 +242,7 @@ def _prefetch(batches: Iterator[tuple], device: torch.device) -> Iterator[tuple]
         thread.join()
 
     thread.start()
-    atexit.register(stop)  # a thread that is in C++ or Rust when the interpreter ends takes the process down
+    atexit.register(stop)  # a thread that runs C++ or Rust code while the interpreter ends would crash the process
     try:
         while not isinstance(item := ready.get(), BaseException):
             free.release()

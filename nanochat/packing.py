@@ -1,99 +1,269 @@
-"""What shares a row: the best-fit buffer, and conversations dealt out through it.
+"""What shares a row: walks over documents and conversations, and the packers that fill rows with them.
 
-The one idea to know: a row opens with the piece that has waited longest, then takes pieces that
-fill the rest of it exactly, or the largest that fits, again and again. So nothing waits for ever,
-and little of a row is left over. Pure Python without tensors: `dataloader` turns rows into batches,
-and packs documents likewise.
+A packed row starts with the item that has waited longest. The rest of it is filled from a buffer: by an item that
+fits exactly, else by two that do together, else by the largest that fits. So no item waits forever and little of a
+row is wasted. Every packer has `next_row()`, which returns (inputs, targets) of T tokens each, and `state()`, a JSON
+value that resumes the packer just after that row. This file knows nothing of tensors, devices and ranks.
 """
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Callable, Iterator
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
+
+import numpy as np
 
 from nanochat.common import UserError
+from nanochat.dataset import open_shard, read_row_group
+
+LONG = 8192  # tokens; if documents are longer on average, fewer of them wait in the buffer ...
+FEW = 32  # ... but at least this many, so that one enormous document does not fill whole batches
 
 
 class BestFitBuffer:
-    """Pieces of text that wait for a row of `row` places, found by age or by length.
+    """Items waiting for rows of `row` tokens, retrieved by age or by length.
 
-    If every row opens with the oldest, a piece that finds n others waiting is in one of the next
-    n + 1 rows. Without that rule, pieces that are hard to place slowly fill the buffer.
+    If every row starts with the oldest item, an item that is added behind n others is packed within the next
+    n + 1 rows. Otherwise items that are hard to place would slowly fill the buffer.
     """
 
     def __init__(self, row: int) -> None:
         self.row = row
-        self.pieces: dict[int, tuple[int, Any]] = {}  # arrival number -> (length, piece), oldest first
-        self.arrivals: dict[int, deque[int]] = {}  # length, row + 1 for all that are longer -> who has it, oldest first
-        self.there = self.mirror = 0  # sets of lengths: bit n of the one, bit row - n of the other
-        self.total = 0  # of all lengths
+        self.items: dict[int, tuple[int, Any]] = {}  # arrival number -> (length, item), oldest first
+        self.arrivals: dict[int, deque[int]] = {}  # length (row + 1 for all longer ones) -> arrival numbers, oldest first
+        # The set of lengths that are present, as integers with bit `length` (or `row - length`) set.
+        self.present = self.mirrored = 0
+        self.total = 0  # sum of all lengths
         self.arrived = 0
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        return len(self.items)
 
     def __iter__(self) -> Iterator[Any]:
-        """The pieces from oldest to newest."""
-        return map(itemgetter(1), self.pieces.values())
+        """The items from oldest to newest."""
+        return map(itemgetter(1), self.items.values())
 
-    def add(self, length: int, piece: Any) -> None:
-        self.pieces[self.arrived] = (length, piece)
+    def add(self, length: int, item: Any) -> None:
+        self.items[self.arrived] = (length, item)
         self.total += length
         length = min(length, self.row + 1)
         if length not in self.arrivals:
             self.arrivals[length] = deque()
-            self._mark(length)
+            self._flip(length)
         self.arrivals[length].append(self.arrived)
         self.arrived += 1
 
-    def _mark(self, length: int) -> None:
-        self.there ^= 1 << length
-        self.mirror ^= 1 << self.row >> length
+    def _flip(self, length: int) -> None:
+        self.present ^= 1 << length
+        self.mirrored ^= 1 << self.row >> length
 
     def _pop(self, length: int) -> Any:
-        """The oldest piece of this length."""
+        """Remove and return the oldest item of this length."""
         same = self.arrivals[length]
-        length, piece = self.pieces.pop(same.popleft())
+        length, item = self.items.pop(same.popleft())
         self.total -= length
         if not same:
             length = min(length, self.row + 1)
             del self.arrivals[length]
-            self._mark(length)
-        return piece
+            self._flip(length)
+        return item
 
     def pop_oldest(self) -> Any:
-        length, _ = next(iter(self.pieces.values()))
+        length, _ = next(iter(self.items.values()))
         return self._pop(min(length, self.row + 1))
 
     def pop_shortest(self) -> Any:
-        return self._pop((self.there & -self.there).bit_length() - 1)
+        return self._pop((self.present & -self.present).bit_length() - 1)
 
     def pop_largest(self, room: int) -> Any | None:
-        """The longest piece of at most `room`, of equals the oldest; None where none fits."""
-        fitting = self.there & (2 << room) - 1
+        """Remove and return the oldest of the longest items of at most `room` tokens; None if none fits."""
+        fitting = self.present & (2 << room) - 1
         return self._pop(fitting.bit_length() - 1) if fitting else None
 
     def pop_best(self, room: int) -> Any | None:
-        """The piece that fills `room` exactly; or the longer of two that do together, as equal as can be; or the
-        longest that fits; or None."""
+        """Remove and return the item that fills `room` best; None if none fits.
+
+        An item that fills it exactly comes first, then the longer of two items that fill it together (of all pairs the
+        one with the most equal lengths), then the longest item that fits.
+        """
         if room in self.arrivals:
             return self._pop(room)
         longer = self._longer_of_two(room)
         return self._pop(longer) if longer else self.pop_largest(room)
 
     def _longer_of_two(self, room: int) -> int:
-        """Of two lengths, as equal as can be, that fill `room` together, the longer; 0 where there are no two."""
+        """The longer length of the most equal pair of items that fill `room` together; 0 if there is no such pair."""
         half = -(-room // 2)
-        found = (self.there & self.mirror >> self.row - room) >> half  # bit n: lengths half + n and room - half - n
-        if 2 * half == room and found & 1 and len(self.arrivals[half]) == 1:
+        found = (self.present & self.mirrored >> self.row - room) >> half  # bit n: lengths half + n and room - half - n
+        if 2 * half == room and found & 1 and len(self.arrivals[half]) == 1:  # one item is not a pair
             found ^= 1
         return half + (found & -found).bit_length() - 1 if found else 0
 
 
+# -----------------------------------------------------------------------------
+# Documents
+
+
+class Position(NamedTuple):
+    """Where a document is in the endless sequence of epochs."""
+
+    epoch: int  # counts from 1
+    shard: int
+    group: int  # row group of the shard
+    row: int  # row of the row group
+
+
+class Documents:
+    """An endless walk over the documents of some shards, tokenized a chunk at a time.
+
+    A new walk from `position` continues exactly like this one.
+    """
+
+    def __init__(self, paths: list[Path], encode: Callable[[list[str]], list[np.ndarray]], chunk_size: int, position: Position):
+        """`encode` returns the ids of each text, without bos."""
+        self.paths, self.encode, self.chunk_size = paths, encode, chunk_size
+        self._texts = self._walk(position)
+        self._ahead = next(self._texts)
+
+    @property
+    def position(self) -> Position:
+        """Where the next chunk starts."""
+        return self._ahead[0]
+
+    def read(self) -> list[tuple[Position, np.ndarray]]:
+        """The next `chunk_size` documents as (position, ids), fewer at the end of an epoch."""
+        positions, texts, epoch = [], [], self.position.epoch
+        while len(texts) < self.chunk_size and self.position.epoch == epoch:
+            position, text = self._ahead
+            positions.append(position)
+            texts.append(text)
+            self._ahead = next(self._texts)
+        return list(zip(positions, self.encode(texts)))
+
+    def _walk(self, start: Position) -> Iterator[tuple[Position, str]]:
+        epoch, first_shard, first_group, first_row = start
+        while True:
+            found = False
+            for number in range(first_shard, len(self.paths)):
+                with open_shard(self.paths[number]) as shard:
+                    for group in range(first_group, shard.num_row_groups):
+                        texts = read_row_group(self.paths[number], shard, group)
+                        for row in range(first_row, len(texts)):
+                            if texts[row]:
+                                found = True
+                                yield Position(epoch, number, group, row), texts[row]
+                        first_row = 0
+                first_group = 0
+            if not found:
+                raise UserError(f"no document with text in {len(self.paths)} shard(s) of {self.paths[0].parent}")
+            epoch, first_shard = epoch + 1, 0
+
+    def read_again(self, waiting: list[list[int]]) -> Iterator[tuple[Position, int, np.ndarray]]:
+        """(position, start, ids) of the documents in a state's buffer, [*position, start] each, in that order."""
+        ids = {}
+        for number, in_shard in groupby(sorted(waiting, key=itemgetter(1, 2)), key=itemgetter(1)):
+            path = self.paths[number]
+            with open_shard(path) as shard:
+                for group, in_group in groupby(in_shard, key=itemgetter(2)):
+                    texts = read_row_group(path, shard, group) if group < shard.num_row_groups else []
+                    rows = sorted({row for _, _, _, row, _ in in_group})
+                    if rows[-1] >= len(texts):
+                        raise UserError(f"{path} has changed since this run read it. Put the shards back as they were.")
+                    ids.update(zip([(number, group, row) for row in rows], self.encode([texts[row] for row in rows])))
+        for *position, start in waiting:
+            if start > len(ids[tuple(position[1:])]):
+                raise UserError(f"{self.paths[position[1]]} has changed since this run read it. Put the shards back as they were.")
+            yield Position(*position), start, ids[tuple(position[1:])]
+
+
+class DocumentPacker:
+    """Rows of T + 1 tokens that start with bos, packed by best fit, without padding and without losing a token.
+
+    If no document fits into the rest of a row, the shortest is cut. What is left of a document that was cut or is
+    longer than a row goes to the end of the queue, and starts with bos again when its turn comes.
+    `python -m dev.bench.loader --policies` compares other rules.
+    """
+
+    def __init__(self, documents: Documents, T: int, bos: int, buffer_size: int, waiting: list[list[int]]):
+        self.documents, self.T, self.bos, self.buffer_size = documents, T, bos, buffer_size
+        self.buffer = BestFitBuffer(T + 1)  # items: (position, number of ids that are used up, ids)
+        for item in documents.read_again(waiting):
+            self._add(*item)
+
+    def _add(self, position: Position, start: int, ids: np.ndarray) -> None:
+        self.buffer.add(1 + len(ids) - start, (position, start, ids))
+
+    def _refill(self) -> None:
+        """Read one chunk if there is room: a buffer that grows over its first rows starts without delay.
+
+        Of a corpus smaller than the buffer, hold only this epoch and the next.
+        """
+        buffer = self.buffer
+        if len(buffer) < (self.buffer_size if buffer.total < self.buffer_size * LONG else min(FEW, self.buffer_size)):
+            if not buffer or self.documents.position.epoch <= 1 + min(position.epoch for position, _, _ in buffer):
+                for position, ids in self.documents.read():
+                    self._add(position, 0, ids)
+
+    def next_row(self) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.full(self.T + 1, self.bos, np.int32)  # bos is in place before each document is copied behind it
+        used = 0
+        while used < self.T:  # if a single place is left, it keeps its bos
+            self._refill()
+            room = self.T + 1 - used
+            item = (self.buffer.pop_best(room) or self.buffer.pop_shortest()) if used else self.buffer.pop_oldest()
+            position, start, ids = item
+            end = min(len(ids), start + room - 1)
+            tokens[used + 1 : used + 1 + end - start] = ids[start:end]
+            used += 1 + end - start
+            if end < len(ids):
+                self._add(position, end, ids)
+        return tokens[:-1], tokens[1:]
+
+    def state(self) -> dict:
+        position = self.documents.position
+        return {"epoch": position.epoch, "next": list(position), "buffer": [[*at, start] for at, start, _ in self.buffer]}
+
+
+class StreamPacker:
+    """Rows from one plain stream of documents with bos before each, cut wherever a row ends; no token is lost."""
+
+    def __init__(self, documents: Documents, T: int, bos: int, waiting: list[list[int]]):
+        self.documents, self.T, self.bos = documents, T, bos
+        self.queue = deque()  # (position, number of tokens that are used up, tokens with bos)
+        for item in documents.read_again(waiting):
+            self._add(*item)
+
+    def _add(self, position: Position, start: int, ids: np.ndarray) -> None:
+        self.queue.append((position, start, np.concatenate([[self.bos], ids], dtype=np.int32)))
+
+    def next_row(self) -> tuple[np.ndarray, np.ndarray]:
+        row, used = np.empty(self.T + 1, np.int32), 0
+        while used < self.T + 1:
+            if not self.queue:
+                for position, ids in self.documents.read():
+                    self._add(position, 0, ids)
+            position, start, tokens = self.queue.popleft()
+            end = min(len(tokens), start + self.T + 1 - used)
+            row[used : used + end - start] = tokens[start:end]
+            used += end - start
+        self.queue.appendleft((position, end - 1, tokens))  # the last target is the first input of the next row
+        return row[:-1], row[1:]
+
+    def state(self) -> dict:
+        waiting = [[*at, start] for at, start, _ in self.queue]
+        return {"epoch": waiting[0][0], "next": list(self.documents.position), "buffer": waiting}
+
+
+# -----------------------------------------------------------------------------
+# Conversations
+
+
 def split_conversation(ids: list[int], mask: list[int], T: int, supervise: str) -> list[tuple[list[int], list[int]]]:
-    """A conversation's (inputs, targets) in consecutive pieces of at most T pairs; target -1 is not trained on.
+    """A conversation's (inputs, targets) in consecutive chunks of at most T pairs; target -1 is not trained on.
 
     ids [7, 8, 9], mask [0, 1, 0], T = 1, supervise "assistant" -> [([7], [8]), ([8], [-1])]
     """
@@ -102,86 +272,77 @@ def split_conversation(ids: list[int], mask: list[int], T: int, supervise: str) 
     return [(ids[i : min(i + T, len(targets))], targets[i : i + T]) for i in range(0, len(targets), T)]
 
 
-class Conversations:
-    """The pieces of one lane's conversations, epoch after epoch, each epoch in an order of its own.
+class ConversationPacker:
+    """Rows of conversations, in which every chunk with a supervised token appears exactly once per epoch.
 
-    A conversation belongs to lane (epoch + index) % lanes. An epoch is read once the pieces of the one before
-    are packed, so each piece is packed exactly once per epoch.
+    Each epoch has an order of its own, and starts once all chunks of the epoch before are packed. The rest of a row
+    into which no waiting chunk fits is padding: inputs bos, targets -1.
     """
 
-    def __init__(
-        self, dataset, render: Callable, order: Callable, lane: int, lanes: int, was_read: Callable, buffer_size: int,
-        T: int, state: dict,
-    ):
-        """`render(conversation)` gives its pieces of at most T pairs, `order(epoch)` all indices, for all lanes.
+    FRESH = {"next": [1, 0], "buffer": [], "finished": 0, "skipped": 0}
 
-        `was_read([epoch, position in the order], epoch + index)`: whether to leave a conversation out.
-        """
-        self.dataset, self.render, self.order, self.was_read = dataset, render, order, was_read
-        self.lane, self.lanes, self.buffer_size, self.T = lane, lanes, buffer_size, T
-        self.buffer = BestFitBuffer(T)
-        self.skipped = state["skipped"]  # pieces without any supervised target, so far
-        self.read = state["finished"]  # conversations read so far, in all epochs
-        self.barren = 0  # epochs in a row without anything to train on
+    def __init__(self, dataset, render: Callable, T: int, bos: int, buffer_size: int, seed: int, state: dict = FRESH):
+        """`render(conversation)` returns its chunks of at most T pairs, as `split_conversation` does."""
+        self.dataset, self.render, self.T, self.bos = dataset, render, T, bos
+        self.buffer_size, self.seed = buffer_size, seed
+        self.buffer = BestFitBuffer(T)  # items: ([epoch, index, number of the chunk], (inputs, targets))
+        self.skipped = state["skipped"]  # chunks without a supervised target
+        self.read = state["finished"]  # conversations read in all epochs, here without those that wait
         self._begin_epoch(*state["next"])
-        for (epoch, index), there in groupby(state["buffer"], key=lambda place: place[:2]):
-            pieces = render(dataset[index])
+        for (epoch, index), places in groupby(state["buffer"], key=lambda place: place[:2]):
+            chunks = render(dataset[index])
             self.read += 1
-            for *_, number in there:
-                if number >= len(pieces):
+            for *_, number in places:
+                if number >= len(chunks):
                     raise UserError(f"the data set has changed: conversation {index} is shorter than when this run "
-                                    "read it. Bring the old data back, or start this stage again.")
-                self._add(epoch, index, number, pieces[number])
+                                    "read it. Restore the old data, or start this stage again.")
+                self._add(epoch, index, number, chunks[number])
 
     def _begin_epoch(self, epoch: int, position: int = 0) -> None:
-        self.epoch, self.position, self.indices = epoch, position, self.order(epoch)
-        self.found = position > 0  # the rest of an epoch may have nothing to train on
+        self.epoch, self.position = epoch, position
+        self.found = position > 0  # whether this epoch has a supervised token; its remainder may have none
+        self.order = list(range(len(self.dataset)))
+        random.Random(f"{self.seed}, epoch {epoch}").shuffle(self.order)
 
-    def _add(self, epoch: int, index: int, number: int, piece: tuple[list[int], list[int]]) -> None:
-        self.buffer.add(len(piece[0]), ([epoch, index, number], piece))
+    def _add(self, epoch: int, index: int, number: int, chunk: tuple[list[int], list[int]]) -> None:
+        self.buffer.add(len(chunk[0]), ([epoch, index, number], chunk))
 
-    def refill(self) -> None:
-        """Read on in this epoch until the buffer is full."""
-        while len(self.buffer) < self.buffer_size and self.position < len(self.indices):
-            place, index = [self.epoch, self.position], self.indices[self.position]
+    def _refill(self) -> None:
+        """Read conversations of this epoch until the buffer is full."""
+        while len(self.buffer) < self.buffer_size and self.position < len(self.order):
+            index = self.order[self.position]
             self.position += 1
-            if (self.epoch + index) % self.lanes != self.lane:
-                continue
-            if self.was_read(place, self.epoch + index):
-                self.found = True
-                continue
             self.read += 1
-            for number, piece in enumerate(self.render(self.dataset[index])):
-                if all(target == -1 for target in piece[1]):
+            for number, chunk in enumerate(self.render(self.dataset[index])):
+                if all(target == -1 for target in chunk[1]):
                     self.skipped += 1
                 else:
                     self.found = True
-                    self._add(self.epoch, index, number, piece)
+                    self._add(self.epoch, index, number, chunk)
 
-    def next_row(self) -> list[tuple[list[int], list[int]]]:
-        """The (inputs, targets) that share the next row of T pairs; never none."""
-        self.refill()
+    def next_row(self) -> tuple[np.ndarray, np.ndarray]:
+        self._refill()
         while not self.buffer:
-            self.barren = 0 if self.found else self.barren + 1
-            if self.barren > self.lanes:
-                raise UserError(
-                    f"nothing to train on: none of the {len(self.dataset)} conversations has a token that is supervised. "
-                    "Check the data set."
-                )
+            if not self.found:
+                raise UserError(f"nothing to train on: none of the {len(self.dataset)} conversations has a supervised token. "
+                                "Check the data set.")
             self._begin_epoch(self.epoch + 1)
-            self.refill()
-        row, room, popped = [], self.T, self.buffer.pop_oldest()
-        while popped:
-            _, piece = popped
-            row.append(piece)
-            room -= len(piece[0])
-            self.refill()
-            popped = self.buffer.pop_best(room)
-        return row
+            self._refill()
+        inputs, targets = np.full(self.T, self.bos, np.int32), np.full(self.T, -1, np.int64)
+        used, item = 0, self.buffer.pop_oldest()
+        while item:
+            _, chunk = item
+            end = used + len(chunk[0])
+            inputs[used:end], targets[used:end] = chunk
+            used = end
+            self._refill()
+            item = self.buffer.pop_best(self.T - used)
+        return inputs, targets
 
     def state(self) -> dict:
         waiting = [place for place, _ in self.buffer]
         return {
+            "epoch": self.epoch,
             "next": [self.epoch, self.position],
             "buffer": waiting,
             "finished": self.read - len({(epoch, index) for epoch, index, _ in waiting}),

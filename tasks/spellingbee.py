@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 
 from nanochat.common import file_url, get_base_dir
-from nanochat.download import download_file
+from nanochat.dataset import fetch_file
 from tasks.common import Task, same_final_number
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
@@ -83,7 +83,7 @@ Hoe vaak komt de letter {c} voor in {w}?
 def load_words(split: str) -> list[str]:
     """The words of a split, in alphabetical order; fetched once. UserError where the list is out of reach."""
     assert split in ("train", "test"), split
-    path = download_file(file_url(WORDS_URL), get_base_dir() / "words_alpha.txt")
+    path = fetch_file(file_url(WORDS_URL), get_base_dir() / "words_alpha.txt")
     words = path.read_text(encoding="ascii").split()
     return words[9::10] if split == "test" else [word for index, word in enumerate(words) if index % 10 != 9]
 
