@@ -223,9 +223,9 @@ def _download_shard(source: str, path: Path) -> None:
         except Exception as error:  # of the library, its HTTP client or the system, without a common ancestor
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                 raise
-            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            cause = (str(error.__cause__ or error).strip() or repr(error)).splitlines()[0].rstrip(".")
             raise UserError(
-                f"cannot download {path.name} of {repo} from {endpoint}: {cause} "
+                f"cannot download {path.name} of {repo} from {endpoint}: {cause}. "
                 "Check the connection, then run this again: it resumes where it stopped."
             ) from error
     try:

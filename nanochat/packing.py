@@ -163,21 +163,19 @@ class Documents:
             epoch, first_shard = epoch + 1, 0
 
     def read_again(self, waiting: list[list[int]]) -> Iterator[tuple[Position, int, np.ndarray]]:
-        """(position, start, ids) of the documents in a state's buffer, [*position, start] each, in that order."""
-        ids = {}
-        for number, in_shard in groupby(sorted(waiting, key=itemgetter(1, 2)), key=itemgetter(1)):
-            path = self.paths[number]
-            with open_shard(path) as shard:
-                for group, in_group in groupby(in_shard, key=itemgetter(2)):
-                    texts = read_row_group(path, shard, group) if group < shard.num_row_groups else []
-                    rows = sorted({row for _, _, _, row, _ in in_group})
-                    if rows[-1] >= len(texts):
-                        raise UserError(f"{path} has changed since this run read it. Put the shards back as they were.")
-                    ids.update(zip([(number, group, row) for row in rows], self.encode([texts[row] for row in rows])))
+        """(position, start, ids) of the documents in a state's buffer, in which each is [*position, start]."""
+        texts = {}  # (shard, group, row) -> text
+        rows = {tuple(entry[1:4]) for entry in waiting}
+        for number, group in sorted({row[:2] for row in rows}):
+            with open_shard(self.paths[number]) as shard:
+                found = read_row_group(self.paths[number], shard, group) if group < shard.num_row_groups else []
+            texts |= {(number, group, row): text for row, text in enumerate(found) if (number, group, row) in rows}
+        ids = dict(zip(texts, self.encode(list(texts.values()))))
         for *position, start in waiting:
-            if start > len(ids[tuple(position[1:])]):
-                raise UserError(f"{self.paths[position[1]]} has changed since this run read it. Put the shards back as they were.")
-            yield Position(*position), start, ids[tuple(position[1:])]
+            row = tuple(position[1:])
+            if row not in ids or start > len(ids[row]):
+                raise UserError(f"{self.paths[row[0]]} has changed since this run read it. Restore it, or start this stage again.")
+            yield Position(*position), start, ids[row]
 
 
 class DocumentPacker:

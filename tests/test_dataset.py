@@ -1,17 +1,23 @@
-"""Shards: which there are, which is for validation, how they are read and fetched."""
+"""Shards: which there are, which is for validation, how they are read and downloaded."""
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
 import sys
+import threading
+import time
 import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset, download
+from nanochat import dataset
 from nanochat.common import UserError, run_script
+from nanochat.dataset import fetch_file
 
 
 def write_shard(path: Path, texts: list, row_group_size: int = 2, column: str = "text") -> None:
@@ -27,38 +33,38 @@ def folder(tmp_path) -> str:
     return str(tmp_path / "mine")
 
 
-def test_the_last_shard_is_the_validation_split(folder):
+def test_last_shard_is_the_validation_split(folder):
     assert [p.name for p in dataset.split_paths(folder, "train")] == ["0.parquet", "1.parquet"]
     assert [p.name for p in dataset.split_paths(folder, "val")] == ["2.parquet"]
     assert list(dataset.iter_documents("train", folder)) == [f"{s}:{r}" for s in (0, 1) for r in range(5)]
     assert list(dataset.iter_documents("val", folder)) == [f"2:{r}" for r in range(5)]
 
 
-def test_row_groups_are_the_batches_and_ranks_share_them(folder):
+def test_batches_are_row_groups_and_ranks_share_them(folder):
     assert list(dataset.parquets_iter_batched("val", source=folder)) == [["2:0", "2:1"], ["2:2", "2:3"], ["2:4"]]
     shares = [list(dataset.iter_documents("train", folder, start=rank, step=2)) for rank in range(2)]
     assert sorted(sum(shares, [])) == list(dataset.iter_documents("train", folder))
     assert shares[1] == ["0:2", "0:3", "1:2", "1:3"]
 
 
-def test_rows_without_text_are_left_out_but_keep_their_number(tmp_path):
+def test_rows_without_text_are_skipped(tmp_path):
     write_shard(tmp_path / "0.parquet", ["a", None, "", "b"], row_group_size=4)
-    assert dataset.read_row_group(tmp_path / "0.parquet", 0) == ["a", "", "", "b"]
     assert list(dataset.iter_documents("val", str(tmp_path))) == ["a", "b"]
+    assert dataset.count_rows([tmp_path / "0.parquet"]) == {"0.parquet": 4}
 
 
 # -----------------------------------------------------------------------------
-# Mistakes of a person
+# User errors
 
 
-def test_one_shard_leaves_nothing_to_train_on(tmp_path):
+def test_single_shard_leaves_nothing_to_train_on(tmp_path):
     write_shard(tmp_path / "0.parquet", ["a"])
     with pytest.raises(UserError, match="only one shard.*validation split, so there is nothing to train on"):
         dataset.split_paths(str(tmp_path), "train")
     assert len(dataset.split_paths(str(tmp_path), "val")) == 1
 
 
-def test_no_data_yet_says_how_to_fetch_it(base_dir):
+def test_error_without_data_says_how_to_download_it(base_dir):
     with pytest.raises(UserError, match="python -m nanochat.dataset -n 8 --source fineweb-edu"):
         dataset.split_paths("fineweb-edu", "train")
 
@@ -72,13 +78,13 @@ def test_no_data_yet_says_how_to_fetch_it(base_dir):
         (lambda folder: write_shard(folder / "0.parquet", [1, 2]), "no column `text` of strings"),
     ],
 )
-def test_a_folder_that_is_no_corpus_is_named(tmp_path, damage, message):
+def test_folder_without_usable_shards_is_refused(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
         list(dataset.iter_documents("val", str(tmp_path)))
 
 
-def test_a_damaged_row_group_is_named(tmp_path):
+def test_damaged_row_group_is_named(tmp_path):
     path = tmp_path / "0.parquet"
     write_shard(path, ["some text that takes a page " * 50])
     data = bytearray(path.read_bytes())
@@ -88,16 +94,18 @@ def test_a_damaged_row_group_is_named(tmp_path):
         list(dataset.iter_documents("val", str(tmp_path)))
 
 
-def test_a_source_that_does_not_exist_lists_those_that_do(base_dir):
+def test_unknown_source_lists_the_known_ones(base_dir):
     with pytest.raises(UserError, match="climbmix, fineweb-edu, sample nor a folder"):
         dataset.shard_paths("climbmixx")
 
 
-# -----------------------------------------------------------------------------
-# The sample corpus
+@pytest.mark.parametrize("flags", [["-n", "-2"], ["-w", "0"]])
+def test_numbers_out_of_range_are_refused(base_dir, flags):
+    with pytest.raises(UserError, match="-n must be -1 or more and -w 1 or more"):
+        dataset.main(flags)
 
 
-def test_the_sample_corpus_is_written_once_and_whole(base_dir, monkeypatch):
+def test_sample_corpus_is_written_once_and_completely(base_dir, monkeypatch):
     calls = []
 
     def write_shards(directory):
@@ -108,8 +116,7 @@ def test_the_sample_corpus_is_written_once_and_whole(base_dir, monkeypatch):
         for shard in range(2):
             write_shard(Path(directory) / f"shard_{shard:05d}.parquet", [str(shard)])
 
-    stand_in = types.SimpleNamespace(write_shards=write_shards)
-    monkeypatch.setitem(sys.modules, "nanochat.sample_world", stand_in)
+    monkeypatch.setitem(sys.modules, "nanochat.sample_world", types.SimpleNamespace(write_shards=write_shards))
     with pytest.raises(KeyboardInterrupt):
         dataset.shard_paths("sample")
     for _ in range(2):
@@ -119,62 +126,171 @@ def test_the_sample_corpus_is_written_once_and_whole(base_dir, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# Fetching from the hub
+# Downloads
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files` (path -> bytes). `faults` (status, or number of bytes after which it hangs up) come first."""
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes], faults=()):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.faults, self.requests = files, list(faults), []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET(head=True)
+
+    def do_GET(self, head=False):
+        body = self.server.files.get(self.path)
+        if not head and "/api/" not in self.path:  # huggingface_hub's own
+            self.server.requests.append(self.path)
+        status, limit = (404 if body is None else 200), None
+        if self.server.faults and not head:
+            status, limit = self.server.faults.pop(0)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body or b"")))
+        self.send_header("ETag", f'"{hashlib.sha256(body or b"").hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.end_headers()
+        if not head:
+            self.wfile.write((body or b"")[:limit])
 
 
 @pytest.fixture
-def tree(tmp_path) -> Path:
-    """A tree for the stand-in hub with three small shards."""
-    for shard in range(3):
-        name = f"datasets/karpathy/fineweb-edu-100b-shuffle/shard_{shard:05d}.parquet"
-        write_shard(tmp_path / "root" / name, [f"{shard}:{row} " + "text " * 400 for row in range(50)])
-    return tmp_path / "root"
+def serve():
+    servers = []
+
+    def start(files, faults=()):
+        servers.append(Server(files, faults))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
-@pytest.mark.parametrize("source, last", [("climbmix", "shard_06542"), ("fineweb-edu", "shard_01822")])
-def test_n_training_shards_and_the_last_are_fetched(start_hub, tree, base_dir, monkeypatch, capsys, source, last):
-    monkeypatch.setenv("HF_ENDPOINT", start_hub(root=tree))
-    dataset.main(["-n", "2", "--source", source])
-    assert "2 training shards and validation shard" in capsys.readouterr().out
-    names = [p.stem for p in dataset.shard_paths(source)]
-    assert names == ["shard_00000", "shard_00001", last]
-    assert next(dataset.iter_documents("val", source)).startswith("2:0 ")
+def shard_files(tmp_path, source: str, names: list[str]) -> dict[str, bytes]:
+    """The paths under which the hub has some shards, and their content."""
+    for number, name in enumerate(names):
+        write_shard(tmp_path / name, [f"{number}:{row} " + "text " * 400 for row in range(50)])
+    repo = dataset.SOURCES[source][0]
+    return {f"/datasets/{repo}/resolve/main/{name}": (tmp_path / name).read_bytes() for name in names}
+
+
+NAMES = ["shard_00000.parquet", "shard_00001.parquet", "shard_06542.parquet"]
+
+
+def test_n_training_shards_and_the_last_are_downloaded_once(serve, tmp_path, base_dir, monkeypatch, capsys):
+    server = serve(shard_files(tmp_path, "climbmix", NAMES))
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    dataset.main(["-n", "2"])
+    output = capsys.readouterr()
+    assert "2 training shards with 100 documents and validation shard shard_06542.parquet" in output.out
+    assert "3/3" in output.err and output.err.count("shard/s") >= 1
+    assert [p.name for p in dataset.shard_paths("climbmix")] == NAMES
+    assert next(dataset.iter_documents("val", "climbmix")).startswith("2:0 ")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    dataset.main(["-n", "2", "--source", source])  # all there: nothing is asked of the hub
+    dataset.main(["-n", "2"])  # all shards exist, so the hub is not needed
 
 
-def test_every_fault_at_once(start_hub, tree, base_dir, monkeypatch):
-    monkeypatch.setattr(download, "FIRST_WAIT", 0.001)
-    faults = "--fail-first 1 --truncate-first 2 --corrupt-first 1 --slow 400000".split()
-    monkeypatch.setenv("HF_ENDPOINT", start_hub(*faults, root=tree))
-    dataset.main(["-n", "3", "-w", "2"])
-    for path in dataset.shard_paths("climbmix")[:-1]:
-        assert path.read_bytes() == (tree / "datasets/karpathy/fineweb-edu-100b-shuffle" / path.name).read_bytes()
+def test_damaged_shard_is_deleted_and_reported(serve, tmp_path, base_dir, monkeypatch):
+    files = shard_files(tmp_path, "climbmix", NAMES)
+    server = serve({path: body[:-4] + b"????" if "00001" in path else body for path, body in files.items()})
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    with pytest.raises(UserError, match="shard_00001.parquet is not a readable parquet file.*; it was deleted, run this again"):
+        dataset.main(["-n", "2"])
+    assert not (base_dir / "base_data" / "climbmix" / "shard_00001.parquet").exists()
+    server.files = files
+    dataset.main(["-n", "2"])
+    assert len(dataset.shard_paths("climbmix")) == 3
 
 
-def test_a_shard_that_the_hub_lacks_stops_the_rest(start_hub, tree, base_dir, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", start_hub(root=tree))
-    with pytest.raises(UserError, match="shard_00003.parquet: the server answered 404"):
+def test_missing_shard_stops_the_rest(serve, tmp_path, base_dir, monkeypatch):
+    server = serve(shard_files(tmp_path, "climbmix", ["shard_00000.parquet", "shard_06542.parquet"]))
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    with pytest.raises(UserError, match="cannot download shard_00001.parquet of karpathy/climbmix.*404"):
         dataset.main(["-n", "-1", "-w", "1"])
-    assert not list((base_dir / "base_data").glob("*/shard_00004*"))
+    assert len(server.requests) == 2
 
 
-def test_a_hub_that_is_down_is_one_line_and_exit_code_1(base_dir, monkeypatch):
-    monkeypatch.setattr(download, "FIRST_WAIT", 0.001)
+def test_unreachable_hub_is_reported_at_once(base_dir, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    began = time.monotonic()
     with pytest.raises(SystemExit) as exit:
         run_script(lambda: dataset.main(["-n", "1"]))
-    assert exit.value.code.startswith("error: cannot fetch shard_06542.parquet from http://127.0.0.1:1/")
+    assert exit.value.code.startswith("error: cannot download shards of climbmix: nothing answers at http://127.0.0.1:1.")
     assert "\n" not in exit.value.code
+    assert time.monotonic() - began < 10
 
 
-def test_the_real_stand_in_hub(hub, base_dir):
-    dataset.main(["-n", "1"])
-    train, val = (next(dataset.iter_documents(split)) for split in ("train", "val"))
-    assert train and val and train != val
+CONTENT = bytes(range(256)) * 1000
 
 
-@pytest.mark.parametrize("flags", [["-n", "-2"], ["-w", "0"]])
-def test_numbers_that_make_no_sense(base_dir, flags):
-    with pytest.raises(UserError, match="-n must be -1 or more and -w 1 or more"):
-        dataset.main(flags)
+@pytest.fixture
+def no_waits(monkeypatch):
+    monkeypatch.setattr(dataset, "WAITS", (0, 0, 0))
+
+
+@pytest.mark.parametrize("faults", [[], [(503, 0)], [(200, 1000)], [(200, 1000), (429, 0)]], ids=str)
+def test_file_is_complete_despite_faults_of_the_server(serve, tmp_path, no_waits, faults):
+    server = serve({"/data.zip": CONTENT}, faults)
+    path = fetch_file(f"{server.url}/data.zip", tmp_path / "here" / "data.zip")
+    assert path == tmp_path / "here" / "data.zip" and path.read_bytes() == CONTENT
+    assert len(server.requests) == len(faults) + 1
+    fetch_file("http://127.0.0.1:1/data.zip", path)  # an existing file is kept
+    assert sorted(p.name for p in path.parent.iterdir() if p.suffix != ".lock") == ["data.zip"]
+
+
+@pytest.mark.parametrize(
+    "faults, cause, requests",
+    [
+        ([(404, 0)], "the server answered 404 Not Found", 1),  # final, not tried again
+        ([(503, 0)] * 3, "the server answered 503", 3),
+        ([(200, 1000)] * 3, "the connection ended after 1,000 of 256,000 bytes", 3),
+    ],
+)
+def test_failed_download_names_the_file_and_the_cause(serve, tmp_path, no_waits, faults, cause, requests):
+    server = serve({"/data.zip": CONTENT}, faults)
+    with pytest.raises(UserError, match=f"cannot download data.zip from .*{cause}"):
+        fetch_file(f"{server.url}/data.zip", tmp_path / "data.zip")
+    assert len(server.requests) == requests
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == []
+
+
+def test_content_that_fails_the_check_is_not_kept(serve, tmp_path, no_waits):
+    def check(path):
+        assert path.read_bytes() == b"an error page"
+        raise ValueError("not a zip file")
+
+    server = serve({"/data.zip": b"an error page"})
+    with pytest.raises(UserError, match="data.zip from .*: not a zip file"):
+        fetch_file(f"{server.url}/data.zip", tmp_path / "data.zip", check)
+    assert not (tmp_path / "data.zip").exists()
+
+
+def test_silent_server_times_out(tmp_path, no_waits, monkeypatch):
+    import socket
+
+    monkeypatch.setattr(dataset, "TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts connections and never answers
+        with pytest.raises(UserError, match="data.zip.*timed out"):
+            fetch_file(f"http://127.0.0.1:{listener.getsockname()[1]}/data.zip", tmp_path / "data.zip")
+
+
+def test_concurrent_processes_download_a_file_once(serve, tmp_path):
+    server = serve({"/data.zip": CONTENT})
+    program = "import sys; from nanochat.dataset import fetch_file; fetch_file(sys.argv[1], sys.argv[2])"
+    command = [sys.executable, "-c", program, f"{server.url}/data.zip", str(tmp_path / "data.zip")]
+    processes = [subprocess.Popen(command) for _ in range(3)]
+    assert [p.wait() for p in processes] == [0] * 3
+    assert (tmp_path / "data.zip").read_bytes() == CONTENT
+    assert len(server.requests) == 1

@@ -201,7 +201,7 @@ print("\\n" + json.dumps(found))
 
 HEAVY = {"torch", "datasets", "transformers", "wandb", "matplotlib", "pyarrow", "pandas", "tiktoken", "rustbpe"}
 # Modules that need no tensor must load without torch: its import alone takes seconds.
-LIGHT = "common schedule calculator execution sandbox download conversation dataset sample_world report".split()
+LIGHT = "common schedule calculator execution sandbox conversation dataset sample_world report".split()
 WITHOUT_TORCH = [name for name in MODULES if not name.startswith("nanochat.") or name.split(".")[1] in LIGHT]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nanochat.common import Compute
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import SAMPLE_PROMPTS, evaluate_bpb, sample_texts, share_of
+from nanochat.loss_eval import SAMPLE_PROMPTS, eval_batches, evaluate_bpb, sample_texts
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 V = 40
@@ -38,7 +38,7 @@ def make_batches(n, seed=1):
         ids = torch.randint(0, V, (3, 33), generator=generator)
         targets = ids[:, 1:].clone()
         targets[torch.rand(targets.shape, generator=generator) < 0.1] = -1
-        yield ids[:, :-1].int(), targets, {"epoch": 1}  # as a loader with state
+        yield ids[:, :-1].int(), targets, {"epoch": 1}
 
 
 def brute_force(model, batches):
@@ -60,7 +60,7 @@ def test_bpb_equals_brute_force(model):
     assert evaluate_bpb(model, make_batches(4), 4, TOKEN_BYTES, CPU) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_uniform_model_over_single_bytes_needs_eight_bits():
+def test_uniform_model_over_single_bytes_needs_eight_bits():
     def uniform(inputs, targets, loss_reduction):
         return torch.full(targets.shape, math.log(256))
 
@@ -71,15 +71,15 @@ def test_a_uniform_model_over_single_bytes_needs_eight_bits():
     assert evaluate_bpb(uniform, batches, 1, torch.full((256,), 2), CPU) == pytest.approx(4.0)
 
 
-def test_only_the_asked_number_of_batches_is_taken(model):
+def test_only_the_requested_number_of_batches_is_consumed(model):
     batches = make_batches(5)
     expected = brute_force(model, make_batches(2))
     assert evaluate_bpb(model, batches, 2, TOKEN_BYTES, CPU) == pytest.approx(expected, rel=1e-6)
     assert len(list(batches)) == 3
 
 
-def test_bytes_and_nats_are_summed_over_ranks_before_they_are_divided(model, run_ranks):
-    def other_text():  # most of it special: hardly any bytes
+def test_bytes_and_nats_are_summed_over_ranks_before_division(model, run_ranks):
+    def other_text():  # mostly special tokens: hardly any bytes
         for inputs, targets, state in make_batches(1, seed=2):
             yield inputs, torch.where(torch.arange(32) < 25, 39, targets), state
 
@@ -91,25 +91,37 @@ def test_bytes_and_nats_are_summed_over_ranks_before_they_are_divided(model, run
     assert run_ranks(2, measure) == [pytest.approx(expected, rel=1e-6)] * 2
 
 
-@given(tokens=st.integers(1, 10**6), documents=st.integers(1, 1000), world_size=st.integers(1, 100))
-def test_a_measurement_is_shared_out_in_full_whatever_the_ranks(tokens, documents, world_size):
-    """Each lane gives as many batches on any number of ranks; little is left out, and nothing below one batch."""
-    computes = [dataclasses.replace(CPU, rank=r, world_size=world_size) for r in range(world_size)]
-    shares = [share_of(tokens, documents, 4, 32, compute) for compute in computes]
-    lanes, alone = share_of(tokens, documents, 4, 32, CPU)
-    assert {share[0] for share in shares} == {lanes} and 1 <= lanes <= 64 and (lanes == 1 or 8 * lanes <= documents)
-    assert sum(steps for _, steps in shares) == alone and alone % lanes == 0
-    assert all(steps == alone // lanes * len(range(r, lanes, world_size)) for r, (_, steps) in enumerate(shares))
-    assert max(1, tokens // 128 - 63) <= alone <= max(1, tokens // 128)
+@given(tokens=st.integers(1, 10**6), B=st.integers(1, 64), world_size=st.integers(1, 100))
+def test_measurement_is_shared_completely_by_any_number_of_ranks(tokens, B, world_size):
+    shares = [eval_batches(tokens, B, 32, dataclasses.replace(CPU, rank=r, world_size=world_size)) for r in range(world_size)]
+    assert {rows for rows, _ in shares} == {max(1, tokens // 32)}
+    rows, batches = shares[0][0], sum(batches for _, batches in shares)
+    assert (batches - 1) * B < rows <= batches * B
 
 
-def test_no_text_at_all_is_infinite(model):
+def test_stop_is_polled_equally_often_on_all_ranks(model, run_ranks):
+    polls = {}
+
+    def measure(compute):
+        def stop():
+            polls[compute.rank] = polls.get(compute.rank, 0) + 1
+            return any(compute.gather(polls[compute.rank] > 2))  # a collective, as in training
+
+        steps = 2 if compute.is_main else 3
+        return evaluate_bpb(model, make_batches(steps), steps, TOKEN_BYTES, compute, stop)
+
+    assert run_ranks(2, measure) == [None, None]
+    assert polls == {0: 3, 1: 3}
+    assert evaluate_bpb(model, make_batches(1), 1, TOKEN_BYTES, CPU, lambda: False) == pytest.approx(brute_force(model, make_batches(1)))
+
+
+def test_bpb_without_any_text_is_infinite(model):
     special = torch.full((1, 4), 39)
     assert evaluate_bpb(model, [(special, special)], 1, TOKEN_BYTES, CPU) == math.inf
 
 
 class Letters:
-    """Characters as tokens; 0 is bos, 1 and above no letter's are the other special tokens."""
+    """A fake tokenizer of characters; 0 is bos, 1 stands for all other special tokens."""
 
     def get_bos_token_id(self):
         return 0
@@ -124,7 +136,7 @@ class Letters:
         return " ".join(map(str, ids))
 
 
-def test_sample_texts_are_what_is_likeliest_to_follow(model):
+def test_sample_texts_are_greedy_continuations(model):
     tokenizer = Letters()
     model = GPT(dataclasses.replace(model.config, sequence_len=80)).to_empty(device="cpu")
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""The best-fit buffer against a list, and conversations dealt out once per epoch."""
+"""The best-fit buffer against a plain list, and conversations packed exactly once per epoch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.common import UserError
-from nanochat.packing import BestFitBuffer, Conversations, split_conversation
-
-FRESH = {"next": [1, 0], "buffer": [], "finished": 0, "skipped": 0}
+from nanochat.packing import BestFitBuffer, ConversationPacker, split_conversation
 
 
 def best_length(lengths: list[int], room: int) -> int | None:
-    """The rule of `pop_best`, the slow way: the length that it takes of those that wait."""
+    """Reference implementation of `pop_best`: the length that it chooses among `lengths`."""
 
     def longer_of_two(room):
         pairs = [(a, room - a) for a in lengths if a >= room - a]
@@ -28,8 +26,8 @@ def best_length(lengths: list[int], room: int) -> int | None:
     st.lists(st.tuples(st.sampled_from(["add", "add", "best", "largest", "oldest", "shortest"]), st.integers(1, 40)), max_size=200),
     st.integers(1, 40),
 )
-def test_the_buffer_does_what_a_plain_list_does(actions, row):
-    """But that it does not know which of two that are longer than a row is the shorter."""
+def test_buffer_equals_a_plain_list(actions, row):
+    """Except that it does not know which of two items longer than a row is the shorter."""
     buffer, plain = BestFitBuffer(row), []  # plain: (length, name), oldest first
     for name, (action, number) in enumerate(actions):
         if action == "add":
@@ -57,23 +55,25 @@ def test_the_buffer_does_what_a_plain_list_does(actions, row):
         assert buffer.total == sum(length for length, _ in plain)
 
 
-def test_a_row_is_filled_exactly_by_one_or_two():
-    def popped(lengths, room):
-        buffer = BestFitBuffer(100)
-        for length in lengths:
-            buffer.add(length, length)
-        return buffer.pop_best(room)
+@pytest.mark.parametrize(
+    "lengths, room, expected",
+    [
+        ([60, 50, 40, 30], 50, 50),
+        ([70, 60, 50, 40, 30], 100, 60),  # with 40, a more equal pair than 70 and 30
+        ([50, 30, 90], 100, 90),  # a single 50 is not a pair
+        ([50, 30, 90, 50], 100, 50),
+        ([80, 65, 25, 10], 100, 80),  # the largest, since no two fill the room
+        ([101, 300], 100, None),
+    ],
+)
+def test_room_is_filled_exactly_by_one_or_two_items(lengths, room, expected):
+    buffer = BestFitBuffer(100)
+    for length in lengths:
+        buffer.add(length, length)
+    assert buffer.pop_best(room) == expected
 
-    assert popped([60, 50, 40, 30], 50) == 50
-    assert popped([70, 60, 50, 40, 30], 100) == 60  # with 40, which is nearer to it than 70 and 30
-    assert popped([50, 30, 90], 100) == 90  # 50 is there only once
-    assert popped([50, 30, 90, 50], 100) == 50
-    assert popped([85, 45, 40, 15], 100) == 85
-    assert popped([80, 65, 25, 10], 100) == 80  # the largest, where no two do
-    assert popped([101, 300], 100) is None
 
-
-def test_a_conversation_is_split_into_consecutive_pairs():
+def test_conversation_is_split_into_consecutive_pairs():
     ids, mask = [10, 11, 12, 13, 14, 15], [0, 0, 1, 1, 0, 1]
     assert split_conversation(ids, mask, 10, "assistant") == [([10, 11, 12, 13, 14], [-1, 12, 13, -1, 15])]
     assert split_conversation(ids, mask, 2, "assistant") == [([10, 11], [-1, 12]), ([12, 13], [13, -1]), ([14], [15])]
@@ -81,67 +81,30 @@ def test_a_conversation_is_split_into_consecutive_pairs():
     assert split_conversation([10], [1], 3, "all") == []
 
 
-def pieces_of(conversation: tuple[int, ...]):
-    """A stand-in for rendering: a conversation is its pieces' lengths; odd lengths have nothing supervised."""
+def render(conversation: list[int]):
+    """A fake rendering: a conversation is the lengths of its chunks; chunks of odd length have no supervised token."""
     return [([n] * n, [n if n % 2 == 0 else -1] * n) for n in conversation]
-
-
-def one_lane(dataset, buffer_size, T, lane=0, lanes=1, was_read=lambda place, index: False, state=FRESH):
-    """Conversations of a lane; even epochs are read backwards."""
-    def order(epoch):
-        return list(range(len(dataset)))[:: 1 if epoch % 2 else -1]
-
-    return Conversations(dataset, pieces_of, order, lane, lanes, was_read, buffer_size, T, state)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 8), max_size=4), min_size=1, max_size=12), st.integers(1, 6))
-def test_each_supervised_piece_is_packed_once_per_epoch_and_rows_are_best_fit(lengths, buffer_size):
+def test_each_supervised_chunk_is_packed_once_per_epoch_and_rows_are_best_fit(lengths, buffer_size):
     expected = sorted(n for conversation in lengths for n in conversation if n % 2 == 0)
-    conversations = one_lane(lengths, buffer_size, 8)
+    packer = ConversationPacker(lengths, render, 8, 0, buffer_size, seed=1)
     if not expected:
         with pytest.raises(UserError, match=f"none of the {len(lengths)} conversations"):
-            conversations.next_row()
+            packer.next_row()
         return
     for epoch in (1, 2):
         packed, finished = [], (epoch - 1) * len(lengths)
-        while conversations.state()["finished"] < epoch * len(lengths):
-            row = [len(inputs) for inputs, _ in conversations.next_row()]
-            assert 1 <= sum(row) <= 8
-            left = 8 - sum(row)
-            assert all(len(inputs) > left for _, (inputs, _) in conversations.buffer)  # nothing more would have fitted
-            assert conversations.state()["next"][0] == epoch
-            assert conversations.state()["finished"] >= finished
-            finished = conversations.state()["finished"]
-            packed += row
+        while packer.state()["finished"] < epoch * len(lengths):
+            inputs, targets = packer.next_row()
+            row = inputs[inputs > 0].tolist()
+            assert (targets[: len(row)] == row).all() and (targets[len(row) :] == -1).all()
+            assert all(len(ids) > 8 - len(row) for _, (ids, _) in packer.buffer)  # nothing more would have fitted
+            state = packer.state()
+            assert state["epoch"] == epoch and state["finished"] >= finished
+            finished = state["finished"]
+            packed += [n for n in set(row) for _ in range(row.count(n) // n)]
         assert sorted(packed) == expected
-        assert conversations.state()["finished"] == epoch * len(lengths)
-        assert conversations.state()["skipped"] == epoch * sum(n % 2 for conversation in lengths for n in conversation)
-
-
-def test_a_lane_reads_its_share_in_the_order_of_the_epoch():
-    """Lane l has the conversations l - epoch, l - epoch + 3, ...; the order of even epochs is backwards here."""
-    lengths = [[2 * n] for n in range(8, 15)]  # no two fit into a row of 28
-    rows = {}
-    for lane in range(3):
-        conversations = one_lane(lengths, 1, 28, lane, lanes=3)
-        shares = [len(lengths[(lane - epoch) % 3 :: 3]) for epoch in (1, 2)]
-        rows[lane] = [len(conversations.next_row()[0][0]) for _ in range(sum(shares))]
-    assert rows == {0: [20, 26, 24, 18], 1: [16, 22, 28, 26, 20], 2: [18, 24, 28, 22, 16]}
-
-
-def test_a_conversation_may_wait_from_two_epochs():
-    state = {"next": [2, 1], "buffer": [[1, 0, 0], [2, 0, 0]], "finished": 5, "skipped": 0}  # after another deal
-    conversations = one_lane([[2]], 1, 2, state=state)
-    assert conversations.state() == state
-    for finished in (6, 7, 8):
-        assert len(conversations.next_row()) == 1
-        assert conversations.state()["finished"] == finished
-
-
-def test_what_was_read_is_left_out_even_a_whole_epoch():
-    conversations = one_lane([[2], [4], [6]], 1, 6, was_read=lambda place, number: place < [2, 1] and number - place[0] != 1)
-    rows = [[len(inputs) for inputs, _ in conversations.next_row()] for _ in range(4)]
-    assert rows == [[4], [4, 2], [2, 4], [6]]  # epochs 1, 2 (backwards, without the last) and 3
-    conversations = one_lane([[2]], 1, 6, was_read=lambda place, number: place < [9, 0])
-    assert len(conversations.next_row()) == 1 and conversations.state()["next"] == [9, 1]
+        assert packer.state()["skipped"] == epoch * sum(n % 2 for conversation in lengths for n in conversation)
