@@ -126,7 +126,8 @@ def _document_loader(
 def _check_data_unchanged(state: dict, data: dict) -> None:
     """Raise UserError if `state` was saved with another tokenizer or other data than the current ones, `data`."""
     if not data.keys() <= state.keys():
-        raise UserError("this checkpoint is of an older version, whose position in the data cannot be read. Start this stage again.")
+        raise UserError("this checkpoint is of an older version, and its position in the data cannot be read. "
+                        "Start this stage again.")
     remedy = "Restore what was there when the checkpoint was saved, or start this stage again."
     if state["tokenizer"] != data["tokenizer"]:
         raise UserError(f"the tokenizer is not the one that the checkpoint was made with. {remedy}")

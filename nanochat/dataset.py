@@ -226,7 +226,7 @@ def _download_shard(source: str, path: Path) -> None:
             cause = (str(error.__cause__ or error).strip() or repr(error)).splitlines()[0].rstrip(".")
             raise UserError(
                 f"cannot download {path.name} of {repo} from {endpoint}: {cause}. "
-                "Check the connection, then run this again: it resumes where it stopped."
+                "Check the connection, then run this again: complete shards are kept."
             ) from error
     try:
         open_shard(path).close()
@@ -277,7 +277,9 @@ def fetch_file(url: str, path: str | os.PathLike, check: Callable[[Path], None] 
                 cause = str(error)
             else:
                 return path
-    raise UserError(f"cannot download {path.name} from {url}: {cause}. Check the connection and the address, then run this again.")
+    raise UserError(
+        f"cannot download {path.name} from {url}: {cause}. Check the connection and the address, then run this again."
+    )
 
 
 def _download(url: str, path: Path) -> None:

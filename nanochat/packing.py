@@ -13,7 +13,7 @@ from collections import deque
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import numpy as np
 
@@ -174,7 +174,8 @@ class Documents:
         for *position, start in waiting:
             row = tuple(position[1:])
             if row not in ids or start > len(ids[row]):
-                raise UserError(f"{self.paths[row[0]]} has changed since this run read it. Restore it, or start this stage again.")
+                path = self.paths[row[0]]
+                raise UserError(f"{path} has changed since this run read it. Restore it, or start this stage again.")
             yield Position(*position), start, ids[row]
 
 
@@ -223,7 +224,8 @@ class DocumentPacker:
 
     def state(self) -> dict:
         position = self.documents.position
-        return {"epoch": position.epoch, "next": list(position), "buffer": [[*at, start] for at, start, _ in self.buffer]}
+        waiting = [[*at, start] for at, start, _ in self.buffer]
+        return {"epoch": position.epoch, "next": list(position), "buffer": waiting}
 
 
 class StreamPacker:

@@ -255,14 +255,6 @@ def test_long_document_neither_blocks_the_others_nor_grows_the_state(tmp_path, m
         assert max(len(state["buffer"]) for _, _, state in taken) < (15 if long > 20 else packing.FEW + 5)
 
 
-def test_fewer_documents_wait_if_they_are_long(tmp_path, monkeypatch):
-    write_corpus(tmp_path, [100] * 60)
-    monkeypatch.setattr(packing, "LONG", 20)
-    monkeypatch.setattr(packing, "FEW", 3)
-    *_, (_, _, state) = batches(PACKED, tmp_path, 20, buffer_size=30, tokenizer_batch_size=1)
-    assert 6 <= len(state["buffer"]) <= 15 and sum(100 - start for *_, start in state["buffer"]) <= 30 * 20 + 100
-
-
 @pytest.mark.parametrize("buffer_size", [1, 6, 1000])
 def test_no_document_waits_forever(tmp_path, buffer_size):
     write_corpus(tmp_path, LENGTHS * 4)
@@ -351,12 +343,6 @@ def test_epochs_differ_in_order_and_a_seed_repeats_it():
     assert order(1) == order(1) != order(2)
     assert order(1)[:9] != order(1)[9:]
     assert sorted(order(1)[:9]) == sorted(order(1)[9:]) == list(range(1, 18, 2))
-
-
-def test_conversation_longer_than_a_row_is_in_consecutive_rows():
-    (inputs, targets, _), *_ = conversation_batches(make_conversations([(11, 1)]), 1, B=3, T=4)
-    assert inputs.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, BOS, BOS]]
-    assert targets.tolist() == [[2, 3, 4, 5], [6, 7, 8, 9], [10, 11, -1, -1]]
 
 
 def test_chunks_without_a_supervised_token_are_counted_not_trained_on():

@@ -47,6 +47,13 @@ def test_batches_are_row_groups_and_ranks_share_them(folder):
     assert shares[1] == ["0:2", "0:3", "1:2", "1:3"]
 
 
+def test_shard_is_opened_once_per_pass(folder, monkeypatch):
+    opened, open_shard = [], dataset.open_shard
+    monkeypatch.setattr(dataset, "open_shard", lambda path: opened.append(path.name) or open_shard(path))
+    list(dataset.iter_documents("train", folder))
+    assert opened == ["0.parquet", "1.parquet"]
+
+
 def test_rows_without_text_are_skipped(tmp_path):
     write_shard(tmp_path / "0.parquet", ["a", None, "", "b"], row_group_size=4)
     assert list(dataset.iter_documents("val", str(tmp_path))) == ["a", "b"]

@@ -112,7 +112,8 @@ def test_stop_is_polled_equally_often_on_all_ranks(model, run_ranks):
 
     assert run_ranks(2, measure) == [None, None]
     assert polls == {0: 3, 1: 3}
-    assert evaluate_bpb(model, make_batches(1), 1, TOKEN_BYTES, CPU, lambda: False) == pytest.approx(brute_force(model, make_batches(1)))
+    unstopped = evaluate_bpb(model, make_batches(1), 1, TOKEN_BYTES, CPU, lambda: False)
+    assert unstopped == pytest.approx(brute_force(model, make_batches(1)), rel=1e-6)
 
 
 def test_bpb_without_any_text_is_infinite(model):

@@ -23,7 +23,7 @@ def best_length(lengths: list[int], room: int) -> int | None:
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["add", "add", "best", "largest", "oldest", "shortest"]), st.integers(1, 40)), max_size=200),
+    st.lists(st.tuples(st.sampled_from("add add best largest oldest shortest".split()), st.integers(1, 40)), max_size=200),
     st.integers(1, 40),
 )
 def test_buffer_equals_a_plain_list(actions, row):
