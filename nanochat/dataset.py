@@ -267,16 +267,11 @@ def fetch_file(url: str, path: str | os.PathLike, check: Callable[[Path], None] 
                     _download(url, tmp)
                     if check:
                         check(tmp)
-            except urllib.error.HTTPError as error:
-                cause = f"the server answered {error.code} {error.reason}"
-                if error.code < 500 and error.code not in (408, 429):  # will not change in a moment
-                    break
-            except urllib.error.URLError as error:
-                cause = str(error.reason)
-            except (ConnectionError, TimeoutError, http.client.HTTPException, ValueError) as error:
-                cause = str(error)
-            else:
                 return path
+            except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException, ValueError) as error:
+                cause = str(error).strip("<>")
+                if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429):
+                    break  # the answer will be the same in a moment
     raise UserError(
         f"cannot download {path.name} from {url}: {cause}. Check the connection and the address, then run this again."
     )

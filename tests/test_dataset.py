@@ -260,8 +260,8 @@ def test_file_is_complete_despite_faults_of_the_server(serve, tmp_path, no_waits
 @pytest.mark.parametrize(
     "faults, cause, requests",
     [
-        ([(404, 0)], "the server answered 404 Not Found", 1),  # final, not tried again
-        ([(503, 0)] * 3, "the server answered 503", 3),
+        ([(404, 0)], "HTTP Error 404: Not Found", 1),  # final, not tried again
+        ([(503, 0)] * 3, "HTTP Error 503", 3),
         ([(200, 1000)] * 3, "the connection ended after 1,000 of 256,000 bytes", 3),
     ],
 )
