@@ -1,10 +1,10 @@
-"""What a run will take before it is begun: tokens, steps, hours, dollars, shards of text and disk.
+"""What a run will take, estimated beforehand: tokens, steps, hours, dollars, shards of text and disk.
 
     python -m dev.estimate --depth 22 --vocab-size 49152 --ratio 9.4 --gpus 8 --mfu 0.5 --dollars-per-gpu-hour 3
     python -m dev.estimate --depth 10 12 14 16      # several models, and what they take together
 
-Parameters and FLOPs are those of the model itself, built without memory; horizon and batch follow the rules of
-scripts/base_train.py. Flags of that script that change neither are passed over, so that one list of flags serves both.
+Parameters and FLOPs are those of the model itself, built on the meta device; horizon and batch size come from
+`schedule.plan`, as in scripts/base_train.py. Other flags of that script are ignored, so that one list of flags serves both.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from nanochat.common import UserError, get_base_dir, run_script
 
 # ClimbMix has 400 billion tokens of GPT-2's (its card, https://huggingface.co/datasets/nvidia/ClimbMix), which here are cut
 # into 6543 shards: 61 million each. A vocabulary of 32 to 64 thousand needs about as many; a tenth is kept in reserve,
-# since text that runs out would be read twice.
+# since a second epoch is worth less than new text.
 TOKENS_PER_SHARD = 55e6
 SHARD_BYTES = 100e6  # 61 million tokens are some 280 million characters; such text takes 0.31 bytes a character in parquet
 # mid_train and chat_sft together: 870 thousand conversations (the sizes of their data sets) of some 400 tokens. Assumed.
 CHAT_TOKENS = 350e6
-# Set-up, tokenizer, CORE and the chat tasks. Assumed: nobody has timed them on such a node yet.
+# Set-up, tokenizer, CORE and the chat tasks. Assumed, not measured.
 OTHER_HOURS = 0.5
 CHECKPOINTS, CHAT_CHECKPOINTS = 3, 3  # of pretraining two are kept while a third is written; one each of mid, sft and rl
 OTHER_BYTES = 5e9  # data sets of the tasks, CORE, logs
@@ -40,18 +40,17 @@ def main(argv=None):
     parser.add_argument("--num-iterations", type=int, default=-1, help="steps (-1: not set)")
     parser.add_argument("--target-flops", type=float, default=-1.0, help="training FLOPs (-1: not set)")
     parser.add_argument("--target-param-data-ratio", "--ratio", type=float, default=12.0, help="tokens per scaling parameter")
-    parser.add_argument("--device-batch-size", type=int, default=32, help="rows per forward pass (-1 is taken for 32)")
     parser.add_argument("--total-batch-size", type=int, default=-1, help="tokens per step (-1: what suits the horizon)")
-    # what the models learn from, and where
+    # vocabulary and hardware
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens of the vocabulary")
-    parser.add_argument("--gpus", type=int, default=8, help="how many train together")
-    parser.add_argument("--gpu", default="H100", help="which; its bf16 peak is known to nanochat/training.py")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
+    parser.add_argument("--gpu", default="H100", help="type of GPU, one listed in nanochat/device.py")
     parser.add_argument("--mfu", type=float, default=0.5, help="share of that peak that training reaches (0.46 at depth 18 and 0.5 at 24 have been reported on H100s)")
     parser.add_argument("--dollars-per-gpu-hour", type=float, default=3.0, help="price")
     parser.add_argument("--chat", action="store_true", help="with midtraining and fine-tuning")
-    # for the scripts that call this
-    parser.add_argument("--check", action="store_true", help="fail where the base folder lacks room, or has a tokenizer of another size")
-    parser.add_argument("--shards", action="store_true", help="print nothing but the number of shards")
+    # for speedrun.sh and others
+    parser.add_argument("--check", action="store_true", help="fail where the base folder lacks space or holds a tokenizer of another size")
+    parser.add_argument("--shards", action="store_true", help="print only the number of shards")
     args, _ = parser.parse_known_args(argv)
 
     runs = [estimate(depth, args) for depth in args.depth]
@@ -67,7 +66,7 @@ def main(argv=None):
     for depth, run in zip(args.depth, runs):
         print(f"{f'pretraining d{depth}':24}{amount(run['parameters']):>11}{amount(run['scaling']):>9}{amount(run['tokens']):>9}"
               f"{run['steps']:>9,}{run['batch']:>10,}{run['flops']:>10.2e}{run['hours']:>8.2f}{run['hours'] * price:>9,.0f}")
-    if args.chat:  # for one run; of several, the last is meant
+    if args.chat:  # of several runs, for the last
         print(f"{'midtraining, fine-tuning':24}{amount(CHAT_TOKENS):>29}{runs[-1]['chat hours']:>37.2f}{runs[-1]['chat hours'] * price:>9,.0f}")
         print(f"{'everything else':24}{OTHER_HOURS:>66.2f}{OTHER_HOURS * price:>9,.0f}")
     print(f"in all {hours:.2f} hours and {hours * price:,.0f} dollars on {args.gpus} x {args.gpu} at {100 * args.mfu:.0f}% of the bf16 peak; "
@@ -80,9 +79,9 @@ def estimate(depth: int, args) -> dict:
     """One pretraining run: {"parameters", "scaling", "tokens", "steps", "batch", "flops", "hours", "chat hours", "checkpoint" in bytes}."""
     import torch
 
+    from nanochat.device import PEAK_FLOPS
     from nanochat.gpt import GPT, config_of_depth
-    from nanochat.schedule import best_batch_size, horizon_tokens, micro_batches
-    from nanochat.training import PEAK_FLOPS
+    from nanochat.schedule import plan
 
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in args.gpu), None)
     if peak is None:
@@ -93,25 +92,19 @@ def estimate(depth: int, args) -> dict:
         ))
     counts, flops_per_token = model.num_scaling_params(), model.estimate_flops()
 
-    # Horizon and batch, as base_train sets them
-    tokens = args.num_iterations * args.total_batch_size if args.num_iterations > 0 and args.total_batch_size > 0 else None
-    if args.num_iterations <= 0:
-        tokens = horizon_tokens(args.target_flops, args.target_param_data_ratio, flops_per_token, counts["scaling"])
-    unit = (args.device_batch_size if args.device_batch_size > 0 else 32) * args.max_seq_len
-    batch = args.total_batch_size
-    if batch <= 0:
-        ratio_tokens = tokens or horizon_tokens(-1, args.target_param_data_ratio, flops_per_token, counts["scaling"])
-        batch = max(round(best_batch_size(ratio_tokens) / unit), args.gpus) * unit
-    micro_batches(batch, unit // args.max_seq_len, args.max_seq_len, args.gpus)  # raises where they do not fit one another
-    steps = args.num_iterations if args.num_iterations > 0 else max(1, round(tokens / batch))
-    flops = steps * batch * flops_per_token
+    run = plan(
+        flops_per_token, counts["scaling"], args.max_seq_len, num_iterations=args.num_iterations, target_flops=args.target_flops,
+        target_param_data_ratio=args.target_param_data_ratio, total_batch_size=args.total_batch_size,
+    )
+    flops = run.tokens * flops_per_token
     per_hour = 3600 * args.gpus * peak * args.mfu
 
     # Embeddings are stored in bfloat16, the rest in float32. Muon keeps one number a weight, AdamW two.
     embeddings = counts["wte"] + counts["value_embeds"]
     checkpoint = 2 * 3 * embeddings + 4 * (3 * counts["lm_head"] + 2 * counts["transformer_matrices"])
     return {
-        "parameters": counts["total"], "scaling": counts["scaling"], "tokens": steps * batch, "steps": steps, "batch": batch,
+        "parameters": counts["total"], "scaling": counts["scaling"], "tokens": run.tokens, "steps": run.num_iterations,
+        "batch": run.total_batch_size,
         "flops": flops, "hours": flops / per_hour, "chat hours": CHAT_TOKENS * flops_per_token / per_hour, "checkpoint": checkpoint,
     }
 
@@ -127,11 +120,11 @@ def amount(number: float) -> str:
 def check(needed: float, vocab_size: int) -> None:
     """Raises UserError where the base folder has no room for `needed` bytes, or holds a tokenizer of another size."""
     base = get_base_dir()
-    there = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())  # of an earlier start of the same run
+    used = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())  # by an earlier start of the same run
     free = shutil.disk_usage(base).free
-    if there + free < needed:
+    if used + free < needed:
         raise UserError(
-            f"this takes about {needed / 1e9:.0f} GB and {base} has room for {(there + free) / 1e9:.0f} GB. "
+            f"this run takes about {needed / 1e9:.0f} GB and {base} has space for {(used + free) / 1e9:.0f} GB. "
             "Point NANOCHAT_BASE_DIR at a larger disk"
         )
     if (base / "tokenizer" / "vocabulary.json").exists():
@@ -140,8 +133,8 @@ def check(needed: float, vocab_size: int) -> None:
         size = get_tokenizer().get_vocab_size()
         if size != vocab_size:
             raise UserError(
-                f"the tokenizer in {base} has {size} tokens, and {vocab_size} are wanted. Take it as it is with "
-                f"VOCAB_SIZE={size}, or begin in another NANOCHAT_BASE_DIR"
+                f"the tokenizer in {base} has {size} tokens, not {vocab_size}. Use it with VOCAB_SIZE={size}, "
+                "or set NANOCHAT_BASE_DIR to another folder"
             )
 
 

@@ -1,45 +1,61 @@
-"""Checkpoints: verified when loaded, fitted to any number of ranks, found again by stage, tag and step.
+"""Checkpoints: written by all ranks together, verified when loaded, for any number of ranks, found by stage, tag and step.
 
-The one idea to know: a checkpoint is a folder, and its meta.json lists every other file with
-size and SHA-256 (and carries a checksum of itself). saver.py publishes it by one rename, so a
-folder that bears a step's name is complete, and whatever has happened to it since is noticed
-before a number of it is used.
+A checkpoint is a folder that appears by one rename, so it is complete or absent. Its meta.json lists every other file
+with size and SHA-256 and carries a checksum of itself, so damage is noticed before anything is used. The folder also
+holds the tokenizer, so that one folder is one model. saver.py writes checkpoints in the background.
 
     BASE_DIR/base_checkpoints/d20/step_005000/model.safetensors
                                               optimizer_rank0.safetensors ...
+                                              vocabulary.json
                                               meta.json
 
-Nothing here executes what it reads: safetensors and JSON are data, and the reference's own
-layout (`model_005000.pt`, `meta_005000.json`) goes through torch's weights-only reader.
+Nothing here executes what it reads: safetensors and JSON are data.
 """
 
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import math
-import pickle
+import os
 import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from nanochat.common import Compute, UserError, base_dir_path, print0
+from nanochat.common import Compute, UserError, atomic, base_dir_path, flush_to_disk, print0
+from nanochat.tokenizer import VOCABULARY_FILE, RustBPETokenizer, get_tokenizer
 
-STAGES = {  # stage -> (folder, the script that makes it)
+STAGES = {  # stage -> (folder, the script that trains it)
     "base": ("base_checkpoints", "base_train"),
     "mid": ("mid_checkpoints", "mid_train"),
     "sft": ("chatsft_checkpoints", "chat_sft"),
     "rl": ("chatrl_checkpoints", "chat_rl"),
+}
+DTYPES = {  # as a safetensors file names them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 State = dict[str, torch.Tensor]
 
 
 def checkpoint_dir(stage: str, tag: str) -> Path:
     """The folder that holds the checkpoints of one run of a stage ("base", "mid", "sft" or "rl")."""
-    if Path(tag).name != tag:
-        raise UserError(f"model tag {tag!r} cannot be the name of a folder")
+    if Path(tag).name != tag or tag in ("", ".", ".."):
+        raise UserError(f"--model-tag {tag!r} is not a valid folder name")
     return base_dir_path() / STAGES[stage][0] / tag
 
 
@@ -47,9 +63,169 @@ def step_folder(directory: Path, step: int) -> Path:
     return directory / f"step_{step:06d}"
 
 
-def _reference_path(directory: Path, step: int) -> Path:
-    """The weights of a step in the reference's layout."""
-    return directory / f"model_{step:06d}.pt"
+# -----------------------------------------------------------------------------
+# Writing
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    model_state: State,
+    optimizer_state: State | None,
+    meta: dict,
+    tokenizer: RustBPETokenizer,
+    compute: Compute,
+    keep_last: int = -1,
+    group=None,
+) -> Path:
+    """Write one checkpoint and return its folder. Every rank calls this, each with its shard of the optimizer state.
+
+    `model_state`, `meta` (what JSON can hold) and the tokenizer are the main rank's. Step, time, world size and the list
+    of files are added to `meta`. `keep_last` removes all but that many complete checkpoints of the highest steps (-1:
+    keeps all). `group` is the process group to synchronise in (None: the default one).
+
+    Raises OSError on every rank if writing fails on any; then nothing is left behind and older checkpoints stand.
+    Two runs must not write into one directory at a time; `Saver` ensures that.
+    """
+    target = step_folder(directory, step)
+
+    def prepare() -> Path | None:
+        if compute.is_main:
+            for leftover in directory.glob(".step_*"):  # of a process that was killed while saving
+                shutil.rmtree(leftover, ignore_errors=True)
+            tmp = _hidden(target)
+            tmp.mkdir(parents=True)
+            return tmp
+
+    def write() -> dict:
+        files = {}
+        if compute.is_main:
+            files["model.safetensors"] = _write_tensors(tmp / "model.safetensors", model_state)
+            tokenizer.save(tmp)
+            files[VOCABULARY_FILE] = _describe(tmp / VOCABULARY_FILE)
+        if optimizer_state is not None:
+            name = f"optimizer_rank{compute.rank}.safetensors"
+            files[name] = _write_tensors(tmp / name, optimizer_state)
+        return files
+
+    def publish() -> None:
+        if compute.is_main:
+            files = {name: description for part in written for name, description in part.items()}
+            added = {"step": step, "saved_at": time.time(), "world_size": compute.world_size, "files": files}
+            _write_meta(tmp, {**meta, **added})
+            flush_to_disk(tmp)
+            if target.exists():  # the same step was saved before
+                _remove(target)
+            tmp.rename(target)
+            flush_to_disk(target.parent)
+            if keep_last > 0:
+                _remove_old(directory, keep_last, step)
+
+    tmp = _on_every_rank(prepare, compute, group)[0]
+    try:
+        written = _on_every_rank(write, compute, group)
+        _on_every_rank(publish, compute, group)
+    except BaseException:
+        if compute.is_main:
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    return target
+
+
+def update_meta(directory: Path, step: int, **values) -> None:
+    """Replace values in the meta.json of a checkpoint, such as a score that was measured after it was saved."""
+    _write_meta(step_folder(directory, step), {**verify(directory, step, names=[]), **values})
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Move everything that an earlier run left in its folder (except the lock) to TAG.old; None if there was nothing.
+
+    An older TAG.old is replaced.
+    """
+    present = [path for path in directory.iterdir() if path.name != ".lock"] if directory.is_dir() else []
+    if not present:
+        return None
+    old = directory.with_name(f"{directory.name}.old")
+    if old.exists():
+        _remove(old)
+    old.mkdir()
+    for path in present:
+        path.rename(old / path.name)
+    return old
+
+
+def _on_every_rank(work: Callable, compute: Compute, group) -> list:
+    """The results of `work` on all ranks, in order. If it fails on any, every rank raises: its own error, or an OSError."""
+    result = error = failure = None
+    try:
+        result = work()
+    except Exception as caught:
+        number, text = getattr(caught, "errno", None) or errno.EIO, getattr(caught, "strerror", None) or repr(caught)
+        error, failure = caught, OSError(number, f"on rank {compute.rank}: {text}", getattr(caught, "filename", None))
+    outcomes = compute.gather((result, failure), group)
+    for error in [error] + [failure for _, failure in outcomes]:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
+
+
+def _write_tensors(path: Path, state: State) -> dict:
+    """Write a safetensors file and flush it to the disk; returns its {"size", "sha256"}.
+
+    The library's own `save_file` holds the GIL meanwhile, and training would stall for seconds. The format: the length
+    of the header in 8 bytes, the header (JSON, padded to a multiple of 8), the bytes of all tensors.
+    """
+    # Wide dtypes first, so that all tensors start at a multiple of their item size
+    tensors = sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, end = {}, 0
+    for name, tensor in tensors:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    sha = hashlib.sha256()
+    try:
+        with open(path, "wb") as file:
+            for part in (len(head).to_bytes(8, "little"), head, *(tensor for _, tensor in tensors)):
+                if isinstance(part, torch.Tensor):
+                    part = part.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+                file.write(part)
+                sha.update(part)
+        flush_to_disk(path)
+    except OSError as error:  # add the file's name
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return {"size": 8 + len(head) + end, "sha256": sha.hexdigest()}
+
+
+def _write_meta(folder: Path, meta: dict) -> None:
+    with atomic(folder / "meta.json") as tmp:
+        tmp.write_text(json.dumps({**meta, "sha256": meta_digest(meta)}), encoding="utf-8")
+
+
+def _remove_old(directory: Path, keep_last: int, just_saved: int) -> None:
+    """Remove the checkpoints below the `keep_last` highest complete steps; `just_saved` always stays."""
+    complete = 1
+    for step in reversed(list_steps(directory)):
+        if step == just_saved:
+            continue
+        with suppress(UserError, OSError):  # a damaged one does not count
+            if complete < keep_last:
+                verify(directory, step, sizes_only=True)
+                complete += 1
+            else:
+                _remove(step_folder(directory, step))
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, after hiding it, so that an incomplete one is never seen."""
+    hidden = _hidden(folder)
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)  # the next save removes what remains
+
+
+def _hidden(folder: Path) -> Path:
+    """A new name beside `folder`, so that two runs never share a temporary folder."""
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
 
 
 # -----------------------------------------------------------------------------
@@ -57,12 +233,14 @@ def _reference_path(directory: Path, step: int) -> Path:
 
 
 def verify(directory: Path, step: int, names: list[str] | None = None, sizes_only: bool = False) -> dict:
-    """The meta of a checkpoint whose files `names` (None: all) are as they were saved, else UserError.
+    """The meta of a checkpoint, once the files `names` (None: all) have been checked against it.
 
-    `sizes_only` looks at meta.json and at the sizes of the others, but does not read them.
+    `sizes_only` compares the sizes of the files without reading them. Raises UserError if anything is damaged.
     """
     folder = step_folder(directory, step)
     if not folder.is_dir():
+        if (directory / f"model_{step:06d}.pt").exists():
+            raise UserError(f"{directory} holds checkpoints of another layout; import them: python -m scripts.export --from {directory}")
         raise UserError(f"no checkpoint of step {step} in {directory}; there are steps {list_steps(directory)}")
     damaged = f"checkpoint {folder} is damaged"
     try:
@@ -70,9 +248,9 @@ def verify(directory: Path, step: int, names: list[str] | None = None, sizes_onl
     except (OSError, ValueError) as error:
         raise UserError(f"{damaged}: meta.json cannot be read ({error})") from error
     if not isinstance(meta, dict) or meta.get("sha256") != meta_digest(meta):
-        raise UserError(f"{damaged}: meta.json is not as it was saved")
+        raise UserError(f"{damaged}: the checksum of meta.json does not match")
     if meta["step"] != step:
-        raise UserError(f"{damaged}: what it holds was saved as step {meta['step']}")
+        raise UserError(f"{damaged}: its content was saved as step {meta['step']}")
     for name in meta["files"] if names is None else names:
         path, saved = folder / name, meta["files"][name]
         try:
@@ -83,8 +261,12 @@ def verify(directory: Path, step: int, names: list[str] | None = None, sizes_onl
         if size != saved["size"]:
             raise UserError(f"{damaged}: {name} has {size} bytes, not {saved['size']}")
         if not same:
-            raise UserError(f"{damaged}: the checksum of {name} is not the one saved")
+            raise UserError(f"{damaged}: the checksum of {name} does not match")
     return meta
+
+
+def _describe(path: Path) -> dict:
+    return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def file_digest(path: Path) -> str:
@@ -96,8 +278,8 @@ def file_digest(path: Path) -> str:
 
 
 def meta_digest(meta: dict) -> str:
-    """Checksum of the content of meta.json, its own "sha256" left out."""
-    # Through JSON and back first: what it changes (tuples, integer keys) must not change the checksum.
+    """Checksum of the content of meta.json without its own "sha256"."""
+    # Through JSON and back first, since that turns tuples into lists and integer keys into strings
     content = {key: value for key, value in json.loads(json.dumps(meta)).items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -107,36 +289,32 @@ def meta_digest(meta: dict) -> str:
 
 
 def load_checkpoint(
-    directory: Path, step: int, compute: Compute, wanted: State | None = None
+    directory: Path, step: int, compute: Compute, optimizer_state: State | None = None
 ) -> tuple[State, State | None, dict]:
     """(model state on the device, optimizer state on the host or None, meta) of one step, verified.
 
-    `wanted` is the state of this rank's optimizer: names and shapes say what is to be found and comes
-    back, whatever the number of ranks that saved it. `meta` is what was saved, and "model_tag" the
-    name of the folder it lies in now. UserError, in one line, when there is no such step, when
-    anything that is read is damaged, or when the optimizer state is not all there.
+    `optimizer_state` is the state of this rank's optimizer: its names and shapes say what to load, whatever number of
+    ranks saved it. `meta` is what was saved, with "model_tag" set to the name of the present folder. Raises UserError if
+    there is no such step, if anything that is read is damaged, or if the optimizer state is not complete.
     """
-    if not step_folder(directory, step).is_dir() and _reference_path(directory, step).exists():
-        return _load_reference(directory, step, compute, wanted is not None)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     meta = verify(directory, step, ["model.safetensors"])
     try:
         model_state = load_file(step_folder(directory, step) / "model.safetensors", device=str(compute.device))
-        optimizer_state = None if wanted is None else _load_optimizer(directory, step, meta, wanted, compute.rank)
+        loaded = None if optimizer_state is None else _load_optimizer(directory, step, meta, optimizer_state, compute.rank)
     except (OSError, SafetensorError) as error:
-        verify(directory, step)  # it tells best what is wrong
+        verify(directory, step)  # its message names the damaged file
         raise UserError(f"checkpoint {step_folder(directory, step)} cannot be read ({error})") from error
-    return model_state, optimizer_state, {**meta, "model_tag": directory.name}
+    return model_state, loaded, {**meta, "model_tag": directory.name}
 
 
-def _load_optimizer(directory: Path, step: int, meta: dict, wanted: State, rank: int) -> State:
-    """What `wanted` names, filled with the saved numbers, whichever ranks' files they are in.
+def _load_optimizer(directory: Path, step: int, meta: dict, like: State, rank: int) -> State:
+    """The saved optimizer state for the names and shapes of `like`, collected from the files of all ranks.
 
-    A key is "lm_head.weight.exp_avg", or "lm_head.weight.exp_avg[100:200]" for those elements of the
-    flattened tensor, of which `wanted` has one range at most. Only files with something wanted are read,
-    and this rank's own first: where as many ranks have saved, it is all there.
+    A key is "lm_head.weight.exp_avg", or "lm_head.weight.exp_avg[100:200]" for these elements of the flattened tensor, of
+    which `like` has one range at most. This rank's own file is read first: with an unchanged world size it holds everything.
     """
     from safetensors import safe_open
 
@@ -144,36 +322,38 @@ def _load_optimizer(directory: Path, step: int, meta: dict, wanted: State, rank:
     files = sorted((name for name in meta["files"] if name.startswith("optimizer_")), key=lambda name: name != own)
     if not files:
         raise UserError(f"checkpoint {folder} was saved without an optimizer state")
-    state = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in wanted.items()}
-    missing = {key: tensor.numel() for key, tensor in state.items()}
-    places = {}  # name of a tensor -> (key, first element, end)
+    state = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in like.items()}
+    missing = {key: tensor.numel() for key, tensor in state.items()}  # elements still to be loaded
+    ranges = {}  # name of a tensor -> (key, first element, end)
     for key, tensor in state.items():
         name, start, end = _range_of(key, tensor.shape)
-        places[name] = key, start, end
-    taken = set()  # several ranks may have saved the same
+        ranges[name] = key, start, end
+
+    loaded = set()  # several ranks may have saved the same tensor
     for file_name in files:
         if not any(missing.values()):
             break
         with safe_open(folder / file_name, "pt") as file:
-            pieces = []
-            for theirs in file.keys():
-                shape = file.get_slice(theirs).get_shape()
-                name, first, last = _range_of(theirs, shape)
-                key, start, end = places.get(name, (None, 0, 0))
+            # Which saved tensors overlap a range that is needed
+            overlaps = []
+            for saved_key in file.keys():
+                shape = file.get_slice(saved_key).get_shape()
+                name, first, last = _range_of(saved_key, shape)
+                key, start, end = ranges.get(name, (None, 0, 0))
                 a, b = max(start, first), min(end, last)
-                reshaped = theirs == key and shape != list(state[key].shape)
-                if a < b and theirs not in taken and not reshaped:
-                    pieces.append((theirs, slice(a - first, b - first), key, slice(a - start, b - start)))
-            if pieces:
+                reshaped = saved_key == key and shape != list(state[key].shape)
+                if a < b and saved_key not in loaded and not reshaped:
+                    overlaps.append((saved_key, slice(a - first, b - first), key, slice(a - start, b - start)))
+            if overlaps:
                 verify(directory, step, [file_name])
-            for theirs, there, key, here in pieces:
-                state[key].view(-1)[here] = file.get_tensor(theirs).view(-1)[there]
-                missing[key] -= here.stop - here.start
-                taken.add(theirs)
+            for saved_key, source, key, target in overlaps:
+                state[key].view(-1)[target] = file.get_tensor(saved_key).view(-1)[source]
+                missing[key] -= target.stop - target.start
+                loaded.add(saved_key)
     lacking = [key for key, count in missing.items() if count != 0]
     if lacking:
-        verify(directory, step)  # rather damaged than another
-        raise UserError(f"the optimizer state in {folder} is of another model: {lacking[0]} is not there, or not whole")
+        verify(directory, step)  # if a file is damaged, say that instead
+        raise UserError(f"the optimizer state in {folder} is of another model: {lacking[0]} is missing or incomplete")
     return state
 
 
@@ -183,114 +363,90 @@ def _range_of(key: str, shape) -> tuple[str, int, int]:
     return (match[1], int(match[2]), int(match[3])) if match else (key, 0, math.prod(shape))
 
 
-def _load_reference(directory: Path, step: int, compute: Compute, load_optimizer: bool) -> tuple[State, None, dict]:
-    """A model in the reference's layout. Its optimizer state belongs to another program and stays unread."""
-    path = _reference_path(directory, step)
-    if load_optimizer:
-        raise UserError(f"{path} can be used for its weights only: start a new stage from it, do not resume it")
-    try:
-        state = torch.load(path, map_location=compute.device, weights_only=True)
-        meta = json.loads((directory / f"meta_{step:06d}.json").read_text(encoding="utf-8"))
-        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
-        config = meta["model_config"]
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} was refused: it is damaged, or holds something other than weights") from error
-    except (RuntimeError, EOFError, ValueError, FileNotFoundError, KeyError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} or its meta file is damaged ({reason})") from error
-    if "smear_lambda" not in state:  # models from before smear had full context, another rotary base, plain q and k
-        config = {"window_pattern": "L", "rotary_base": 10000.0, "qk_scale": 1.0, **config}
-    return state, None, {**meta, "model_config": config, "model_tag": directory.name}
-
-
 # -----------------------------------------------------------------------------
 # Finding
 
 
 def list_steps(directory: Path) -> list[int]:
-    """The steps saved in a folder, in either layout, ascending; [] where there is none."""
+    """The steps saved in a folder, ascending; [] if there are none."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    found = [re.fullmatch(r"step_(\d+)|model_(\d+)\.pt", name) for name in names]
-    return sorted({int(match[1] or match[2]) for match in found if match})
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d+)", name)))
 
 
-def _saved_at(directory: Path, step: int) -> float:
-    """When a checkpoint was saved: seconds since the epoch; 0 when it is gone by now."""
-    folder = step_folder(directory, step)
-    try:
-        return float(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["saved_at"])
-    except (OSError, ValueError, TypeError, KeyError):  # the reference's layout, or damaged
-        path = folder if folder.is_dir() else _reference_path(directory, step)
-        return path.stat().st_mtime if path.exists() else 0.0
+def find_last_step(directory: Path, weights_only: bool = False) -> int:
+    """The highest complete step; a damaged one is reported and skipped. `weights_only` checks the model's weights only.
 
-
-def newest_first(directory: Path) -> list[int]:
-    """The steps saved in a folder, the one saved last first."""
-    # By time, not by number: a new run under an old tag may be shorter than the one before it.
-    return sorted(list_steps(directory), key=lambda step: (_saved_at(directory, step), step), reverse=True)
-
-
-def find_last_step(directory: Path, weights_only: bool = False, since: float | None = None) -> int:
-    """The step saved last of those that are whole; says so when it passes over damaged ones.
-
-    `weights_only` asks no more than that the weights are whole; `since` (as `time.time()` gives it) that it
-    was saved after that. UserError when there is none.
+    Raises UserError if there is none.
     """
-    names = ["model.safetensors"] if weights_only else None
-    for step in newest_first(directory):
-        if since is not None and _saved_at(directory, step) <= since:
-            break
-        if not step_folder(directory, step).is_dir() and _reference_path(directory, step).exists():
-            return step  # there is nothing to verify it against
+    for step in reversed(list_steps(directory)):
         try:
-            verify(directory, step, names)
+            verify(directory, step, ["model.safetensors"] if weights_only else None)
             return step
         except UserError as error:
-            print0(f"passing over step {step}: {error}")
-    raise UserError(f"no whole checkpoint in {directory}")
+            print0(f"skipping step {step}: {error}")
+    raise UserError(f"no complete checkpoint in {directory}")
+
+
+def _saved_at(directory: Path) -> float:
+    """When the newest readable checkpoint of a run was saved, in seconds since the epoch; 0 if none can be read."""
+    times = [0.0]
+    for step in list_steps(directory):
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            times.append(float(json.loads((step_folder(directory, step) / "meta.json").read_text(encoding="utf-8"))["saved_at"]))
+    return max(times)
 
 
 def find_tags(stage: str) -> list[str]:
-    """Tags of a stage that have a checkpoint, the one saved last first."""
+    """Tags of a stage that have a checkpoint, the most recently saved one first."""
     root = base_dir_path() / STAGES[stage][0]
-    steps = {path: list_steps(path) for path in root.iterdir()} if root.is_dir() else {}
-    newest = {path.name: max(_saved_at(path, step) for step in steps[path]) for path in steps if steps[path]}
-    return sorted(newest, key=newest.get, reverse=True)
+    runs = [path for path in root.iterdir() if os.access(path, os.R_OK) and list_steps(path)] if root.is_dir() else []
+    return [path.name for path in sorted(runs, key=lambda path: (-_saved_at(path), path.name))]
 
 
 def resolve_checkpoint(stage: str, tag: str | None = None, step: int | None = None) -> tuple[Path, int]:
-    """(folder, step) of the checkpoint meant: by default the last of the tag that was saved last."""
+    """(folder, step) of a checkpoint: by default the last step of the most recently saved tag."""
     tags = find_tags(stage)
     if not tags:
         folder, script = STAGES[stage]
         root = base_dir_path() / folder
         raise UserError(f"no {stage} checkpoint in {root} yet; run `python -m scripts.{script}` first")
     if tag is not None and tag not in tags:
-        raise UserError(f"no {stage} checkpoint is tagged {tag!r}; there are {', '.join(tags)}")
+        raise UserError(f"no {stage} checkpoint has the tag {tag!r}; there are {', '.join(tags)}")
     directory = checkpoint_dir(stage, tag or tags[0])
     return directory, find_last_step(directory, weights_only=True) if step is None else step
 
 
+def load_tokenizer(directory: Path, step: int, meta: dict) -> RustBPETokenizer:
+    """The tokenizer of a checkpoint. One saved without uses the base folder's, if that is the one it was trained with."""
+    if VOCABULARY_FILE in meta["files"]:
+        verify(directory, step, [VOCABULARY_FILE])
+        return RustBPETokenizer.from_directory(step_folder(directory, step))
+    tokenizer = get_tokenizer()
+    if meta.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
+        raise UserError(
+            f"model {directory.name} (step {step}) was trained with another tokenizer than the one in the base folder; "
+            "restore that one, or train the model again"
+        )
+    return tokenizer
+
+
 def load_model(stage: str, compute: Compute, model_tag: str | None = None, step: int | None = None):
     """(model in eval mode on the device, tokenizer, meta) of a stage's checkpoint; see `resolve_checkpoint`."""
-    from nanochat.tokenizer import get_tokenizer
-
-    # Decided by one rank: another run may be saving meanwhile.
+    # One rank decides, since another run may be saving meanwhile
     directory, step = compute.on_main(lambda: resolve_checkpoint(stage, model_tag, step))
     state, _, meta = load_checkpoint(directory, step, compute)
     model = build_model(state, meta["model_config"], compute)
-    tokenizer = get_tokenizer()
-    theirs = meta.get("tokenizer", tokenizer.fingerprint())  # the reference's layout does not tell
-    if (model.config.vocab_size, theirs) != (tokenizer.get_vocab_size(), tokenizer.fingerprint()):
+    tokenizer = load_tokenizer(directory, step, meta)
+    if model.config.vocab_size != tokenizer.get_vocab_size():
         raise UserError(
-            f"model {directory.name} (step {step}) was trained with another tokenizer ({model.config.vocab_size} tokens) than "
-            f"the one here now ({tokenizer.get_vocab_size()} tokens); put that one back or train the model again"
+            f"model {directory.name} (step {step}) has a vocabulary of {model.config.vocab_size}, its tokenizer of "
+            f"{tokenizer.get_vocab_size()}; restore the tokenizer it was trained with"
         )
     return model.eval(), tokenizer, meta
 
 
 def build_model(state: State, config: dict, compute: Compute):
-    """The GPT that `config` describes, on the device, with the weights of `state` (older ones completed)."""
+    """The GPT of a config, on the device, with the weights of `state`; extras that an older model lacks get neutral values."""
     from dataclasses import fields
 
     from nanochat.gpt import GPT, GPTConfig, add_missing_weights
@@ -312,7 +468,7 @@ def build_model(state: State, config: dict, compute: Compute):
 
 
 # -----------------------------------------------------------------------------
-# Random generators, for a resume that is exact
+# Random generators, for an exact resume
 
 
 def rng_state() -> dict[str, str]:
@@ -324,7 +480,7 @@ def rng_state() -> dict[str, str]:
 
 
 def set_rng_state(states: dict[str, str]) -> None:
-    """Undo: put torch's generators where `rng_state` found them. A device that is not here is left out."""
+    """Restore what `rng_state` returned. A device that is not present is skipped."""
 
     def decode(text):
         return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

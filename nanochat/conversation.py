@@ -1,16 +1,15 @@
-"""A conversation as token ids, and which of them the assistant learns to say.
+"""A conversation as token ids and a loss mask.
 
-The one idea to know: every id has a mask, 1 where the assistant itself must produce the token (its
-text, its python calls with their delimiters, its end token) and 0 where it only reads (bos, the
-user, the answers of tools). Training multiplies the loss by it. One exchange looks like this:
+The mask is 1 where the assistant must produce the token (its text, its python calls with their
+delimiters, its end token) and 0 elsewhere (bos, the user, the output of tools). An example:
 
     <|bos|><|user_start|>2+2?<|user_end|><|assistant_start|>4<|assistant_end|>
        0          0       0         0             0         1         1
 
-This file works on plain lists; it neither packs rows (dataloader.py does) nor runs tools (engine.py does).
+This file works on plain lists; it neither packs rows (packing.py) nor runs tools (engine.py).
 
 A conversation is {"messages": [{"role": ..., "content": ...}, ...]}: optionally a system message,
-then user and assistant in turns. The assistant's content is a string, or a list of parts
+then user and assistant alternating. The assistant's content is a string, or a list of parts
 {"type": "text" | "python" | "python_output", "text": ...}.
 """
 
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 from nanochat.common import UserError
 
-# part type -> (token before it, token after it, is it learnt?)
+# part type -> (token before it, token after it, supervised?)
 PARTS = {
     "text": (None, None, 1),
     "python": ("<|python_start|>", "<|python_end|>", 1),
@@ -27,61 +26,61 @@ PARTS = {
 
 
 def render_conversation(tokenizer, conversation: dict, max_tokens: int | None = 2048) -> tuple[list[int], list[int]]:
-    """(ids, mask) of a conversation, both cut to `max_tokens` (None: never cut).
+    """(ids, mask) of a conversation, both truncated to `max_tokens` (None: no limit).
 
-    Raises UserError (a ValueError) that names the message where the conversation is not of the form above.
+    Raises UserError (a ValueError) that names the malformed message.
     """
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; it must be at least 1, or None for no limit")
     special = tokenizer.encode_special
     ids, mask = [tokenizer.get_bos_token_id()], [0]
 
-    def add(tokens: list[int], learnt: int) -> None:
+    def add(tokens: list[int], supervised: int) -> None:
         ids.extend(tokens)
-        mask.extend([learnt] * len(tokens))
+        mask.extend([supervised] * len(tokens))
 
     for role, parts in checked_turns(conversation):
-        learnt_role = int(role == "assistant")
+        role_supervised = int(role == "assistant")
         add([special(f"<|{role}_start|>")], 0)
         for kind, text in parts:
-            start, end, learnt = PARTS[kind]
+            start, end, supervised = PARTS[kind]
             tokens = tokenizer.encode(text)
-            add([special(start), *tokens, special(end)] if start else tokens, learnt * learnt_role)
-        add([special(f"<|{role}_end|>")], learnt_role)
+            add([special(start), *tokens, special(end)] if start else tokens, supervised * role_supervised)
+        add([special(f"<|{role}_end|>")], role_supervised)
     return ids[:max_tokens], mask[:max_tokens]
 
 
 def render_for_completion(tokenizer, conversation: dict) -> list[int]:
-    """Ids of a prompt that the assistant answers next.
+    """Ids of a prompt that ends where the assistant's reply starts.
 
-    A last assistant message, the answer a data set comes with, is left out. Never cut: what to do
-    with a prompt that does not fit depends on the model, which this file does not know.
+    A last assistant message, which is the data set's own answer, is removed. Never truncated: what to
+    do with a prompt that does not fit depends on the model.
     """
     messages = checked_messages(conversation)
     if len(messages) > 1 and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     ids, _ = render_conversation(tokenizer, {"messages": messages}, max_tokens=None)
     if ids[-1] != tokenizer.encode_special("<|user_end|>"):
-        raise UserError(f"messages[{len(messages) - 1}] is not of the user, so there is nothing to answer")
+        raise UserError(f"the last message, messages[{len(messages) - 1}], must have the role 'user'")
     return [*ids, tokenizer.encode_special("<|assistant_start|>")]
 
 
 # -----------------------------------------------------------------------------
-# What a conversation must be
+# Validation
 
 
 def checked_messages(conversation: dict) -> list:
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise UserError('a conversation is {"messages": [...]} with at least one message in it')
+        raise UserError('a conversation is {"messages": [...]} with at least one message')
     return list(messages)
 
 
 def checked_turns(conversation: dict) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The conversation as (role, [(part type, text), ...]) with roles in turns, user first.
+    """The conversation as (role, [(part type, text), ...]), roles alternating, user first.
 
-    A leading system message goes in front of the first user message, a blank line between them:
-    the model has no role of that name.
+    A leading system message is merged into the first user message with a blank line, since the
+    model has no system role.
     """
     turns = []
     system = None
@@ -96,8 +95,8 @@ def checked_turns(conversation: dict) -> list[tuple[str, list[tuple[str, str]]]]
         expected = "assistant" if len(turns) % 2 else "user"
         if role != expected:
             raise UserError(
-                f"{where} has role {brief(role)} where {expected!r} must follow; after a system message, "
-                "which may only come first, user and assistant take turns"
+                f"{where} has the role {brief(role)}, but {expected!r} is expected: after an optional system message "
+                "user and assistant must alternate"
             )
         if role == "assistant" and isinstance(content, (list, tuple)):
             parts = [checked_part(f"{where}, part {j}", part) for j, part in enumerate(content)]
@@ -106,13 +105,13 @@ def checked_turns(conversation: dict) -> list[tuple[str, list[tuple[str, str]]]]
             parts = [("text", text if turns or system is None else f"{system}\n\n{text}")]
         turns.append((role, parts))
     if not turns:
-        raise UserError("messages[0] is a system message and nothing follows it; a user message must")
+        raise UserError("messages[0] is a system message; a user message must follow")
     return turns
 
 
 def checked_text(where: str, content) -> str:
     if not isinstance(content, str):
-        raise UserError(f"{where} has content {brief(content)}, which must be a string")
+        raise UserError(f"{where} has the content {brief(content)}; it must be a string")
     return content
 
 
@@ -124,6 +123,6 @@ def checked_part(where: str, part) -> tuple[str, str]:
 
 
 def brief(value) -> str:
-    """How a value looks, in a length fit for an error message."""
+    """A value as text, short enough for an error message."""
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."

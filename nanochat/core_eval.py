@@ -333,7 +333,7 @@ def evaluate_core(
         for first in range(0, len(rows), CHUNK):
             if turn % compute.world_size == compute.rank:
                 which = range(first, min(first + CHUNK, len(rows)))
-                answers = answer_rows(model, tokenizer, task, rows, which, batch_tokens, compute.beat)
+                answers = answer_rows(model, tokenizer, task, rows, which, batch_tokens, compute.heartbeat)
                 right = [right for _, right in answers]
                 counts[t] += torch.tensor([sum(right), len(right)])
             turn += 1

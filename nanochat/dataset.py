@@ -24,7 +24,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, Iterator
 
-from nanochat.common import UserError, atomic, get_base_dir, hub_endpoint, print0, run_script
+from nanochat.common import Unreachable, UserError, atomic, get_base_dir, hub_endpoint, print0, run_script
 
 # Source -> (data set on the hub, number of its last shard), see https://huggingface.co/datasets/ID
 SOURCES = {
@@ -272,7 +272,7 @@ def fetch_file(url: str, path: str | os.PathLike, check: Callable[[Path], None] 
                 cause = str(error).strip("<>")
                 if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429):
                     break  # the answer will be the same in a moment
-    raise UserError(
+    raise Unreachable(
         f"cannot download {path.name} from {url}: {cause}. Check the connection and the address, then run this again."
     )
 

@@ -1,15 +1,15 @@
-"""The Transformer: a decoder-only GPT, and the loss at its head.
+"""The Transformer: a decoder-only GPT.
 
 The model knows tokens and tensors only: no data, no files, no optimizer. Weights are
 float32 and are cast to the compute dtype where they are used (see `Linear`); the
-embeddings are stored in the compute dtype and so decide what everything runs in.
+embeddings are stored in the compute dtype and so determine the dtype of the activations.
 
-Beyond the plain Transformer stand four small learnt extras, each neutral when absent
+Beyond the plain Transformer it has four small learned extras, each neutral when absent
 (`add_missing_weights`): per-layer mixing of the residual with the first embedding, value
-embeddings, smear (a token looks at its left neighbour) and backout (part of the mid-depth
-residual is taken away at the end).
+embeddings, smear (a gated sum with the left neighbour) and backout (part of the mid-depth
+residual is subtracted at the end).
 
-The head and its loss are in `cross_entropy.py`: logits of all tokens never exist at once.
+The head and its loss are in `cross_entropy.py`: the logits of all tokens never exist at once.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from nanochat.common import UserError, compute_dtype
 from nanochat.cross_entropy import linear_cross_entropy, sampling_log_probs, softcap_, softcapped_logits, token_losses
 from nanochat.flash_attention import flash_attn
 
-SMEAR_CHANNELS = 24  # how many channels decide the smear gate
-VALUE_GATE_CHANNELS = 12  # and the value-embedding gates
+SMEAR_CHANNELS = 24  # channels that the smear gate reads
+VALUE_GATE_CHANNELS = 12  # channels that the value-embedding gates read
 
 
 @dataclass
@@ -40,14 +40,14 @@ class GPTConfig:
     n_embd: int = 768
     window_pattern: str = "QQQL"  # tiled over the layers: L full, S half, Q quarter context
     rotary_base: float = 100000.0
-    qk_scale: float = 1.2  # q and k after their norm; sharpens attention that QK-norm flattens
+    qk_scale: float = 1.2  # of q and k after their norm, since QK-norm alone makes attention too flat
 
 
 def config_of_depth(
     depth: int, vocab_size: int, sequence_len: int, aspect_ratio: int = 64, head_dim: int = 128, n_kv_head: int = -1,
     window_pattern: str = GPTConfig.window_pattern,
 ) -> GPTConfig:  # fmt: skip
-    """What the one dial gives: a width of depth * aspect_ratio, rounded up to whole heads. n_kv_head -1: one for each head."""
+    """The config for a depth: width depth * aspect_ratio, rounded up to whole heads. n_kv_head -1: as many as query heads."""
     n_head = -(-depth * aspect_ratio // head_dim)
     return GPTConfig(
         sequence_len=sequence_len,
@@ -66,70 +66,37 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 
 
 class Linear(nn.Linear):
-    """A product without bias, in the dtype of its input, from a float32 weight."""
-
-    packed: Packed | None = None  # see `GPT.pack`
+    """A linear layer without bias: a float32 weight, cast to the dtype of the input."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
-        if is_current(self.packed):
-            return self.packed(x)
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class Packed:
-    """Products with one or several weights of equal input on a CPU, laid out as oneDNN likes them.
-
-    With few rows that is two to four times as fast as PyTorch's own product (dev/LOG.md, 11). The
-    copy is of the weights as they were; once one of them has changed it is no longer `is_current`.
-    """
-
-    MIN_ROWS = 4  # for fewer it takes longer than for these
-
-    def __init__(self, *linears: Linear):
-        self.weights = [linear.weight for linear in linears]
-        self.versions = [weight._version for weight in self.weights]
-        self.layout = torch.ops.mkldnn._reorder_linear_weight(torch.cat(self.weights), 16)  # for about 16 rows
-
-    def __call__(self, x):
-        rows = x.numel() // x.size(-1)
-        if rows < self.MIN_ROWS:
-            padded = F.pad(x.reshape(rows, -1), (0, 0, 0, self.MIN_ROWS - rows))
-            return self(padded)[:rows].view(*x.shape[:-1], -1)
-        return torch.ops.mkldnn._linear_pointwise(x, self.layout, None, "none", [], "")
-
-
-def is_current(packed: Packed | None) -> bool:
-    """Whether a packed copy is there and can be used: it has no gradients, and it does not follow its weights."""
-    if packed is None or torch.is_grad_enabled():
-        return False
-    return packed.versions == [weight._version for weight in packed.weights]
-
-
 class Embedding(nn.Embedding):
-    """A table that stays unfilled until `init_weights`: filling it on the meta device makes torch import its compiler (3 s)."""
+    """An embedding that is initialised by `init_weights` only; PyTorch's own initialisation on the meta device imports its compiler (3 s)."""
 
     def reset_parameters(self):
         pass
 
 
 def has_value_embed(layer: int, n_layer: int) -> bool:
-    """Value embeddings stand on every other layer, the last one included."""
+    """Every other layer has value embeddings, the last one included."""
     return layer % 2 == (n_layer - 1) % 2
 
 
 def window_sizes(config: GPTConfig) -> list[int]:
-    """Tokens each layer sees before the current one; -1 is all of them.
+    """The number of tokens before the current one that each layer attends to; -1 is all of them.
 
-    A pattern letter asks for the whole context (L), half (S) or a quarter (Q), rounded up
-    to a multiple of 128. The last layer always sees everything.
+    A pattern letter means the whole context (L), half (S) or a quarter (Q), rounded up
+    to a multiple of 128. The last layer always attends to the whole context.
     """
     share = {"L": 1, "S": 2, "Q": 4}
     pattern = config.window_pattern.upper()
     if not pattern or set(pattern) - set(share):
-        raise UserError(f"window pattern {config.window_pattern!r} may hold only the letters L, S and Q")
+        raise UserError(f"window pattern {config.window_pattern!r} may contain only the letters L, S and Q")
     sizes = []
     for layer in range(config.n_layer):
         letter = "L" if layer == config.n_layer - 1 else pattern[layer % len(pattern)]
@@ -156,16 +123,14 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if has_value_embed(layer, config.n_layer) else None
         self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]
-        self.packed: Packed | None = None  # of c_q, c_k and c_v together
+
+    def project(self, x):
+        """q (B, T, H, D), k and v (B, T, H_kv, D)."""
+        B, T, _ = x.shape
+        return tuple(linear(x).view(B, T, -1, self.head_dim) for linear in (self.c_q, self.c_k, self.c_v))
 
     def forward(self, x, value_embed, cos, sin, window, kv_cache, last_only=False):
-        B, T, _ = x.shape
-        if is_current(self.packed):
-            q, k, v = self.packed(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)
-        else:
-            q = self.c_q(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
-            k = self.c_k(x).view(B, T, -1, self.head_dim)  # (B, T, H_kv, D)
-            v = self.c_v(x).view(B, T, -1, self.head_dim)
+        q, k, v = self.project(x)
         if value_embed is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, H_kv)
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
@@ -206,23 +171,23 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-def keep_products():
-    """What `checkpoint` keeps of a block for the backward pass: what comes out of matrix products and attention.
+def save_products():
+    """Policy for `checkpoint`: save the outputs of matrix products and attention for the backward pass, recompute the rest.
 
-    The rest (norms, rotations, the activation) is computed again: 12 numbers per token and channel instead of 20
-    stay in memory (dev/LOG.md, 15).
+    Norms, rotations and the activation are recomputed: 12 instead of 20 values per token and channel are saved
+    (dev/LOG.md, 15).
     """
 
     def policy(context, operator, *args, **kwargs):
         name = operator.name()
-        kept = not name.startswith(("aten::", "prims::")) or "attention" in name or name in ("aten::mm", "aten::_scaled_mm")
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        saved = not name.startswith(("aten::", "prims::")) or "attention" in name or name in ("aten::mm", "aten::_scaled_mm")
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 
 
 class GPT(nn.Module):
-    """Made on the meta device, then given memory and values:
+    """Created on the meta device, then given memory and values:
 
     >>> with torch.device("meta"):
     ...     model = GPT(config)
@@ -237,9 +202,9 @@ class GPT(nn.Module):
                 f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}, and n_head of n_kv_head {config.n_kv_head}"
             )
         self.config = config
-        self.recompute = False  # whether training computes again, in the backward pass, what is cheap to
+        self.recompute = False  # whether training recomputes cheap activations in the backward pass
         self.window_sizes = window_sizes(config)
-        vocab = -(-config.vocab_size // 64) * 64  # kernels like multiples of 64; the extra rows are never read
+        vocab = -(-config.vocab_size // 64) * 64  # multiples of 64 are faster; the extra rows are never used
         head_dim = config.n_embd // config.n_head
         self.transformer = nn.ModuleDict(
             {
@@ -264,12 +229,12 @@ class GPT(nn.Module):
         self.register_buffer("sin", torch.empty(1, config.sequence_len, 1, head_dim // 2), persistent=False)
 
     def to_empty(self, *, device):
-        """Give the model memory. `nn.Module`'s own way from the meta device makes torch import its compiler (3 s)."""
+        """Allocate the weights. `nn.Module.to_empty` on the meta device would import torch's compiler (3 s)."""
         return self._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
     @torch.no_grad()
     def init_weights(self, dtype: torch.dtype | None = None) -> None:
-        """Fill all weights. `dtype` is the compute dtype; by default what suits the model's device."""
+        """Initialise all weights. `dtype` is the compute dtype, by default that of the model's device."""
         self.set_compute_dtype(dtype or compute_dtype(self.get_device().type))
         width, n_layer = self.config.n_embd, self.config.n_layer
         bound = (3 / width) ** 0.5  # uniform(-bound, bound) has standard deviation 1/sqrt(width)
@@ -284,7 +249,7 @@ class GPT(nn.Module):
             if block.attn.ve_gate is not None:
                 nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)
         for embed in self.value_embeds.values():
-            nn.init.uniform_(embed.weight, -bound, bound)  # as v itself
+            nn.init.uniform_(embed.weight, -bound, bound)  # like c_v
         depth = torch.linspace(0, 1, n_layer, device=self.get_device())
         self.resid_lambdas.copy_(1.15 - 0.10 * depth)
         self.x0_lambdas.copy_(0.20 - 0.15 * depth)
@@ -294,32 +259,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Put the embeddings and the rotary tables, which decide what everything runs in, into `dtype`."""
+        """Convert the embeddings and the rotary tables, which determine the dtype of the activations."""
         self.transformer.wte.to(dtype)
         self.value_embeds.to(dtype)
         half = torch.arange(self.cos.size(-1), dtype=torch.float32, device=self.get_device()) / self.cos.size(-1)
         positions = torch.arange(self.config.sequence_len, dtype=torch.float32, device=self.get_device())
         angles = torch.outer(positions, self.config.rotary_base**-half)[None, :, None, :]
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
-
-    @torch.no_grad()
-    def pack(self) -> GPT:
-        """Lay the weights out for inference where that pays; returns the model itself.
-
-        On a CPU of x86 the matrices get a second copy, which is used while no gradients are wanted and the
-        weights stay as they are. On a GPU all weights are put into the compute dtype, to be read and not
-        trained: that spares a cast of every weight at every token.
-        """
-        dtype = self.transformer.wte.weight.dtype
-        if self.get_device().type == "cuda":
-            return self.to(dtype)
-        if dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            for block in self.transformer.h:
-                block.attn.packed = Packed(block.attn.c_q, block.attn.c_k, block.attn.c_v)
-            for linear in self.modules():
-                if isinstance(linear, Linear) and linear.weight.numel() >= 2**16:  # a small one gains nothing
-                    linear.packed = Packed(linear)
-        return self
 
     def get_device(self) -> torch.device:
         return self.transformer.wte.weight.device
@@ -328,17 +274,17 @@ class GPT(nn.Module):
     # Forward
 
     def hidden(self, idx: torch.Tensor, kv_cache=None, last_only: bool = False) -> torch.Tensor:
-        """What the head reads: idx (B, T) -> (B, T, n_embd), normed.
+        """The normed input of the head: idx (B, T) -> (B, T, n_embd).
 
-        With a cache, idx are the tokens after those that the cache has seen, and the cache is advanced.
-        With a cache and `last_only` it is (B, 1, n_embd), of the last position, and the last layer computes
-        little besides keys and values. Raises UserError when the tokens do not fit the context.
+        With a cache, idx are the tokens that follow those in the cache, and the cache is advanced. With a cache and
+        `last_only` the result is (B, 1, n_embd), for the last position, and the last layer computes little besides
+        keys and values. Raises UserError if the tokens exceed the context.
         """
         assert kv_cache is not None or not last_only
         B, T = idx.shape
         if kv_cache is None:
             if T > self.config.sequence_len:
-                raise UserError(f"{T} tokens do not fit the model's context of {self.config.sequence_len}")
+                raise UserError(f"{T} tokens exceed the model's context of {self.config.sequence_len}")
             cos, sin = self.cos[:, :T], self.sin[:, :T]
         else:
             positions = kv_cache.cache_seqlens[:, None] + torch.arange(T, device=idx.device)  # (B, T)
@@ -346,9 +292,9 @@ class GPT(nn.Module):
 
         if kv_cache is None:
             x = norm(self.transformer.wte(idx))
-            previous = F.pad(x[:, :-1], (0, 0, 1, 0))  # each token's left neighbour; the first has none
+            previous = F.pad(x[:, :-1], (0, 0, 1, 0))  # left neighbours; the first token has none
         else:
-            last = kv_cache.last_tokens[:, None]  # (B, 1), -1 where there is none
+            last = kv_cache.last_tokens[:, None]  # (B, 1), -1 for none
             embedded = norm(self.transformer.wte(torch.cat([last.clamp(min=0), idx], dim=1)))
             previous, x = embedded[:, :-1], embedded[:, 1:]
             previous = torch.where(F.pad(last < 0, (0, T - 1))[..., None], 0, previous)
@@ -366,7 +312,7 @@ class GPT(nn.Module):
             at_end = last_only and layer == self.config.n_layer - 1
             arguments = x, value_embed, cos, sin, self.window_sizes[layer], kv_cache, at_end
             recompute = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, *arguments, use_reentrant=False, context_fn=keep_products) if recompute else block(*arguments)
+            x = checkpoint(block, *arguments, use_reentrant=False, context_fn=save_products) if recompute else block(*arguments)
         if kv_cache is not None:
             kv_cache.advance(T)
         return norm(x - self.backout_lambda.to(x.dtype) * (x_middle[:, -1:] if last_only else x_middle))
@@ -383,8 +329,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
         """Logits (B, T, vocab_size) in float32, or, with targets (B, T), the loss in nats.
 
-        Targets of -1 are ignored. `loss_reduction`: "mean" over the targets that count (0 if
-        none does), "sum" over them, or "none" for (B, T) with zeros where ignored.
+        Targets of -1 are ignored. `loss_reduction`: "mean" over the valid targets (0 if there
+        are none), "sum" over them, or "none" for (B, T) with zeros where ignored.
         """
         hidden = self.hidden(idx, kv_cache)
         if targets is None:
@@ -396,15 +342,15 @@ class GPT(nn.Module):
         return loss / (flat >= 0).sum().clamp(min=1) if loss_reduction == "mean" else loss
 
     def sampling_log_probs(self, idx: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, top_k: int | None = None):
-        """How likely it was to sample each target that is not -1, after idx (B, T): log-probabilities (N,) in nats."""
-        counted = targets >= 0
-        return sampling_log_probs(self.hidden(idx)[counted], self._head(), targets[counted], temperature, top_k)
+        """Log-probabilities (N,), in nats, of sampling each target that is not -1 after idx (B, T)."""
+        valid = targets >= 0
+        return sampling_log_probs(self.hidden(idx)[valid], self._head(), targets[valid], temperature, top_k)
 
     @torch.inference_mode()
     def generate(
         self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 42
     ) -> Iterator[int]:
-        """Yield sampled token ids, one full forward pass each: slow, plain, the oracle for the engine."""
+        """Yield sampled token ids, one full forward pass each: slow, the reference implementation for the engine."""
         rng = torch.Generator(device=self.get_device()).manual_seed(seed)
         ids = torch.tensor([tokens], device=self.get_device())
         for _ in range(max_tokens):
@@ -420,10 +366,10 @@ class GPT(nn.Module):
             yield token.item()
 
     # -------------------------------------------------------------------------
-    # Sizes, and what the optimizer takes
+    # Parameter counts, FLOPs, parameter groups
 
     def num_scaling_params(self) -> dict[str, int]:
-        """Parameter counts by kind. Horizons are set by "scaling" = matrices + head (see schedule.py)."""
+        """Parameter counts by kind. The horizon depends on "scaling" = matrices + head (see schedule.py)."""
         counts = {
             "wte": self.transformer.wte.weight.numel(),
             "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
@@ -439,10 +385,10 @@ class GPT(nn.Module):
         return [self.resid_lambdas, self.x0_lambdas, self.smear_lambda, self.backout_lambda, self.smear_gate.weight]
 
     def estimate_flops(self) -> int:
-        """Floating-point operations per token, forward and backward, as PaLM counts them.
+        """Floating-point operations per token, forward and backward, as in PaLM (arXiv:2204.02311, appendix B).
 
         6 per weight of a matrix product, and 12 * heads * head_dim * span per layer for attention, where
-        the span is the layer's window or the context (arXiv:2204.02311, appendix B). Embeddings are free.
+        the span is the layer's window or the context. Embeddings count nothing.
         """
         counts = self.num_scaling_params()
         spans = [min(w, self.config.sequence_len) if w >= 0 else self.config.sequence_len for w in self.window_sizes]
@@ -458,7 +404,7 @@ class GPT(nn.Module):
     ) -> list[dict]:
         """Groups for `MuonAdamW`: every parameter once, as (name, parameter), with its rates.
 
-        Rates of the embeddings and the head were tuned at width 768 and go with 1/sqrt(width).
+        Rates of the embeddings and the head were tuned at width 768 and scale with 1/sqrt(width).
         """
         scale = (self.config.n_embd / 768) ** -0.5
         matrices, gates = [], []
@@ -493,11 +439,11 @@ class GPT(nn.Module):
 
 
 def add_missing_weights(state: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
-    """A state dict of an older model, completed with neutral values for the extras it did not have."""
+    """A state dict of an older model, completed with neutral values for the extras it lacks."""
     with torch.device("meta"):
         model = GPT(config)
     state = dict(state)
-    neutral_ones = {"resid_lambdas"}  # all other extras do nothing when they are zero
+    neutral_ones = {"resid_lambdas"}  # all other extras have no effect at zero
     extras = ("resid_lambdas", "x0_lambdas", "smear_", "backout_lambda", "value_embeds.")
     for name, parameter in model.state_dict().items():
         if name not in state and (name.startswith(extras) or name.endswith("ve_gate.weight")):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import Compute, UserError
-from nanochat.tokenizer import end_to_end
+from nanochat.tokenizer import concatenate_ids
 
 LOGIT_ROWS = 1024  # positions whose logits exist at the same time: vocabularies reach 250,000
 DEFAULT_CONTEXT = 2048  # where a model's configuration names no limit
@@ -94,6 +94,10 @@ class HFTokenizer:
     def get_vocab_size(self) -> int:
         return len(self.tokenizer)
 
+    def fingerprint(self) -> str:
+        """Identifies the tokenizer in a loader's state."""
+        return self.name
+
     def get_bos_token_id(self) -> int:
         """What a document starts with: bos, or eos where (as in GPT-2's kin) one token is both."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
@@ -116,7 +120,7 @@ class HFTokenizer:
 
     def encode_to_numpy(self, texts: list[str], num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts end to end, and where each text's begin, as our own tokenizer gives them."""
-        return end_to_end(self.encode(texts), 2**32 - 1)
+        return concatenate_ids(self.encode(texts), 2**32 - 1)
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)

@@ -31,9 +31,11 @@ SAMPLE_PROMPTS = [
 def eval_batches(tokens: int, B: int, T: int, compute: Compute) -> tuple[int, int]:
     """How the ranks share a measurement over about `tokens` tokens: (rows in total, micro-batches of this rank).
 
-    Pass the rows as the loader's `rows_per_step`. They depend neither on B nor on the ranks, so neither does the result.
+    -1 tokens stand for 20 * 2^20, on a CPU for 2^16. Pass the rows as the loader's `rows_per_step`. They depend neither on B nor on the ranks, so neither does the result.
     With T = 2048, B = 8 and two ranks, 50,000 tokens are 24 rows in 3 micro-batches: 2 of rank 0 and 1 of rank 1.
     """
+    if tokens == -1:
+        tokens = 2**16 if compute.device.type == "cpu" else 20 * 2**20
     rows = max(1, tokens // T)
     return rows, len(compute.shard(-(-rows // B)))
 

@@ -214,7 +214,12 @@ class MuonAdamW:
     """
 
     def __init__(self, param_groups: list[dict]):
-        self.param_groups = [dict(group, initial_lr=group["lr"], initial_weight_decay=group["weight_decay"]) for group in param_groups]
+        # As in PyTorch's optimizers: "params" holds the parameters, "param_names" their names
+        self.param_groups = [
+            {**group, "params": [p for _, p in group["params"]], "param_names": [name for name, _ in group["params"]],
+             "initial_lr": group["lr"], "initial_weight_decay": group["weight_decay"]}
+            for group in param_groups
+        ]  # fmt: skip
         self.state: dict[str, torch.Tensor] = {}  # see the top of the file; for Muon views of the stacks below
         self.buckets: list[Bucket] = []
         many = dist.is_available() and dist.is_initialized()
@@ -223,7 +228,7 @@ class MuonAdamW:
         for group in sorted(self.param_groups, key=lambda group: group["kind"] != "muon"):
             if group["kind"] not in ("muon", "adamw"):
                 raise ValueError(f"group kind {group['kind']!r} is neither 'muon' nor 'adamw'")
-            for named in _cut(group["params"]):
+            for named in _cut(list(zip(group["param_names"], group["params"]))):
                 bucket = Bucket(group, named, *place)
                 self.buckets.append(bucket)
                 self._make_stacks(bucket) if group["kind"] == "muon" else self._make_moments(bucket)
@@ -296,7 +301,7 @@ class MuonAdamW:
 
     def zero_grad(self) -> None:
         for group in self.param_groups:
-            for _, p in group["params"]:
+            for p in group["params"]:
                 p.grad = None
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from nanochat.common import Compute
+from nanochat.device import prepare_for_inference
 from nanochat.scheduler import Sequence
 from nanochat.task_eval import answer_text, render_prompts, generate_and_grade
 from nanochat.training import LossScale, backward_and_step
@@ -51,7 +52,7 @@ class Group:
 def sync_weights(engine, model) -> None:
     """Let `engine` write with the weights that `model` has now: its own model, or a copy in the compute dtype, follows."""
     if engine.model is model:
-        model.pack()
+        prepare_for_inference(model)
     else:
         with torch.no_grad():
             for copied, weight in zip(engine.model.parameters(), model.parameters()):

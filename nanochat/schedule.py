@@ -1,68 +1,78 @@
-"""How long to train, in what batches, and how rates move: plain arithmetic, no torch.
+"""How long to train, in which batches, at which rates: plain arithmetic, no torch.
 
-One model is the reference point: depth 12, for which the starting rates were tuned. Larger
-and smaller runs are derived from it.
+The reference point is the model of depth 12, for which the base rates were tuned. `plan` derives the
+horizon, batch size and rates of a pretraining run of any other size from it; the functions at the
+end say how rates change during a run.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from nanochat.common import UserError
 
 D12_SCALING_PARAMS = 12 * 12 * 768**2 + 32768 * 768  # matrices and head of the depth-12 model
 D12_TOKENS = 12 * D12_SCALING_PARAMS  # its horizon at 12 tokens per scaling parameter
-D12_BATCH = 2**19  # tokens per step that suit that horizon
+D12_BATCH = 2**19  # tokens per step at that horizon
 
 
 def horizon_tokens(target_flops: float, target_param_data_ratio: float, flops_per_token: int, scaling_params: int) -> int:
-    """Tokens to train on: from a budget of FLOPs where one is given, else tokens per scaling parameter."""
+    """Tokens to train on: from a budget of FLOPs where one is set, else from tokens per scaling parameter."""
     if target_flops > 0:
         return int(target_flops / flops_per_token)
     if target_param_data_ratio > 0:
         return int(target_param_data_ratio * scaling_params)
-    raise UserError("nothing says how long to train: set --num-iterations, --target-flops or --target-param-data-ratio")
+    raise UserError("the length of training is not set: give --num-iterations, --target-flops or --target-param-data-ratio")
 
 
 def best_batch_size(tokens: int) -> int:
-    """Tokens per step for a horizon: 2^19 at depth 12's, growing with its 0.383th power, to a power of two.
+    """Tokens per step for a horizon: 2^19 * (tokens / D12_TOKENS)^0.383, rounded to a power of two.
 
-    The exponent is that of "Power Lines" (arXiv:2505.13738). `best_batch_size(D12_TOKENS)` -> 524288.
+    The exponent is from "Power Lines" (arXiv:2505.13738). `best_batch_size(D12_TOKENS)` -> 524288.
     """
     return 2 ** round(math.log2(D12_BATCH * (tokens / D12_TOKENS) ** 0.383))
 
 
-def micro_batches(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
-    """Micro-batches per step, over all ranks. Rank r takes those numbered r, r + world_size, ...
+def check_batch(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
+    """Micro-batches per step over all ranks. Rank r computes those numbered r, r + world_size, ...
 
-    They need not come out even among the ranks. UserError, naming sizes that work, when the batch is no
-    multiple of a micro-batch, or when there is not one for every rank.
+    Raises UserError, naming sizes that work, when the total batch is not a multiple of a micro-batch, or when
+    there is not one micro-batch for every rank. The ranks need not get equally many.
     """
     unit = device_batch_size * sequence_len
     if total_batch_size % unit or total_batch_size < unit:
         lower, upper = total_batch_size // unit * unit, -(-total_batch_size // unit) * unit
         nearest = " or ".join(str(size) for size in sorted({lower, upper}) if size)
         raise UserError(
-            f"--total-batch-size {total_batch_size} is not a multiple of the {unit} tokens that one pass takes "
+            f"--total-batch-size {total_batch_size} is not a multiple of the {unit} tokens of a micro-batch "
             f"({device_batch_size} rows x {sequence_len} tokens); use {nearest}"
         )
     if total_batch_size < unit * world_size:
         smaller = total_batch_size // sequence_len // world_size
         raise UserError(
-            f"--total-batch-size {total_batch_size} is {total_batch_size // unit} pass(es) of {device_batch_size} rows x "
+            f"--total-batch-size {total_batch_size} is {total_batch_size // unit} micro-batch(es) of {device_batch_size} rows x "
             f"{sequence_len} tokens, too few for {world_size} ranks; use --total-batch-size {unit * world_size}"
             + (f" or --device-batch-size {smaller}" if smaller else "")
         )
     return total_batch_size // unit
 
 
+def largest_device_batch(total_batch_size: int, sequence_len: int, world_size: int, limit: int) -> int:
+    """The largest power of two up to `limit` rows that divides the rows of a step and leaves every rank a micro-batch."""
+    rows, size = total_batch_size // sequence_len, 1
+    while 2 * size <= limit and rows % (2 * size) == 0 and rows // (2 * size) >= world_size:
+        size *= 2
+    return size
+
+
 def batch_lr_scale(total_batch_size: int) -> float:
-    """Learning rates go with the square root of the batch (arXiv:2205.10287 for Adam)."""
+    """Learning rates scale with the square root of the batch size (arXiv:2205.10287 for Adam)."""
     return (total_batch_size / D12_BATCH) ** 0.5
 
 
 def short_run_lr_scale(tokens: int, scaling_params: int) -> float:
-    """A run shorter than 12 tokens per scaling parameter wants higher rates: (full horizon / tokens)^0.32.
+    """A run shorter than 12 tokens per scaling parameter needs higher rates: (full horizon / tokens)^0.32.
 
     The exponent is that of "Scaling Optimal LR Across Token Horizons" (arXiv:2409.19913); its effect on
     runs of minutes is in dev/LOG.md. 1 for a full horizon and beyond.
@@ -71,15 +81,64 @@ def short_run_lr_scale(tokens: int, scaling_params: int) -> float:
 
 
 def weight_decay_scale(total_batch_size: int, tokens: int) -> float:
-    """Weight decay goes with sqrt(batch) / horizon: what is forgotten per run stays the same."""
+    """Weight decay scales with sqrt(batch) / horizon, so that the total decay of a run stays the same."""
     return batch_lr_scale(total_batch_size) * D12_TOKENS / tokens
 
 
-def lr_multiplier(step: int, progress: float, warmup_steps: int, warmdown: float, final: float) -> float:
-    """Trapezoid: up over the first steps, flat, then down to `final`.
+@dataclass(frozen=True)
+class Plan:
+    """A pretraining run in numbers."""
 
-    `progress` in [0, 1] is the share of the run that is done before this step, and the
-    multiplier falls over the last `warmdown` of it.
+    num_iterations: int
+    total_batch_size: int  # tokens per step
+    warmup_steps: int
+    lr_scale: float  # factor of all learning rates
+    weight_decay: float  # of the matrices
+    short_run: float  # part of lr_scale that later stages keep
+
+    @property
+    def tokens(self) -> int:
+        return self.num_iterations * self.total_batch_size
+
+
+def plan(
+    flops_per_token: int, scaling_params: int, sequence_len: int, *, num_iterations: int = -1, target_flops: float = -1.0,
+    target_param_data_ratio: float = 12.0, total_batch_size: int = -1, warmup_steps: int = 40, weight_decay: float = 0.28,
+) -> Plan:  # fmt: skip
+    """Horizon, batch size and rates of a pretraining run; the keyword arguments are base_train's flags, -1 where not set.
+
+    Depends neither on the number of ranks nor on the device batch size.
+    """
+    # The horizon sets the batch size and the number of steps, where these are not given
+    if total_batch_size <= 0 or num_iterations <= 0:
+        horizon = horizon_tokens(target_flops, target_param_data_ratio, flops_per_token, scaling_params)
+    if total_batch_size <= 0:
+        total_batch_size = max(1, round(best_batch_size(horizon) / sequence_len)) * sequence_len
+    if num_iterations <= 0:
+        num_iterations = max(1, round(horizon / total_batch_size))
+    tokens = num_iterations * total_batch_size
+
+    # The rates for this batch size and horizon
+    short_run = short_run_lr_scale(tokens, scaling_params)
+    return Plan(
+        num_iterations=num_iterations,
+        total_batch_size=total_batch_size,
+        warmup_steps=min(warmup_steps, num_iterations // 20),
+        lr_scale=batch_lr_scale(total_batch_size) * short_run,
+        weight_decay=weight_decay * weight_decay_scale(total_batch_size, tokens) / short_run,
+        short_run=short_run,
+    )
+
+
+# -----------------------------------------------------------------------------
+# Rates during a run
+
+
+def lr_multiplier(step: int, progress: float, warmup_steps: int, warmdown: float, final: float) -> float:
+    """Trapezoid: linear warmup, constant, then linear decay to `final`.
+
+    `progress` in [0, 1] is the share of the run that is done before this step; the multiplier
+    falls over the last `warmdown` of the run.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -1,34 +1,31 @@
-"""Byte-level BPE tokenizer: train, encode, decode, save, load.
+"""Byte-level BPE tokenizer in the GPT-4 manner: train, encode, decode, save, load.
 
-The one idea to know: a tokenizer is three pieces of plain data. `pattern` splits text into words,
-`ranks` (bytes -> id, in the order in which the merges were learnt) says which neighbours inside a
-word are joined first, `special_tokens` (name -> id) are control tokens that no text can produce.
-rustbpe learns the ranks and encodes text in bulk, tiktoken encodes single prompts, and both agree
-token for token. Where no Rust was at hand the published package called rustbpe is installed, which
-only learns; then tiktoken does the rest.
+rustbpe trains and encodes in bulk, tiktoken encodes single prompts; both give the same ids. Special tokens in
+ordinary text are text. Nothing is normalised: `decode(encode(text)) == text`, except for lone surrogates, which
+UTF-8 cannot hold and which become U+FFFD.
 
-This file does not know what a conversation looks like (conversation.py does) and normalises nothing:
-`decode(encode(text)) == text`, but for half a surrogate pair, which no UTF-8 can hold and which
-becomes U+FFFD.
+A vocabulary is stored as JSON: the split pattern, the special tokens, the tokens in order of their ids (base64, since
+most are not text), and a checksum over all three. It is data that cannot execute.
 """
 
 from __future__ import annotations
 
+import base64
 import codecs
 import hashlib
+import json
 import os
 import re
 import threading
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NoAnswer  # the built-in one only from Python 3.11 on
+from concurrent.futures import TimeoutError as FutureTimeout  # the built-in one only from Python 3.11 on
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Sequence
 
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import UserError, atomic, get_base_dir
 from nanochat.conversation import render_conversation, render_for_completion
-from nanochat.vocabulary import read_vocabulary, write_vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,23 +37,24 @@ SPECIAL_TOKENS = [
     "<|user_end|>",
     "<|assistant_start|>",
     "<|assistant_end|>",
-    "<|python_start|>",  # the assistant calls the calculator ...
+    "<|python_start|>",  # a call of the calculator
     "<|python_end|>",
-    "<|output_start|>",  # ... and this is what it answers
+    "<|output_start|>",  # its result
     "<|output_end|>",
 ]
 
-# GPT-4's pattern, but numbers are grouped by at most 2 digits, not 3: a small vocabulary has
-# better uses for its places than the 1,000 three-digit numbers.
+# GPT-4's pattern, but with numbers grouped by at most 2 digits instead of 3, since a small vocabulary
+# has better uses for 1,000 entries than three-digit numbers.
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
     r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
 
-# `\s+(?!\S)` needs a stack as deep as the run of blanks is long, and tiktoken's regex engine gives up at a
-# million and panics (the published rustbpe then skips the text). Runs are cut well before that, for all alike.
+# `\s+(?!\S)` needs a stack as deep as a run of whitespace is long, and tiktoken's regex engine panics at a
+# million (the published rustbpe then skips the text). Longer runs are split, for training and encoding alike.
 MAX_BLANKS = 100_000
-PRETRAINED_PATIENCE = 15.0  # seconds in which a published vocabulary (under 3 MB) must arrive
+DOWNLOAD_TIMEOUT = 15.0  # seconds for a published vocabulary (under 3 MB)
+VOCABULARY_FILE = "vocabulary.json"
 
 
 class RustBPETokenizer:
@@ -73,13 +71,13 @@ class RustBPETokenizer:
         self._bytes.update((id, name.encode()) for name, id in special_tokens.items())
 
     # -------------------------------------------------------------------------
-    # Where tokenizers come from
+    # Train, load, save
 
     @classmethod
     def train_from_iterator(cls, iterator: Iterable[str], vocab_size: int) -> RustBPETokenizer:
-        """Learn `vocab_size` tokens from texts: 256 bytes, then merges, then the special tokens.
+        """Train a vocabulary of `vocab_size` tokens: 256 bytes, then merges, then the special tokens.
 
-        Raises UserError when the texts hold too few different words for so many tokens.
+        Raises UserError if the texts have too few different words for so many tokens.
         """
         if isinstance(iterator, str):
             raise TypeError("train_from_iterator takes an iterator of texts, not one text")
@@ -87,48 +85,67 @@ class RustBPETokenizer:
         if vocab_size < 256 + num_special:
             raise UserError(
                 f"a vocabulary of {vocab_size} is too small: 256 bytes and {num_special} special tokens "
-                f"make {256 + num_special}; ask for more"
+                f"make {256 + num_special}; use a larger one"
             )
         import rustbpe
 
-        learner = rustbpe.Tokenizer()
-        pieces = (piece for text in iterator for piece in encodable_pieces(text))
-        learner.train_from_iterator(pieces, vocab_size - num_special, pattern=SPLIT_PATTERN)
-        ranks = {bytes(token): rank for token, rank in learner.get_mergeable_ranks()}
+        trainer = rustbpe.Tokenizer()
+        segments = (segment for text in iterator for segment in encodable_segments(text))
+        trainer.train_from_iterator(segments, vocab_size - num_special, pattern=SPLIT_PATTERN)
+        ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         if len(ranks) + num_special < vocab_size:
             raise UserError(
                 f"this text supports a vocabulary of at most {len(ranks) + num_special} tokens, not {vocab_size} "
-                "(every word in it is one token by then); train on more text or ask for a smaller vocabulary"
+                "(every word in it is a single token then); train on more text or ask for a smaller vocabulary"
             )
         return cls(ranks, SPLIT_PATTERN, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> RustBPETokenizer:
-        """The tokenizer that `save` left in a folder. Raises UserError when there is none or it is damaged."""
-        return cls(*read_vocabulary(Path(directory)))
+        """Load what `save` wrote. Raises UserError if there is nothing or it is damaged. Executes nothing that it reads."""
+        path = Path(directory) / VOCABULARY_FILE
+        if not path.is_file():
+            raise UserError(f"there is no tokenizer in {directory} yet; run `python -m scripts.tok_train` first")
+        try:
+            contents = json.loads(path.read_bytes())
+            body = {name: contents[name] for name in ("pattern", "special_tokens", "tokens")}
+            if contents["sha256"] != _checksum(body):
+                raise ValueError("its checksum does not match: it was damaged or edited")
+            ranks = {base64.b64decode(token): rank for rank, token in enumerate(body["tokens"])}
+            check_vocabulary(ranks, body["special_tokens"])
+        except (ValueError, KeyError, TypeError, AttributeError) as cause:
+            reason = f"it lacks {cause}" if isinstance(cause, KeyError) else cause
+            raise UserError(
+                f"the tokenizer in {path} cannot be used ({reason}); restore that file, or train a new "
+                "tokenizer with `python -m scripts.tok_train`"
+            ) from cause
+        return cls(ranks, body["pattern"], body["special_tokens"])
 
     @classmethod
     def from_pretrained(cls, tiktoken_name: str) -> RustBPETokenizer:
         """A published vocabulary that tiktoken knows: "gpt2", "cl100k_base" (GPT-4), ...
 
-        tiktoken keeps it on disk after the first time. Raises UserError where it is out of reach.
+        tiktoken caches it on disk. Raises UserError if it cannot be fetched.
         """
         from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
 
         if tiktoken_name not in ENCODING_CONSTRUCTORS:
             raise UserError(f"no published vocabulary {tiktoken_name!r}; there are {', '.join(ENCODING_CONSTRUCTORS)}")
         try:
-            parts = call_within(PRETRAINED_PATIENCE, ENCODING_CONSTRUCTORS[tiktoken_name])
-        except (OSError, ValueError, NoAnswer) as cause:  # every network error of requests is an OSError
+            parts = call_within(DOWNLOAD_TIMEOUT, ENCODING_CONSTRUCTORS[tiktoken_name])
+        except (OSError, ValueError, FutureTimeout) as cause:  # all network errors of requests are OSErrors
             raise UserError(
-                f"the vocabulary {tiktoken_name!r} is out of reach: tiktoken could not fetch it "
+                f"the vocabulary {tiktoken_name!r} cannot be fetched by tiktoken "
                 f"({type(cause).__name__}); connect to the internet, or set TIKTOKEN_CACHE_DIR to a folder that has it"
             ) from cause
         return cls(parts["mergeable_ranks"], parts["pat_str"], parts["special_tokens"])
 
     def save(self, directory: str | Path) -> None:
-        """Write the vocabulary into a folder as plain data (see vocabulary.py)."""
-        write_vocabulary(Path(directory), self.ranks, self.pattern, self.special_tokens)
+        """Write the vocabulary into a folder, completely or not at all."""
+        tokens = [base64.b64encode(token).decode() for token in sorted(self.ranks, key=self.ranks.get)]
+        body = {"pattern": self.pattern, "special_tokens": self.special_tokens, "tokens": tokens}
+        with atomic(Path(directory) / VOCABULARY_FILE) as tmp:
+            tmp.write_text(json.dumps({"format": "nanochat-bpe-1", "sha256": _checksum(body), **body}, indent=0), encoding="utf-8")
 
     # -------------------------------------------------------------------------
     # The vocabulary
@@ -137,7 +154,7 @@ class RustBPETokenizer:
         return self.encoding.n_vocab
 
     def fingerprint(self) -> str:
-        """A checksum of tokens and their ids: models are kept together with the tokenizer that they were trained with."""
+        """A checksum of the tokens and their ids, by which a model's tokenizer is recognised."""
         tokens = sorted(self.ranks, key=self.ranks.get)
         return hashlib.sha256(repr((tokens, self.pattern, sorted(self.special_tokens.items()))).encode()).hexdigest()
 
@@ -147,27 +164,29 @@ class RustBPETokenizer:
     def encode_special(self, name: str) -> int:
         """The id of a special token: `encode_special("<|bos|>")`."""
         if name not in self.special_tokens:
-            raise ValueError(f"{name!r} is no special token; there are {', '.join(self.special_tokens)}")
+            raise ValueError(f"{name!r} is not a special token; there are {', '.join(self.special_tokens)}")
         return self.special_tokens[name]
 
     def get_bos_token_id(self) -> int:
-        """The token every document begins with; published vocabularies have <|endoftext|> in its place."""
+        """The id of the token that starts every document; published vocabularies have <|endoftext|> instead."""
         return self.encode_special("<|bos|>" if "<|bos|>" in self.special_tokens else "<|endoftext|>")
 
     def id_to_bytes(self, id: int) -> bytes:
-        """The bytes a token stands for, perhaps only part of a character. KeyError outside the vocabulary."""
+        """The bytes of a token, which may be part of a character. KeyError outside the vocabulary."""
         return self._bytes[id]
 
     def id_to_token(self, id: int) -> str:
-        """A token as text to look at; bytes that are no whole character show as U+FFFD."""
+        """A token as text for display; incomplete characters become U+FFFD."""
         return self.id_to_bytes(id).decode("utf-8", errors="replace")
 
-    def token_byte_lengths(self) -> list[int]:
-        """How many bytes of text each id stands for; 0 for special tokens, which are not text."""
+    def token_bytes(self, device: str | torch.device = "cpu") -> torch.Tensor:
+        """Bytes of text per id: int32 of shape (vocab_size,), 0 for special tokens."""
+        import torch
+
         lengths = [0] * self.get_vocab_size()
         for token, id in self.ranks.items():
             lengths[id] = len(token)
-        return lengths
+        return torch.tensor(lengths, dtype=torch.int32, device=device)
 
     # -------------------------------------------------------------------------
     # Text to ids
@@ -181,8 +200,8 @@ class RustBPETokenizer:
     ) -> list[int] | list[list[int]]:
         """Ids of a text, or a list of ids for each of a list of texts.
 
-        `prepend` and `append` are special tokens (id or name) to put around each text. Special tokens
-        written out in the text itself stay text.
+        `prepend` and `append` are special tokens (id or name) added to each text. Special tokens spelt
+        out in the text itself are encoded as text.
         """
         before, after = self._special_ids(prepend), self._special_ids(append)
         if isinstance(text, str):
@@ -195,29 +214,29 @@ class RustBPETokenizer:
     __call__ = encode
 
     def encode_to_numpy(self, texts: Sequence[str], num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts end to end, uint16 or uint32, and where each text's begin: int64 of shape (len(texts) + 1,)."""
+        """Ids of all texts concatenated, uint16 or uint32, and the offsets of the texts, int64 of shape (len(texts) + 1,)."""
         import numpy as np
 
         num_threads = max(1, min(num_threads, os.cpu_count() or 1))
         if max(map(len, texts), default=0) <= MAX_BLANKS:
             try:
-                return self._encode_pieces(texts, num_threads)
+                return self._encode_segments(texts, num_threads)
             except UnicodeEncodeError:
-                pass  # half a surrogate pair in one of them
-        pieces = [list(encodable_pieces(text)) for text in texts]
-        ids, offsets = self._encode_pieces(list(chain.from_iterable(pieces)), num_threads)
-        return ids, offsets[np.cumsum([0, *map(len, pieces)])]
+                pass  # a lone surrogate in one of them
+        segments = [list(encodable_segments(text)) for text in texts]
+        ids, offsets = self._encode_segments(list(chain.from_iterable(segments)), num_threads)
+        return ids, offsets[np.cumsum([0, *map(len, segments)])]
 
-    def _encode_pieces(self, texts: Sequence[str], num_threads: int) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_segments(self, texts: Sequence[str], num_threads: int) -> tuple[np.ndarray, np.ndarray]:
         if self._bulk_encoder:
             return self._bulk_encoder.encode_to_numpy(texts, num_threads)
         rows = self.encoding.encode_ordinary_batch(texts, num_threads=num_threads)
-        return end_to_end(rows, max(self.ranks.values()))
+        return concatenate_ids(rows, max(self.ranks.values()))
 
     @cached_property
     def _bulk_encoder(self):
-        """Our rustbpe with these ranks; None where the published package is installed, or for a pattern that it
-        would have to split with another regex engine than tiktoken's."""
+        """Our rustbpe with these ranks; None if the published package is installed instead, or for a pattern that
+        ours would split with another regex engine than tiktoken's."""
         import rustbpe
 
         if not hasattr(rustbpe.Tokenizer, "encode_to_numpy") or not rustbpe.is_known(self.pattern):
@@ -230,9 +249,9 @@ class RustBPETokenizer:
         return [self.encode_special(token) if isinstance(token, str) else token]
 
     def _encode_text(self, text: str) -> list[int]:
-        if len(text) <= MAX_BLANKS:  # nearly always: spare the copy
+        if len(text) <= MAX_BLANKS:  # nearly always, without a copy
             return self.encoding.encode_ordinary(text)
-        return [id for piece in encodable_pieces(text) for id in self.encoding.encode_ordinary(piece)]
+        return [id for segment in encodable_segments(text) for id in self.encoding.encode_ordinary(segment)]
 
     # -------------------------------------------------------------------------
     # Ids to text
@@ -254,18 +273,18 @@ class RustBPETokenizer:
         return render_for_completion(self, conversation)
 
     def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int]) -> str:
-        """The tokens for a terminal, separated by |: green where the assistant learns to say them, else red."""
+        """The tokens for a terminal, separated by |: green if supervised (mask 1), else red."""
         green, red, plain = "\033[92m", "\033[91m", "\033[0m"
         return "|".join(
-            f"{green if learnt else red}{self.id_to_token(id)}{plain}" for id, learnt in zip(ids, mask, strict=True)
+            f"{green if supervised else red}{self.id_to_token(id)}{plain}" for id, supervised in zip(ids, mask, strict=True)
         )
 
 
 class StreamDecoder:
-    """Decodes ids one at a time without ever cutting a character.
+    """Decodes ids one at a time without cutting characters.
 
-    The strings it gives, joined, equal `tokenizer.decode` of all ids: "é" split over two tokens
-    comes out as "" and then "é".
+    The returned strings, joined, equal `tokenizer.decode` of all ids: "é" split over two tokens
+    gives "" and then "é".
     """
 
     def __init__(self, tokenizer: RustBPETokenizer):
@@ -273,11 +292,11 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The text that became complete with this token."""
+        """The text that this token completes."""
         return self._decoder.decode(self._tokenizer.id_to_bytes(token_id))
 
     def finish(self) -> str:
-        """What was begun and can no longer be completed, as U+FFFD; "" where nothing was."""
+        """U+FFFD for an incomplete character at the end, else ""."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -286,26 +305,39 @@ def tokenizer_dir() -> Path:
 
 
 def get_tokenizer() -> RustBPETokenizer:
-    """The tokenizer that `scripts.tok_train` made. Raises UserError where there is none yet."""
+    """The tokenizer of `scripts.tok_train`. Raises UserError if there is none yet."""
     return RustBPETokenizer.from_directory(tokenizer_dir())
 
 
 def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
-    """Bytes of text per token id of `get_tokenizer()`: int32 of shape (vocab_size,), 0 for special tokens."""
-    import torch
+    """`token_bytes` of `get_tokenizer()`."""
+    return get_tokenizer().token_bytes(device)
 
-    return torch.tensor(get_tokenizer().token_byte_lengths(), dtype=torch.int32, device=device)
+
+def check_vocabulary(ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
+    """Raise ValueError unless every byte has a token, ranks are 0, 1, 2, ... and special ids differ from them."""
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError("some of the 256 bytes have no token")
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"the ids of its {len(ranks)} tokens are not 0 to {len(ranks) - 1}")
+    ids = list(special_tokens.values())
+    if not all(type(id) is int and len(ranks) <= id < 2**31 for id in ids) or len(set(ids)) < len(ids):
+        raise ValueError("special tokens share ids with others")
+
+
+def _checksum(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 # -----------------------------------------------------------------------------
-# Text that both libraries can take
+# Text that both libraries accept
 
 
-def encodable_pieces(text: str) -> Iterator[str]:
-    """The text as pieces of sound UTF-8 in which no run of blanks is longer than MAX_BLANKS.
+def encodable_segments(text: str) -> Iterator[str]:
+    """The text in segments of valid UTF-8 without a run of whitespace longer than MAX_BLANKS.
 
-    Nearly always the one piece is the text itself. Surrogate pairs are joined and lone halves become
-    U+FFFD, which is what tiktoken does of its own accord and rustbpe refuses to.
+    Nearly always that is the text itself. Surrogate pairs are joined and lone surrogates become
+    U+FFFD, as tiktoken does by itself.
     """
     try:
         text.encode()
@@ -321,8 +353,8 @@ def encodable_pieces(text: str) -> Iterator[str]:
         yield text[start:]
 
 
-def end_to_end(rows: list[list[int]], largest_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of several texts as `encode_to_numpy` gives them: [[1, 2], [3]] -> ([1, 2, 3], [0, 2, 3])."""
+def concatenate_ids(rows: list[list[int]], largest_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of several texts in the form of `encode_to_numpy`: [[1, 2], [3]] -> ([1, 2, 3], [0, 2, 3])."""
     import numpy as np
 
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
@@ -331,14 +363,14 @@ def end_to_end(rows: list[list[int]], largest_id: int) -> tuple[np.ndarray, np.n
 
 
 def call_within(seconds: float, function: Callable):
-    """`function()`, or TimeoutError after so many seconds: requests waits minutes for a silent network."""
-    answer: Future = Future()
+    """`function()`, or TimeoutError after so many seconds; requests alone may wait for minutes."""
+    future: Future = Future()
 
     def work():
         try:
-            answer.set_result(function())
-        except Exception as error:  # whatever it is, it is raised where the answer is awaited
-            answer.set_exception(error)
+            future.set_result(function())
+        except Exception as error:  # raised again by future.result
+            future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return answer.result(timeout=seconds)
+    return future.result(timeout=seconds)

@@ -1,21 +1,19 @@
-"""The verbs of every training script: one gradient step, one meter, one way to save and resume.
+"""The steps that all training scripts share: one gradient step, the meter, the stop signal, saving and resuming.
 
-The sentence they form (data, model, the `while` loop, what is evaluated when) is the stage
-itself and stands in its script. There is no Trainer here.
+The loop itself (data, model, the order of events) stands in the script of its stage, or in finetune.py
+for the two that share it. There is no Trainer class.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import logging
 import math
 import os
 import platform
-import shutil
 import signal
-import sysconfig
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
@@ -26,113 +24,77 @@ import torch
 from nanochat.checkpoint_manager import (
     checkpoint_dir,
     find_last_step,
+    list_steps,
     load_checkpoint,
     rng_state,
+    set_aside,
     set_rng_state,
-    step_folder,
     verify,
 )
-from nanochat.common import Compute, UserError, job_name, print0, restarts
-from nanochat.flash_attention import choose
+from nanochat.common import Compute, UserError, atomic, print0, restarts
+from nanochat.device import peak_flops
+from nanochat.optim import MuonAdamW
 from nanochat.saver import Saver
 from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
 
-# Dense bf16 peak in FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first match counts.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "4090": 165e12,
-    "3090": 71e12,
-}
+
+def make_optimizer(model, settings: Namespace, lr_scale: float, weight_decay: float) -> MuonAdamW:
+    """The optimizer with the learning rates of the flags, multiplied by `lr_scale`."""
+    return MuonAdamW(
+        model.param_groups(
+            embedding_lr=settings.embedding_lr * lr_scale,
+            unembedding_lr=settings.unembedding_lr * lr_scale,
+            matrix_lr=settings.matrix_lr * lr_scale,
+            scalar_lr=settings.scalar_lr * lr_scale,
+            weight_decay=weight_decay,
+        )
+    )
 
 
-KEPT = 20  # numbers per token, layer and channel that a compiled model keeps for the backward pass (dev/LOG.md, 15)
-ROOM = 0.65  # share of the memory they may take; weights, gradients, optimizer and logits want the rest
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's bf16 peak in FLOP/s; None where it is not known, so that no MFU is made up."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-
-
-def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.nn.Module:
-    """The model compiled for passes of `rows` rows, or itself, with a word why, where nothing can compile it.
-
-    On a GPU that has no room for all that the backward pass wants, the model keeps only the most, which is slower.
-    """
-    choose_attention(model, compute)
-    if compute.device.type == "cuda":
-        config = model.config
-        torch.cuda.empty_cache()  # what is free is asked of the driver
-        wanted = rows * config.sequence_len * config.n_layer * config.n_embd * KEPT * compute.dtype.itemsize
-        free = torch.cuda.mem_get_info(compute.device)[0]
-        model.recompute = max(compute.gather(wanted > ROOM * free))  # all ranks alike
-        if model.recompute:
-            logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of in-place operations; blocks have none
-            print0(f"{wanted / 1e9:.0f} GB of activations would not fit beside the rest in {free / 1e9:.0f} GB: some are computed again")
-    if compute.device.type == "mps":
-        return model
-    if compute.device.type == "cpu":
-        headers = Path(sysconfig.get_path("include")) / "Python.h"
-        if not shutil.which("g++") and not shutil.which("clang++") or not headers.exists():
-            print0("no C++ compiler or no Python headers here: training runs uncompiled, about a third slower")
-            return model
-        # Else threads add up the gradients of the embeddings in an order that changes from run to run.
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    return torch.compile(model, dynamic=False)
-
-
-def choose_attention(model: torch.nn.Module, compute: Compute) -> None:
-    """Try out what attends, for each of the model's windows. Not possible in a compiled graph or where activations are made again."""
-    config = model.config
-    for window in sorted({*model.window_sizes, -1}):
-        choose(compute.device, compute.dtype, config.n_head, config.n_kv_head, config.n_embd // config.n_head, window)
+def freeze_garbage() -> None:
+    """Exclude the present objects from later garbage collections: a full one takes up to half a second of a step."""
+    gc.collect()
+    gc.freeze()
 
 
 # -----------------------------------------------------------------------------
 # One step
 
 
-class LossScale:
-    """Dynamic loss scaling for float16 (arXiv:1710.03740, section 3.2): halved on overflow, doubled after 1000 good steps."""
+class LossScale(torch.amp.GradScaler):
+    """Loss scaling for float16 (arXiv:1710.03740, section 3.2) that accepts float16 gradients, which our embeddings have.
 
-    def __init__(self, scale: float = 2.0**15, good_steps: int = 0):
-        self.scale, self.good_steps = scale, good_steps
+    A step whose gradients overflow on any rank is skipped on all ranks.
+    """
 
-    def unscale(self, params: list[torch.Tensor], compute: Compute) -> bool:
-        """Divide the gradients by the scale. False when those of any rank overflowed: the step is to be skipped."""
-        grads = [p.grad for p in params if p.grad is not None]
-        finite = all(bool(torch.isfinite(g).all()) for g in grads)
-        finite = compute.sum(torch.tensor(int(finite))) == compute.world_size
-        if finite:
-            if grads:  # a rank may have had nothing to learn from
-                torch._foreach_div_(grads, self.scale)
-            self.good_steps += 1
-            if self.good_steps % 1000 == 0:
-                self.scale *= 2
-        else:
-            self.scale, self.good_steps = self.scale / 2, 0
-        return finite
+    def __init__(self, compute: Compute):
+        super().__init__(compute.device.type, init_scale=2.0**15, growth_interval=1000)
+        self.compute = compute
+
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
+        return {device: self.compute.sum(overflows) for device, overflows in found.items()}
+
+
+def make_loss_scale(compute: Compute, state: dict | None) -> LossScale | None:
+    """Loss scaling where the compute dtype needs it; `state` is that of a resumed run."""
+    if compute.dtype != torch.float16:
+        return None
+    loss_scale = LossScale(compute)
+    if state:
+        loss_scale.load_state_dict(state)
+    return loss_scale
 
 
 def train_step(
     model, optimizer, batches, compute: Compute, loss_scale: LossScale | None = None, count: int | None = None
 ) -> torch.Tensor:
-    """One update from the micro-batches of a step; returns the mean loss of their targets, in nats.
+    """One update from the micro-batches of a step; returns the mean loss over their targets, in nats.
 
     `batches` are this rank's: a list of (inputs, targets), both (B, T), targets of -1 ignored. Every target
-    token weighs the same, whichever micro-batch and rank it came in: losses are summed and divided by the
-    number of targets on all ranks. Where there are none the step changes nothing and the loss is 0.
-    `count` is that number, where it is known: without looking at the targets nothing here waits for a GPU.
+    weighs the same, whichever micro-batch and rank it belongs to: losses are summed and divided by the number
+    of targets on all ranks. Without any target the step changes nothing and the loss is 0.
+    `count` is that number where the caller knows it; then nothing here synchronises with a GPU.
     """
     if count is None:
         count = int(compute.sum(sum((targets >= 0).sum() for _, targets in batches)))
@@ -142,24 +104,32 @@ def train_step(
     return backward_and_step(losses, optimizer, compute, loss_scale)
 
 
-def backward_and_step(losses: Iterable[torch.Tensor], optimizer, compute: Compute, loss_scale: LossScale | None = None) -> torch.Tensor:
-    """One update by the gradient of the sum of `losses`, over all ranks; returns that sum.
+def backward_and_step(
+    losses: Iterable[torch.Tensor], optimizer, compute: Compute, loss_scale: LossScale | None = None
+) -> torch.Tensor:
+    """One update by the gradient of the sum of `losses` over all ranks; returns that sum.
 
-    They are made one at a time, so that one micro-batch's activations are held. A rank may have none.
+    The losses are computed one at a time, so that only one micro-batch's activations are held. A rank may have none.
     """
     total = torch.zeros((), device=compute.device)
     for loss in losses:
         total = total + loss.detach()
-        (loss * loss_scale.scale if loss_scale else loss).backward()
+        (loss_scale.scale(loss) if loss_scale else loss).backward()
         compute.heartbeat()
-    if loss_scale is None or loss_scale.unscale([p for group in optimizer.param_groups for _, p in group["params"]], compute):
+    if loss_scale:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # GradScaler needs a gradient to check
+        loss_scale.unscale_(optimizer)
+        loss_scale.step(optimizer)
+        loss_scale.update()
+    else:
         optimizer.step()
     optimizer.zero_grad()
     return compute.sum(total)
 
 
 def set_rates(optimizer, step: int, progress: float, warmup_steps: int, warmdown: float, final: float) -> float:
-    """Put the rates of step `step` into the groups; returns the learning-rate multiplier.
+    """Set the rates of step `step` in the parameter groups; returns the learning-rate multiplier.
 
     `progress` in [0, 1] is the share of the run that is done; `warmdown` the share of the run
     over which the learning rate falls to `final` of its value.
@@ -174,88 +144,56 @@ def set_rates(optimizer, step: int, progress: float, warmup_steps: int, warmdown
 
 
 def due(step: int, every: int, last: bool = False) -> bool:
-    """Whether something done `every` so many steps, and at the end, is due now; -1 is at the end only, 0 never."""
+    """Whether something done every `every` steps, and at the end, is due now; -1: at the end only, 0: never."""
     return every != 0 and (last or (every > 0 and step > 0 and step % every == 0))
 
 
-def rows_that_fit(model, compute: Compute, most: int) -> int:
-    """Rows of whole context, a power of two up to `most`, that a pass and its gradients have memory for on every rank's GPU.
-
-    Beside them must fit what a run keeps: gradients, the optimizer's state and, for a while, its update, three times
-    the weights together. Tried uncompiled, which takes seconds, and with cheap things computed again.
-    """
-    rows = 1 << max(0, most.bit_length() - 1)
-    if compute.device.type != "cuda":
-        return min(8, rows)  # of a CPU's memory there is enough
-
-    def attempt(rows: int) -> None:
-        kept = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # and the gradients themselves
-        idx = torch.randint(0, model.config.vocab_size, (rows, model.config.sequence_len), device=compute.device)
-        try:
-            model(idx, idx).backward()
-            torch.cuda.synchronize(compute.device)
-        finally:
-            del kept
-            model.zero_grad()
-            compute.heartbeat()
-
-    choose_attention(model, compute)
-    model.recompute = True
-    return min(compute.gather(largest_batch(attempt, rows)))
-
-
-def saved_flag(directory: Path, args, name: str, compute: Compute):
-    """A flag of the run that this one goes on with; None where it begins anew."""
-    number = step_to_resume(directory, args, compute)
-    return None if number is None else compute.on_main(lambda: verify(directory, number, names=[])["user_config"].get(name))
-
-
-def largest_batch(attempt: Callable[[int], object], rows: int) -> int:
-    """The most rows, halving from `rows`, for which `attempt(rows)` does not run out of a GPU's memory.
-
-    Raises UserError where not even one row fits.
-    """
-    while rows:
-        try:
-            attempt(rows)
-            return rows
-        except torch.OutOfMemoryError:
-            rows //= 2
-        if torch.cuda.is_available():  # outside of the handler, whose traceback holds the tensors
-            torch.cuda.empty_cache()
-    raise UserError("not even one row fits this GPU's memory; use a smaller --depth or --max-seq-len")
+# -----------------------------------------------------------------------------
+# Around the steps
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask the loop to stop after this step; a second SIGINT stops at once.
+    """SIGTERM and SIGINT request a stop after the current step or evaluation batch; a second SIGINT stops at once.
 
     >>> stop = StopSignal(compute)
-    >>> while not stop.asked(): ...
+    >>> while not stop.requested(): ...
     """
 
     def __init__(self, compute: Compute):
-        self.compute, self.heard = compute, False
+        self.compute, self.received = compute, False
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._hear)
+            signal.signal(number, self._receive)
 
-    def _hear(self, number, frame):
-        self.heard = True
+    def _receive(self, number, frame):
+        self.received = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.compute.is_main:
-            with suppress(OSError):  # not by print, in the midst of which the signal may have come
-                os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving\n".encode())
+            with suppress(OSError):  # os.write, since print is not safe in a signal handler
+                os.write(2, f"\n{signal.Signals(number).name}: stopping as soon as the state is saved\n".encode())
 
-    def asked(self) -> bool:
-        """Whether any rank was asked: the same answer on all, so that they stop after the same step."""
-        return bool(self.compute.sum(torch.tensor(int(self.heard))) > 0)
+    def requested(self) -> bool:
+        """Whether any rank has received a signal. A collective call: all ranks get the same answer."""
+        return bool(self.compute.sum(torch.tensor(int(self.received))) > 0)
+
+
+def guarded(what: str, evaluate: Callable, failures: list[str]):
+    """The result of `evaluate()`; None, with one line printed and `failures` extended, where it fails.
+
+    A failed evaluation never ends a training run.
+    """
+    try:
+        return evaluate()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        print0(f"error: {what} failed ({reason}); training continues")
+        failures.append(what)
 
 
 class Meter:
-    """Smooths the loss, keeps time, and tells each step to the terminal, `metrics.jsonl` and wandb.
+    """Smooths the loss, measures time, and reports each step to the terminal, `metrics.jsonl` and wandb.
 
-    `state` is what a resumed run hands back: the smoothed loss goes on where it was. On a GPU a step is told of
-    when the next one is on its way, so that the GPU never waits for us to read its loss; `flush` before anything
-    that is not training.
+    `state` comes from the checkpoint of a resumed run. On a GPU a step is reported after the next one has been
+    launched, so that the GPU never waits for its loss to be read; call `flush` before anything that is not training.
     """
 
     SMOOTHING = 0.9
@@ -264,61 +202,58 @@ class Meter:
         self, compute: Compute, directory: Path, tokens_per_step: int, flops_per_token: int | None,
         wandb_run=None, state: dict | None = None,
     ):  # fmt: skip
-        self.compute, self.wandb_run, self.steps = compute, wandb_run, 0
+        self.compute, self.wandb_run = compute, wandb_run
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak = peak_flops(compute.device)
         state = state or {"step": 0, "ema": 0.0, "weight": 0.0, "total_time": 0.0}
         self.ema, self.weight, self.total_time = state["ema"], state["weight"], state["total_time"]
         self.recent: list[float] = []  # the last step times, for the ETA
         self.lags = compute.device.type == "cuda"
-        self.untold: tuple | None = None  # the step before this one, while that lags
+        self.pending: tuple | None = None  # the step that is not reported yet
         self.path = directory / "metrics.jsonl"
         if compute.is_main:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._keep_lines_until(state["step"])
+            self._remove_lines_after(state["step"])
 
-    def _keep_lines_until(self, step: int) -> None:
-        """Forget what a run logged after the checkpoint that it is resumed from."""
-        kept = []
+    def _remove_lines_after(self, step: int) -> None:
+        """Remove what was logged after the checkpoint at `step`. Evaluations at that step are repeated, so they go, too."""
+        retained = []
         for line in self.path.read_text().splitlines() if self.path.exists() and step else []:
-            with suppress(ValueError):  # the last one may be half of one
-                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-        aside = self.path.with_suffix(".part")
-        aside.write_text("".join(kept))
-        aside.replace(self.path)
+            with suppress(ValueError):  # the last line may be incomplete
+                values = json.loads(line)
+                if values["step"] < step or values["step"] == step and "loss" in values:
+                    retained.append(line + "\n")
+        with atomic(self.path) as tmp:
+            tmp.write_text("".join(retained))
 
     def state(self, step: int) -> dict:
         return {"step": step, "ema": self.ema, "weight": self.weight, "total_time": self.total_time}
 
     def start(self) -> None:
-        if self.untold is None:
+        if self.pending is None:
             self.started = time.perf_counter()
 
     def stop(
         self, step: int, progress: float, loss: torch.Tensor, lrm: float, epoch: int, tokens: int | None = None, **values: float
     ) -> None:
-        """Step number `step` is on its way: tell of it, and of more `values`, now or (on a GPU) at the next one.
+        """Report step number `step` and further `values`, at once or (on a GPU) when the next step has been launched.
 
-        `tokens`: how many it took, where that differs from step to step. Raises UserError when a loss is not finite.
+        `tokens`: of this step, where their number varies. Raises UserError when a loss is not finite.
         """
         self.flush()
-        self.untold = (step, progress, loss, lrm, epoch, tokens, values)
+        self.pending = (step, progress, loss, lrm, epoch, tokens, values)
         if not self.lags:
             self.flush()
 
     def flush(self) -> None:
-        """Wait for the last step and tell of it, if that has not been done."""
-        if self.untold is not None:
-            untold, self.untold = self.untold, None
-            self._tell(*untold)
+        """Wait for the last step and report it, if it has not been reported."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self._report(*pending)
 
-    def _tell(self, step, progress, loss, lrm, epoch, tokens, values) -> None:
-        loss = loss.item()  # waits for the device, so from the end of one step to that of the next is a step's time
+    def _report(self, step, progress, loss, lrm, epoch, tokens, values) -> None:
+        loss = loss.item()  # waits for the device, so dt lasts from the end of one step to the end of the next
         now = time.perf_counter()
         dt, self.started = now - self.started, now
-        self.steps += 1
-        if self.steps == 2:  # the first compiles, which may take minutes
-            self.compute.pulse.patience, self.compute.pulse.armed = 3 * dt, True
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss became {loss} at step {step} (learning-rate multiplier {lrm:.3f}); nothing was saved after the "
@@ -326,14 +261,17 @@ class Meter:
             )
         self.total_time += dt
         self.recent = self.recent[-19:] + [dt]
+
+        # Exponential moving average; `weight` tends to 1 and removes the bias towards the initial 0
         self.ema = self.SMOOTHING * self.ema + (1 - self.SMOOTHING) * loss
-        self.weight = self.SMOOTHING * self.weight + (1 - self.SMOOTHING)  # 1 in the long run; divides the start's bias out
+        self.weight = self.SMOOTHING * self.weight + (1 - self.SMOOTHING)
         smooth = self.ema / self.weight
+
         tok_per_sec = (tokens or self.tokens_per_step) / dt
-        counted = self.peak and self.flops_per_token
-        mfu = tok_per_sec * self.flops_per_token / (self.peak * self.compute.world_size) if counted else None
-        typical = sorted(self.recent)[len(self.recent) // 2]
-        eta = typical * step * (1 - progress) / progress if progress > 0 else 0.0
+        known = self.peak and self.flops_per_token
+        mfu = tok_per_sec * self.flops_per_token / (self.peak * self.compute.world_size) if known else None
+        median = sorted(self.recent)[len(self.recent) // 2]
+        eta = median * step * (1 - progress) / progress if progress > 0 else 0.0
         self.log(step, loss=smooth, raw_loss=loss, lrm=lrm, dt=dt, tok_per_sec=tok_per_sec, mfu=mfu, epoch=epoch, **values)
         more = "".join(f"{name.replace('_', ' ')} {value:.3g} | " for name, value in values.items())
         print0(
@@ -342,115 +280,116 @@ class Meter:
             f"total {self.total_time / 60:.1f} min | eta {eta / 60:.1f} min"
         )
 
-    def finish(self) -> None:
-        """The loop is over: what follows may take as long as it likes."""
-        self.flush()
-        self.compute.pulse.armed = False
-        if self.wandb_run:
-            self.wandb_run.finish()
-
     def log(self, step: int, **values) -> None:
-        """One line of metrics.jsonl, and the same to wandb."""
+        """Append one line to metrics.jsonl and send the same to wandb."""
         if self.compute.is_main:
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, **values, "total_time": self.total_time}) + "\n")
-            except OSError as error:  # a full disk is no reason to stop: there may be room again
+            except OSError as error:  # a full disk does not end the run
                 print0(f"error: step {step} is missing in {self.path}: {error}")
         if self.wandb_run:
             self.wandb_run.log({**values, "total_time": self.total_time}, step=step)
 
+    def finish(self) -> None:
+        self.flush()
+        if self.wandb_run:
+            self.wandb_run.finish()
+
 
 # -----------------------------------------------------------------------------
-# Saving and resuming
+# Saving, resuming, starting from another stage's model
 
 
-def save_training(saver: Saver, step, model, optimizer, tokenizer, args, meter, val_bpb, loader_state, loss_scale, measured) -> None:
-    """Save all that a resumed run needs, in the background. Every rank calls this with its own loader state.
-
-    `measured`: whether what was due at this step was measured, or is left to the run that is resumed.
-    """
+def save_training(saver: Saver, step, model, optimizer, tokenizer, settings, meter, val_bpb, loader_state, loss_scale) -> None:
+    """Save everything that a resumed run needs, in the background. Every rank calls this."""
     meta = {
         "model_config": asdict(model.config),
         "model_tag": saver.directory.name,
         "tokenizer": tokenizer.fingerprint(),
-        "user_config": vars(args),
+        "user_config": vars(settings),
         "val_bpb": val_bpb,
         "loader_state": loader_state,
         "loop_state": {
             "meter": meter.state(step),
-            "measured": measured,
-            "loss_scale": vars(loss_scale) if loss_scale else {},
+            "loss_scale": loss_scale.state_dict() if loss_scale else None,
+            "wandb_id": meter.wandb_run.id if meter.wandb_run else None,
         },
         "rng_state": rng_state(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    saver.save(step, model.state_dict(), optimizer.state_dict(), meta)
+    saver.save(step, model.state_dict(), optimizer.state_dict(), meta, tokenizer)
 
 
-def resume_training(directory, args, model, optimizer, compute: Compute) -> dict | None:
-    """Load what `--resume-from-step` names ("-1" none, "latest", or a number) into model and optimizer.
+def step_to_resume(directory: Path, requested: str, restarted: bool) -> int | None:
+    """The step to resume from, or None for a new run. The only place that decides this.
 
-    Returns its meta, or None for a fresh start. Says which flags are not those of the saved run, since
-    it then goes on differently. UserError when the checkpoint is of another model.
+    `requested` is --resume-from-step. A job that torchrun or Slurm has restarted continues from the newest checkpoint.
+    A new run first moves what an earlier run under this tag left behind to TAG.old, so that their steps never mix.
     """
-    number = step_to_resume(directory, args, compute)
-    if number is None:
+    if requested not in ("-1", "latest") and not requested.isdigit():
+        raise UserError(f"--resume-from-step {requested!r} is neither a step nor 'latest'")
+    if restarted and list_steps(directory):
+        requested = "latest"
+    if requested == "-1":
+        if earlier := set_aside(directory):
+            print0(f"moved the earlier run under this tag to {earlier}")
         return None
-    if step_folder(directory, number).is_dir():  # else it is in the reference's layout, and load_checkpoint says what to do
-        ours, theirs = asdict(model.config), verify(directory, number, names=[])["model_config"]
-        odd = ", ".join(f"{k} {theirs.get(k)} -> {v}" for k, v in ours.items() if theirs.get(k) != v)
-        if odd:
-            raise UserError(f"step {number} in {directory} is of another model ({odd}); give the same flags, or another --model-tag")
-    model_state, optimizer_state, meta = load_checkpoint(directory, number, compute, optimizer.state_dict())
+    return find_last_step(directory) if requested == "latest" else int(requested)
+
+
+def resume_training(saver: Saver, settings: Namespace, model, optimizer, tokenizer, compute: Compute) -> dict | None:
+    """Load what `--resume-from-step` names into model and optimizer; returns its meta, or None for a new run.
+
+    Prints which flags differ from those of the saved run. Raises UserError when the model, the tokenizer, or what
+    determines the order of the data differs.
+    """
+    directory = saver.directory
+    restarted = max(compute.gather(restarts())) > 0  # counted by node
+    step = compute.on_main(lambda: step_to_resume(directory, settings.resume_from_step, restarted))
+    if step is None:
+        return None
+    saved = verify(directory, step, names=[])
+    model_config, user_config = asdict(model.config), saved["user_config"]
+    mismatches = [f"{k} {saved['model_config'].get(k)} -> {v}" for k, v in model_config.items() if saved["model_config"].get(k) != v]
+    if mismatches:
+        raise UserError(
+            f"step {step} in {directory} is of another model ({', '.join(mismatches)}); give the same flags, or another --model-tag"
+        )
+    if saved["tokenizer"] != tokenizer.fingerprint():
+        raise UserError(f"step {step} in {directory} was trained with another tokenizer; restore that one, or start a new run")
+    for name in ("total_batch_size", "max_seq_len"):
+        before, now = user_config.get(name), getattr(settings, name)
+        if before != now:
+            flag = name.replace("_", "-")
+            raise UserError(f"step {step} in {directory} was trained with --{flag} {before}, not {now}; resume with the same value")
+
+    model_state, optimizer_state, meta = load_checkpoint(directory, step, compute, optimizer.state_dict())
     model.load_state_dict(model_state)
     optimizer.load_state_dict(optimizer_state)
     set_rng_state(meta["rng_state"])
-    before = {**meta["user_config"], "resume_from_step": args.resume_from_step, "run": args.run}
-    changed = [f"{name} {before[name]} -> {value}" for name, value in vars(args).items() if before.get(name, value) != value]
+    ignored = ("resume_from_step", "run", "device_batch_size")
+    changed = [f"{k} {user_config[k]} -> {v}" for k, v in vars(settings).items() if k not in ignored and user_config.get(k, v) != v]
     if changed:
         print0(f"flags that differ from the saved run: {', '.join(changed)}")
-    print0(f"resumed from step {number} in {directory}")
+    print0(f"resumed from step {step} in {directory}")
     return meta
 
 
-def step_to_resume(directory: Path, args, compute: Compute) -> int | None:
-    """The step that this run goes on from, the same on all ranks; None for a fresh start."""
-    restarted = max(compute.gather(restarts())) > 0  # the nodes count apart
-    return compute.on_main(lambda: _step_to_resume(directory, args.resume_from_step, restarted))
-
-
-def _step_to_resume(directory: Path, wanted: str, restarted: bool) -> int | None:
-    """The step that `--resume-from-step` means. After torchrun or Slurm has restarted the job: the newest that it saved."""
-    if wanted not in ("-1", "latest") and not wanted.isdigit():
-        raise UserError(f"--resume-from-step {wanted!r} is neither a step nor 'latest'")
-    started = directory / "started"  # by which job, and when; what is older belongs to another run under the same tag
-    job, began = (started.read_text().splitlines() if started.exists() else ["", "0"])[:2]
-    if restarted and job == job_name():
-        try:
-            return find_last_step(directory, since=float(began))
-        except UserError as error:
-            print0(f"restarted, but {error}: beginning as at first, with --resume-from-step {wanted}")
-    else:
-        directory.mkdir(parents=True, exist_ok=True)
-        started.write_text(f"{job_name()}\n{time.time()}\n")
-    if wanted == "-1":
-        return None
-    return find_last_step(directory) if wanted == "latest" else int(wanted)
-
-
-def inherit(args, origin: dict) -> None:
-    """Take every flag that was not given (None) from the run that made the model, whose meta is `origin`."""
-    theirs = origin.get("user_config", {})
+def inherit(args: Namespace, origin: dict) -> Namespace:
+    """`args` with every flag that was not given (None) taken from the run that trained the model; its meta is `origin`."""
+    saved, settings = origin.get("user_config", {}), Namespace(**vars(args))
     for name, value in vars(args).items():
         if value is None and name not in ("model_tag", "model_step"):
-            if theirs.get(name) is None:
-                raise UserError(f"the model's checkpoint does not tell its {name}; give --{name.replace('_', '-')}")
-            setattr(args, name, theirs[name])
+            if saved.get(name) is None:
+                raise UserError(f"the model's checkpoint does not record its {name}; give --{name.replace('_', '-')}")
+            setattr(settings, name, saved[name])
+    settings.short_run = saved.get("short_run", 1.0)
+    return settings
 
 
 def warm_start(optimizer, stage: str, origin: dict, compute: Compute) -> None:
-    """Begin with the moments of the run that made the model, where it saved them: the first steps then know their scale."""
+    """Start with the optimizer state of the run that trained the model, where it was saved."""
     state = error = None
     try:
         _, state, _ = load_checkpoint(
@@ -459,19 +398,7 @@ def warm_start(optimizer, stage: str, origin: dict, compute: Compute) -> None:
     except UserError as caught:
         error = caught
     errors = [error for error in compute.gather(error) if error is not None]
-    if errors:  # on any rank: then all start alike
-        print0(f"the optimizer starts cold: {errors[0]}")
+    if errors:  # on any rank: then all ranks start alike
+        print0(f"starting with a new optimizer state: {errors[0]}")
     else:
         optimizer.load_state_dict(state)
-
-
-def conversations_done(loader_state: dict, epochs: float) -> torch.Tensor:
-    """(conversations used up, lanes that have not yet had all of theirs of the first `epochs` epochs), of this rank's lanes."""
-    behind = sum(stream["next"][0] <= epochs for stream in loader_state["streams"].values())
-    return torch.tensor([loader_state["finished"], behind])
-
-
-def freeze_garbage() -> None:
-    """Leave what exists now out of later collections: a full one in mid-step costs up to half a second."""
-    gc.collect()
-    gc.freeze()

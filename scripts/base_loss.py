@@ -29,10 +29,8 @@ def main(argv=None):
     from nanochat import report
     from nanochat.checkpoint_manager import load_model, resolve_checkpoint
     from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit
-    from nanochat.dataset import count_documents
     from nanochat.hf_model import load_hf_model
-    from nanochat.loss_eval import SAMPLE_PROMPTS, evaluate_bpb, sample_texts, share_of
-    from nanochat.tokenizer import get_token_bytes
+    from nanochat.loss_eval import SAMPLE_PROMPTS, eval_batches, evaluate_bpb, sample_texts
 
     compute = compute_init(args.device_type)
     if args.hf_path:
@@ -41,7 +39,7 @@ def main(argv=None):
     else:
         directory, step = compute.on_main(lambda: resolve_checkpoint("base", args.model_tag, args.model_step))
         model, tokenizer, meta = load_model("base", compute, directory.name, step)
-        token_bytes, source = get_token_bytes(), args.source or meta.get("user_config", {}).get("source", "climbmix")
+        token_bytes, source = tokenizer.token_bytes(), args.source or meta.get("user_config", {}).get("source", "climbmix")
         name = f"{directory.name} step {step}"
 
     T = min(model.config.sequence_len, 2048)
@@ -54,11 +52,11 @@ def main(argv=None):
         )
     results = {"model": name, "source": source}
     for split in ("train", "val"):
-        lanes, steps = share_of(split_tokens, count_documents(source, split), args.device_batch_size, T, compute)
-        measured = results[f"{split} tokens"] = split_tokens // batch_tokens // lanes * lanes * batch_tokens
+        rows, steps = eval_batches(split_tokens, args.device_batch_size, T, compute)
+        measured = results[f"{split} tokens"] = rows * T
         batches = tokenizing_distributed_data_loader_bos_bestfit(
             tokenizer, args.device_batch_size, T, split, device=compute.device, source=source,
-            lanes=lanes, buffer_size=100, tokenizer_batch_size=16,
+            rows_per_step=rows, buffer_size=100, tokenizer_batch_size=16,
         )
         results[f"{split} bpb"] = evaluate_bpb(model, batches, steps, token_bytes, compute)
         batches.close()

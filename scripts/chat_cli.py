@@ -24,7 +24,7 @@ def parse_args(argv):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
     parser.add_argument("-p", "--prompt", help="answer this and leave; None: hold a conversation")
-    parser.add_argument("-i", "--source", default="sft", choices=["base", "mid", "sft", "rl"], help="the model's stage")
+    parser.add_argument("-i", "--stage", default="sft", choices=["base", "mid", "sft", "rl"], help="the model's stage")
     parser.add_argument("-g", "--model-tag", help="which model of that stage; None: the newest")
     parser.add_argument("-s", "--step", type=int, help="which checkpoint; None: the last")
     parser.add_argument("-t", "--temperature", type=float, default=0.6, help="0 takes the likeliest token")
@@ -164,13 +164,14 @@ def main(argv=None):
         raise UserError(f"-m is {args.max_tokens}; it must be 1 or more")
 
     from nanochat.checkpoint_manager import load_model
+    from nanochat.device import prepare_for_inference
     from nanochat.engine import Engine
 
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the chat
     compute = compute_init(args.device_type)
-    model, tokenizer, meta = load_model(args.source, compute, model_tag=args.model_tag, step=args.step)
-    engine = Engine(model.pack(), tokenizer, max_sequences=1)
-    chat = Chat(engine, args.source == "base", args.max_tokens, args.temperature, args.top_k or None)
+    model, tokenizer, meta = load_model(args.stage, compute, model_tag=args.model_tag, step=args.step)
+    engine = Engine(prepare_for_inference(model), tokenizer, max_sequences=1)
+    chat = Chat(engine, args.stage == "base", args.max_tokens, args.temperature, args.top_k or None)
     if args.prompt is None:
         converse(chat)
         return

@@ -21,7 +21,7 @@ TASK_NAMES = (*CHATCORE, "SampleWorld")
 def parse_args(argv):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
-    parser.add_argument("-i", "--source", default="sft", choices=["base", "mid", "sft", "rl"], help="the model's stage")
+    parser.add_argument("-i", "--stage", default="sft", choices=["base", "mid", "sft", "rl"], help="the model's stage")
     task_help = f"a task, or several joined by |; may be repeated; None: ChatCORE's six; of {', '.join(TASK_NAMES)}"
     parser.add_argument("-a", "--task-name", action="append", metavar="NAME", help=task_help)
     parser.add_argument("-t", "--temperature", type=float, default=0.0, help="0 takes the likeliest token")
@@ -90,12 +90,13 @@ def main(argv=None):
 
     from nanochat import report
     from nanochat.checkpoint_manager import load_model
+    from nanochat.device import prepare_for_inference
     from nanochat.engine import Engine
     from nanochat.task_eval import run_task, standard_error
 
     compute = compute_init(args.device_type)
-    model, tokenizer, meta = load_model(args.source, compute, model_tag=args.model_tag, step=args.step)
-    engine = Engine(model.pack(), tokenizer)
+    model, tokenizer, meta = load_model(args.stage, compute, model_tag=args.model_tag, step=args.step)
+    engine = Engine(prepare_for_inference(model), tokenizer)
 
     results = {}
     for name in names:
@@ -129,11 +130,11 @@ def main(argv=None):
         scores = {name: result["accuracy"] for name, result in results.items()}
         if core is not None:
             scores["ChatCORE"] = core
-        data = {"stage": args.source, "step": meta["step"], "flags": vars(args), "tasks": results, "scores": scores}
-        path = get_base_dir() / "report" / f"chat_eval_{args.source}.json"
+        data = {"stage": args.stage, "step": meta["step"], "flags": vars(args), "tasks": results, "scores": scores}
+        path = get_base_dir() / "report" / f"chat_eval_{args.stage}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(data, indent=2) + "\n")
-        report.log(f"Chat evaluation ({args.source})", data)
+        report.log(f"Chat evaluation ({args.stage})", data)
         print0(f"Results: {path}")
     compute_cleanup(compute)
 

@@ -24,7 +24,7 @@ def parse_args(argv):
     parser.add_argument("-n", "--num-gpus", type=int, default=1, help="GPUs to use, each with a copy of the model")
     parser.add_argument("-p", "--port", type=int, default=8000, help="where to listen; 0: any port that is free")
     parser.add_argument("--host", default="127.0.0.1", help="which address to listen on; 0.0.0.0: all of this machine's")
-    parser.add_argument("-i", "--source", default="sft", choices=["mid", "sft", "rl"], help="the model's stage")
+    parser.add_argument("-i", "--stage", default="sft", choices=["mid", "sft", "rl"], help="the model's stage")
     parser.add_argument("-g", "--model-tag", help="which model of that stage; None: the newest")
     parser.add_argument("-s", "--step", type=int, help="which checkpoint; None: the last")
     parser.add_argument("-t", "--temperature", type=float, default=0.8, help="where a request names none, 0 to 2")
@@ -153,14 +153,15 @@ def make_workers(args):
     import torch
 
     from nanochat.checkpoint_manager import load_model, resolve_checkpoint
+    from nanochat.device import prepare_for_inference
     from nanochat.engine import Engine
     from nanochat.serving import EngineThread, Workers
 
     def make_engine(device):
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        model, tokenizer, _ = load_model(args.source, replace(compute, device=device), directory.name, step)
-        return Engine(model.pack(), tokenizer, **({} if args.max_sequences is None else {"max_sequences": args.max_sequences}))
+        model, tokenizer, _ = load_model(args.stage, replace(compute, device=device), directory.name, step)
+        return Engine(prepare_for_inference(model), tokenizer, **({} if args.max_sequences is None else {"max_sequences": args.max_sequences}))
 
     if ranks()[2] > 1:
         raise UserError("chat_web is one process for all GPUs; start it without torchrun, and with -n GPUS")
@@ -169,12 +170,12 @@ def make_workers(args):
     if args.num_gpus > len(devices):
         kind = compute.device.type
         raise UserError(f"--num-gpus is {args.num_gpus}, but there is only {len(devices)} x {kind} here; ask for as many at most")
-    directory, step = resolve_checkpoint(args.source, args.model_tag, args.step)
+    directory, step = resolve_checkpoint(args.stage, args.model_tag, args.step)
     threads = [
         EngineThread(partial(make_engine, device), str(device), args.max_queue, args.log_content)
         for device in devices[: args.num_gpus]
     ]
-    return Workers(threads), f"{args.source} {directory.name} step {step}"
+    return Workers(threads), f"{args.stage} {directory.name} step {step}"
 
 
 def main(argv=None):

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = RustBPETokenizer.from_directory(tokenizer_dir())  # what later stages will see
     assert tokenizer.decode(tokenizer.encode(ROUND_TRIP)) == ROUND_TRIP, "encoding and decoding changed the text"
 
-    lengths = [length for length in tokenizer.token_byte_lengths() if length]
+    lengths = [length for length in tokenizer.token_bytes().tolist() if length]
     results = {
         "source": args.source,
         "vocabulary": tokenizer.get_vocab_size(),

@@ -1,34 +1,31 @@
-"""What a task is: conversations to learn from, and a way to judge an answer.
+"""What a task is: conversations for training, and a way to grade a completion.
 
 A task is a sequence: `len(task)`, `task[i]`. Each item is a conversation that ends with the right
-answer, `{"messages": [{"role", "content"}, ...]}`; training reads all of it, evaluation shows the
-model everything before the last message and hands what it says to `evaluate`. An assistant's
+answer, `{"messages": [{"role", "content"}, ...]}`. Training uses all of it; evaluation prompts the
+model with everything before the last message and passes its completion to `evaluate`. Assistant
 content is a string or parts `{"type": "text" | "python" | "python_output", "text"}` (see
-nanochat/conversation.py). Nothing here knows of tokens or models.
+nanochat/conversation.py). Nothing here knows about tokens or models.
 """
 
 from __future__ import annotations
 
-import http.client
 import random
 import re
-import ssl
-import urllib.error
-import urllib.request
 from decimal import Decimal
 from typing import Callable, Sequence
 
-from nanochat.common import Compute, UserError, hub_endpoint, print0
+from nanochat.common import Compute, Unreachable, UserError, hub_endpoint, print0
 from nanochat.conversation import checked_turns
+from nanochat.dataset import hub_answers
 
 
 class Task:
     """A view `[start:stop:step]` of a data set, as conversations.
 
-    A subclass gives `num_examples`, `get_example` and, where answers can be checked, `evaluate`.
+    A subclass defines `num_examples`, `get_example` and, if completions can be graded, `evaluate`.
     """
 
-    eval_type: str | None = None  # "categorical": choose a letter; "generative": say it; None: to train on only
+    eval_type: str | None = None  # "categorical": choose a letter; "generative": write an answer; None: training only
     baseline = 0.0  # the accuracy of guessing
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1):
@@ -43,39 +40,39 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether `completion`, said in place of the conversation's last message, is right."""
+        """Whether `completion`, in place of the conversation's last message, is right."""
         raise NotImplementedError
 
     def reward(self, conversation: dict, completion: str) -> float:
-        """How good `completion` is, for reinforcement learning: 1.0 where it is right, else 0.0."""
+        """The reward of `completion` for reinforcement learning: 1.0 if it is right, else 0.0."""
         return float(self.evaluate(conversation, completion))
 
     def __len__(self) -> int:
         return len(range(self.num_examples())[self.view])
 
     def __getitem__(self, index: int) -> dict:
-        """The conversation at `index` of the view; IndexError past its end, which is what ends a `for`."""
+        """The conversation at `index` of the view; IndexError past its end."""
         return self.get_example(range(self.num_examples())[self.view][index])
 
 
 class CategoricalTask(Task):
-    """Multiple choice. Its conversations carry `letters`, those that may be answered."""
+    """Multiple choice. Its conversations hold `letters`, the possible answers."""
 
     eval_type = "categorical"
     baseline = 0.25
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         letters = conversation["letters"]
-        assert completion in letters, f"{completion!r} is none of the letters {letters}"
+        assert completion in letters, f"{completion!r} is not one of the letters {letters}"
         return completion == conversation["messages"][-1]["content"]
 
     def reward(self, conversation: dict, completion: str) -> float:
-        """1.0 for the right letter and nothing else. What is said freely need not be a letter at all."""
+        """1.0 for the right letter and nothing else. A sampled completion need not be a letter."""
         return float(completion.strip() == conversation["messages"][-1]["content"])
 
 
 class TaskMixture(Task):
-    """Several tasks shuffled into one, the same way every time. Name a task twice to see it twice as often."""
+    """Several tasks shuffled into one, deterministically. A task that is listed twice appears twice as often."""
 
     def __init__(self, tasks: Sequence[Task], seed: int = 42, **view):
         super().__init__(**view)
@@ -92,7 +89,7 @@ class TaskMixture(Task):
 
 
 class TaskSequence(Task):
-    """Several tasks one after the other: a curriculum."""
+    """Several tasks one after the other."""
 
     def __init__(self, tasks: Sequence[Task], **view):
         super().__init__(**view)
@@ -113,29 +110,16 @@ class TaskSequence(Task):
 # Data sets of the hub
 
 
-def hub_answers(timeout: float = 5.0) -> bool:
-    """Whether anything answers at the hub's address, be it with an error."""
-    try:
-        request = urllib.request.Request(hub_endpoint(), method="HEAD", headers={"User-Agent": "nanochat"})
-        urllib.request.urlopen(request, timeout=timeout).close()
-        return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        # a certificate that Python does not know: it is there, and `datasets` brings its own
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)
-
-
 def load_hub_dataset(name: str, subset: str | None, split: str):
-    """A data set of the hub, shuffled with seed 42. One that was fetched before needs no connection.
+    """A data set of the hub, shuffled with seed 42. One that was downloaded before needs no connection.
 
     Raises:
-        UserError: names the data set, the address and the cause.
+        Unreachable: names the data set, the address and the cause.
     """
     import datasets
     import huggingface_hub.constants
 
-    # Sent online in vain, the library retries for half a minute per data set, so it is told not to try.
+    # The library retries for half a minute per data set, so it is put offline if nothing answers.
     switches = (datasets.config, huggingface_hub.constants)
     before = [module.HF_HUB_OFFLINE for module in switches]
     reachable = hub_answers()
@@ -143,11 +127,11 @@ def load_hub_dataset(name: str, subset: str | None, split: str):
         for module in switches:
             module.HF_HUB_OFFLINE |= not reachable
         rows = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # the library's own, its HTTP client's and the system's have no common ancestor
+    except Exception as error:  # of the library, its HTTP client or the system, without a common ancestor
         while error.__cause__ is not None:
             error = error.__cause__
         cause = str(error).split("\n")[0].rstrip(".") if reachable else "nothing answers there"
-        raise UserError(
+        raise Unreachable(
             f"cannot load the data set {name} ({subset or 'default'}, {split}) from {hub_endpoint()}: {cause}. "
             "Check the connection or set HF_ENDPOINT to a mirror, then run this again."
         ) from error
@@ -162,11 +146,11 @@ def load_hub_dataset(name: str, subset: str | None, split: str):
 
 
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """A multiple-choice question as the text that the user asks.
+    """A multiple-choice question as a user message.
 
-    Each letter follows its choice, so that a small model binds the two by looking back from the
-    letter to the text before it. It stands behind " (", which the tokenizer never merges with a
-    letter, so it is the very token that is the answer.
+    Each letter follows its choice, so that a small model can bind the two by attending from the
+    letter to the text before it. It follows " (", which the tokenizer never merges with a letter,
+    so the letter is the same token as the answer.
 
     >>> print(render_mc("What is frozen water?", ["A", "B"], ["Ice", "Steam"]))
     Multiple choice question: What is frozen water?
@@ -198,28 +182,30 @@ def same_final_number(conversation: dict, completion: str) -> bool:
 
 
 def check_conversation(conversation: dict) -> dict:
-    """The conversation itself, unless it is malformed or nobody answers in it: then UserError says where."""
+    """The conversation itself. UserError if it is malformed or has no assistant message."""
     if len(checked_turns(conversation)) < 2:
-        raise UserError("messages[0] is all there is; an assistant message must follow")
+        raise UserError("messages[0] is the only message; an assistant message must follow")
     return conversation
 
 
-def available_tasks(makers: dict[str, Callable[[], Task]], wanted: str, compute: Compute) -> dict[str, Task]:
-    """The tasks named in `wanted` ("SmolTalk,GSM8K"), in that order; one whose data is out of reach is skipped and said so.
+def available_tasks(makers: dict[str, Callable[[], Task]], names: str, compute: Compute, explicit: bool = False) -> dict[str, Task]:
+    """The tasks listed in `names` ("SmolTalk,GSM8K"), in that order. The main rank downloads; all ranks get the same tasks.
 
-    The main rank fetches; all ranks get the same tasks. Raises UserError for a name that `makers` does not have, and
-    where no task is left.
+    A task whose data cannot be reached is skipped with a printed reason; if the user asked for it (`explicit`) it is an
+    error. Raises UserError for an unknown name, for broken data, and if no task is left.
     """
-    names = [name.strip() for name in wanted.split(",") if name.strip()]
-    unknown = [name for name in names if name not in makers]
-    if unknown or not names:
-        raise UserError(f"{', '.join(unknown) or 'no task'} is not among the tasks here: {', '.join(makers)}")
+    listed = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in listed if name not in makers]
+    if unknown or not listed:
+        raise UserError(f"{', '.join(unknown) or 'no task'} is not one of the tasks here: {', '.join(makers)}")
     tasks = {}
-    for name in names:
+    for name in listed:
         try:
             tasks[name] = compute.main_first(makers[name])
-        except UserError as error:
+        except Unreachable as error:
+            if explicit:
+                raise
             print0(f"{name} is skipped: {error}")
     if not tasks:
-        raise UserError(f"none of {', '.join(names)} can be loaded; without a connection use --tasks=SampleWorld")
+        raise UserError(f"none of {', '.join(listed)} can be loaded; without a connection use --tasks=SampleWorld")
     return tasks

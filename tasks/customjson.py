@@ -1,4 +1,4 @@
-"""Conversations of one's own, from a file of JSON lines: how a model gets a persona or a skill.
+"""Your own conversations from a file of JSON lines, for example a persona.
 
 Each line is a list of messages, or an object with them under "messages":
 
@@ -10,25 +10,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nanochat.common import UserError
+from nanochat.common import Unreachable, UserError
 from tasks.common import Task, check_conversation
 
 
 class CustomJSON(Task):
-    """All conversations of a file. UserError names the first line that is not one; blank lines are skipped."""
+    """All conversations of a file; blank lines are skipped. UserError names the first malformed line."""
 
     def __init__(self, filepath: str | Path, **view):
         super().__init__(**view)
         path = Path(filepath)
         if not path.is_file():
-            raise UserError(f"there is no file of conversations at {path}")
+            raise Unreachable(f"there is no file of conversations at {path}")
         self.conversations = []
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     self.conversations.append(read_conversation(line, f"{path}, line {number}"))
         if not self.conversations:
-            raise UserError(f"{path} holds no conversation; write one per line, as JSON")
+            raise UserError(f"{path} has no conversations; it needs one per line, as JSON")
 
     def num_examples(self) -> int:
         return len(self.conversations)
@@ -38,10 +38,10 @@ class CustomJSON(Task):
 
 
 def read_conversation(line: bytes, where: str) -> dict:
-    """The conversation that one line of JSON holds; `where` names the line in an error."""
+    """The conversation in one line of JSON; `where` names the line in an error."""
     try:
         record = json.loads(line)
         conversation = record if isinstance(record, dict) else {"messages": record}
         return check_conversation({"messages": conversation.get("messages")})
-    except ValueError as error:  # no JSON and no UTF-8 are such errors, too
+    except ValueError as error:  # invalid JSON and UTF-8 raise it, too
         raise UserError(f"{where}: {error}") from error

@@ -1,22 +1,23 @@
-"""Checkpoints: exact, verified, for any number of ranks, found again; in ours and in the reference's layout."""
+"""Checkpoints: exact, verified, complete or absent, for any number of ranks, found by stage, tag and step."""
 
 import dataclasses
+import errno
 import json
-import os
-import pickle
 import re
+import resource
 import shutil
-import time
 
 import numpy as np
 import pytest
 import torch
 
 from nanochat import checkpoint_manager as cm
+from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import Compute, UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.saver import save_checkpoint
+from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 
+BYTES = RustBPETokenizer({bytes([i]): i for i in range(256)}, r"\w+|\W", {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
 CPU = Compute(torch.device("cpu"), torch.float32)
 TINY = GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=2, n_kv_head=1, n_embd=64, window_pattern="SL")
 
@@ -55,7 +56,7 @@ OPTIMIZER = {"w.exp_avg": torch.arange(3.0), "w.step": torch.tensor(4.0)}
 
 
 def save(directory, step, seed=0, **kwargs):
-    return save_checkpoint(directory, step, some_state(seed), OPTIMIZER, {"val_bpb": 1.25}, CPU, **kwargs)
+    return save_checkpoint(directory, step, some_state(seed), OPTIMIZER, {"val_bpb": 1.25}, BYTES, CPU, **kwargs)
 
 
 def make_model(config=TINY, seed=0):
@@ -76,9 +77,9 @@ def make_model(config=TINY, seed=0):
 def test_round_trip_is_bit_exact_for_every_dtype(tmp_path):
     meta = {"model_config": {"n_layer": 2}, "loader_state": None, "lr": 0.1 + 0.2, "val_bpb": None}
     optimizer = {"a.exp_avg": torch.randn(4).bfloat16(), "a.step": torch.tensor(5)}
-    folder = save_checkpoint(tmp_path / "d2", 12, some_state(), optimizer, meta, CPU)
+    folder = save_checkpoint(tmp_path / "d2", 12, some_state(), optimizer, meta, BYTES, CPU)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "meta.json", "model.safetensors", "optimizer_rank0.safetensors"
+        "meta.json", "model.safetensors", "optimizer_rank0.safetensors", "vocabulary.json"
     ]  # fmt: skip
     model_state, optimizer_state, loaded = cm.load_checkpoint(tmp_path / "d2", 12, CPU, optimizer)
     assert_same(model_state, some_state())
@@ -89,7 +90,7 @@ def test_round_trip_is_bit_exact_for_every_dtype(tmp_path):
 def test_optimizer_state_is_read_only_when_asked_for(tmp_path):
     save(tmp_path, 1)
     assert cm.load_checkpoint(tmp_path, 1, CPU)[1] is None
-    save_checkpoint(tmp_path, 2, some_state(), None, {}, CPU)
+    save_checkpoint(tmp_path, 2, some_state(), None, {}, BYTES, CPU)
     with pytest.raises(UserError, match="saved without an optimizer state"):
         cm.load_checkpoint(tmp_path, 2, CPU, OPTIMIZER)
 
@@ -126,7 +127,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer_rank0.safetensors", "meta.json"])
-def test_damage_is_named_in_one_line_and_the_one_before_is_used(tmp_path, capsys, name, kind):
+def test_damage_is_named_in_one_line_and_the_previous_step_is_used(tmp_path, capsys, name, kind):
     save(tmp_path, 1)
     folder = save(tmp_path, 2)
     DAMAGE[kind](folder / name)
@@ -135,12 +136,12 @@ def test_damage_is_named_in_one_line_and_the_one_before_is_used(tmp_path, capsys
     message = str(raised.value)
     assert "damaged" in message and name in message and str(folder) in message and "\n" not in message
     assert cm.find_last_step(tmp_path) == 1
-    assert "passing over step 2" in capsys.readouterr().out
+    assert "skipping step 2" in capsys.readouterr().out
     assert cm.find_last_step(tmp_path, weights_only=True) == (2 if name.startswith("optimizer") else 1)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "meta.json"])
-def test_files_or_folders_of_another_step_are_noticed(tmp_path, name):
+def test_files_of_another_step_are_noticed(tmp_path, name):
     save(tmp_path, 1, seed=1)
     save(tmp_path, 2, seed=2)
     shutil.copy(tmp_path / "step_000001" / name, tmp_path / "step_000002" / name)
@@ -157,13 +158,13 @@ def test_a_renamed_checkpoint_is_noticed(tmp_path):
 def test_an_edited_number_in_meta_is_noticed(tmp_path):
     path = save(tmp_path, 1) / "meta.json"
     path.write_text(path.read_text().replace("1.25", "1.20"))
-    with pytest.raises(UserError, match="meta.json is not as it was saved"):
+    with pytest.raises(UserError, match="the checksum of meta.json does not match"):
         cm.load_checkpoint(tmp_path, 1, CPU)
 
 
-def test_when_all_are_damaged_it_says_so(tmp_path):
+def test_no_complete_checkpoint_is_an_error(tmp_path):
     truncate(save(tmp_path, 1) / "model.safetensors")
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         cm.find_last_step(tmp_path)
 
 
@@ -195,7 +196,7 @@ def test_a_file_that_goes_between_verifying_and_reading_is_named(tmp_path, monke
 # -----------------------------------------------------------------------------
 # Another number of ranks
 
-WHOLE = {  # the state of an optimizer, as nobody would save it: every tensor in one piece
+WHOLE = {  # the complete state of an optimizer, unsharded
     "emb.exp_avg": np.arange(35, dtype=np.float32).reshape(7, 5),
     "emb.exp_avg_sq": np.arange(35, dtype=np.float32).reshape(7, 5) + 100,
     "head.exp_avg": np.arange(13, dtype=np.float32) + 200,
@@ -207,7 +208,7 @@ WHOLE = {  # the state of an optimizer, as nobody would save it: every tensor in
 
 
 def shard(rank, world_size):
-    """What one rank has of WHOLE: of emb and head, laid end to end, an equal share; of the matrices every so manieth."""
+    """One rank's shard of WHOLE: an equal range of emb and head, concatenated, and whole matrices in turn."""
     state = {f"m{i}.momentum": WHOLE[f"m{i}.momentum"] for i in range(rank, 3, world_size)}
     share = -(-48 // world_size)
     for name, offset, size in (("emb", 0, 35), ("head", 35, 13)):
@@ -224,7 +225,7 @@ def shard(rank, world_size):
 
 def save_on(run_ranks, world_size, directory, step=1):
     def work(compute):
-        return save_checkpoint(directory, step, some_state(), shard(compute.rank, world_size), {}, compute)
+        return save_checkpoint(directory, step, some_state(), shard(compute.rank, world_size), {}, BYTES, compute)
 
     return run_ranks(world_size, work)[0]
 
@@ -238,15 +239,15 @@ def load_as(rank, world_size, directory, step=1):
     return cm.load_checkpoint(directory, step, compute, blank(shard(rank, world_size)))[1]
 
 
-@pytest.mark.parametrize("then", [1, 2, 3, 4])
-@pytest.mark.parametrize("before", [1, 2, 3, 4])
-def test_every_rank_gets_exactly_its_part_whatever_number_of_ranks_saved(tmp_path, run_ranks, before, then):
+@pytest.mark.parametrize("then", [1, 2, 3])
+@pytest.mark.parametrize("before", [1, 2, 3])
+def test_optimizer_state_is_resharded_exactly(tmp_path, run_ranks, before, then):
     save_on(run_ranks, before, tmp_path)
     for rank in range(then):
         assert_same(load_as(rank, then, tmp_path), shard(rank, then))
 
 
-def test_only_files_with_something_wanted_are_read_and_all_of_those_are_verified(tmp_path, run_ranks):
+def test_only_needed_files_are_read_and_each_is_verified(tmp_path, run_ranks):
     folder = save_on(run_ranks, 3, tmp_path)
     flip_bit(folder / "optimizer_rank2.safetensors")
     load_as(0, 3, tmp_path)  # as many ranks as before: its own file has it all
@@ -261,7 +262,7 @@ def test_only_files_with_something_wanted_are_read_and_all_of_those_are_verified
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_list_of_what_is_in_a_file_is_not_taken_for_another_model(tmp_path, run_ranks, kind):
+def test_a_damaged_header_is_not_mistaken_for_another_model(tmp_path, run_ranks, kind):
     path = save_on(run_ranks, 2, tmp_path) / "optimizer_rank1.safetensors"
     if kind == "flip":
         data = path.read_bytes()
@@ -279,7 +280,7 @@ def test_a_damaged_list_of_what_is_in_a_file_is_not_taken_for_another_model(tmp_
 )
 def test_the_optimizer_state_of_another_model_is_refused_by_name(tmp_path, run_ranks, key, shape):
     save_on(run_ranks, 2, tmp_path)
-    with pytest.raises(UserError, match=rf"is of another model: {re.escape(key)} is not there"):
+    with pytest.raises(UserError, match=rf"is of another model: {re.escape(key)} is missing"):
         cm.load_checkpoint(tmp_path, 1, CPU, {key: torch.zeros(shape)})
 
 
@@ -287,26 +288,45 @@ def test_the_optimizer_state_of_another_model_is_refused_by_name(tmp_path, run_r
 # Finding
 
 
-def test_last_is_what_was_saved_last_even_if_an_older_run_went_further(tmp_path):
-    save(tmp_path, 500)
-    save(tmp_path, 20)
-    assert cm.list_steps(tmp_path) == [20, 500]
-    assert cm.find_last_step(tmp_path) == 20
+def test_the_last_step_is_the_highest_whatever_the_clock_says(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cm.time, "time", lambda: 9e9)  # a clock that was wrong once
+        save(tmp_path, 100)
+        save(tmp_path, 200)
+    save(tmp_path, 300)
+    save(tmp_path, 400, keep_last=2)
+    assert cm.list_steps(tmp_path) == [300, 400] and cm.find_last_step(tmp_path) == 400
 
 
-def test_what_was_saved_before_a_moment_can_be_left_out(tmp_path):
-    save(tmp_path, 10)
-    moment = time.time()
-    with pytest.raises(UserError, match="no whole checkpoint"):
-        cm.find_last_step(tmp_path, since=moment)
-    truncate(save(tmp_path, 3) / "model.safetensors")
-    with pytest.raises(UserError, match="no whole checkpoint"):
-        cm.find_last_step(tmp_path, since=moment)
-    save(tmp_path, 2)
-    assert cm.find_last_step(tmp_path, since=moment) == 2
+def test_keep_last_counts_complete_checkpoints_only(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step)
+    truncate(tmp_path / "step_000005" / "model.safetensors")
+    (tmp_path / "step_000004" / "meta.json").unlink()
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    save(tmp_path, 6, keep_last=2)
+    assert names_in(tmp_path) == ["notes.txt", "step_000003", "step_000004", "step_000005", "step_000006"]
 
 
-def test_the_tag_saved_last_is_taken_by_default(base_dir):
+def test_an_earlier_run_is_set_aside_whole(tmp_path):
+    directory = tmp_path / "d4"
+    assert cm.set_aside(directory) is None
+    for step in (5, 7):
+        save(directory, step)
+        (directory / "metrics.jsonl").write_text(str(step))
+        (directory / ".lock").touch()
+        assert cm.set_aside(directory) == tmp_path / "d4.old"
+        assert names_in(directory) == [".lock"] and names_in(tmp_path / "d4.old") == ["metrics.jsonl", f"step_{step:06d}"]
+    assert cm.find_last_step(tmp_path / "d4.old") == 7
+
+
+def test_a_score_can_be_added_after_saving(tmp_path):
+    save(tmp_path, 3)
+    cm.update_meta(tmp_path, 3, val_bpb=1.0)
+    assert cm.verify(tmp_path, 3)["val_bpb"] == 1.0
+
+
+def test_the_newest_tag_is_the_default(base_dir):
     for tag, step in (("d4", 10), ("d12", 3), ("d4", 20), ("d8", 1)):
         save(cm.checkpoint_dir("base", tag), step)
     assert cm.find_tags("base") == ["d8", "d4", "d12"]
@@ -315,15 +335,15 @@ def test_the_tag_saved_last_is_taken_by_default(base_dir):
     assert cm.resolve_checkpoint("base", "d4", 10) == (base_dir / "base_checkpoints" / "d4", 10)
 
 
-def test_mistakes_are_answered_with_what_there_is(base_dir):
+def test_errors_list_what_exists(base_dir):
     with pytest.raises(UserError, match=r"no sft checkpoint in .*chatsft_checkpoints yet; run `.*scripts.chat_sft`"):
         cm.load_model("sft", CPU)
     save(cm.checkpoint_dir("base", "d4"), 10)
-    with pytest.raises(UserError, match="tagged 'd5'; there are d4"):
+    with pytest.raises(UserError, match="tag 'd5'; there are d4"):
         cm.load_model("base", CPU, model_tag="d5")
     with pytest.raises(UserError, match=r"no checkpoint of step 11 .* there are steps \[10\]"):
         cm.load_model("base", CPU, step=11)
-    with pytest.raises(UserError, match="cannot be the name of a folder"):
+    with pytest.raises(UserError, match="not a valid folder name"):
         cm.checkpoint_dir("base", "../d4")
 
 
@@ -331,120 +351,111 @@ def test_mistakes_are_answered_with_what_there_is(base_dir):
 # Models
 
 
-def train_tokenizer(vocab_size):
-    from nanochat.common import get_base_dir
-    from nanochat.tokenizer import RustBPETokenizer
-
-    tokenizer = RustBPETokenizer.train_from_iterator(["the cat sat on the mat " * 9], vocab_size)
-    tokenizer.save(get_base_dir() / "tokenizer")
+def train_tokenizer(text):
+    tokenizer = RustBPETokenizer.train_from_iterator([text * 9], 270)
+    tokenizer.save(cm.base_dir_path() / "tokenizer")
     return tokenizer
 
 
-def test_load_model_gives_the_saved_model_in_eval_mode(base_dir):
-    tokenizer = train_tokenizer(270)
+def test_a_model_is_loaded_with_its_own_tokenizer(base_dir):
+    """Training another tokenizer, even of the same size, never makes an existing model unusable."""
+    tokenizer = train_tokenizer("the cat sat on the mat ")
     config = dataclasses.replace(TINY, vocab_size=tokenizer.get_vocab_size())
     model = make_model(config)
-    meta = {"model_config": dataclasses.asdict(config)}
-    save_checkpoint(cm.checkpoint_dir("mid", "d2"), 5, model.state_dict(), None, meta, CPU)
-    loaded, _, meta = cm.load_model("mid", CPU)
+    meta = {"model_config": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint()}
+    save_checkpoint(cm.checkpoint_dir("mid", "d2"), 5, model.state_dict(), None, meta, tokenizer, CPU)
+    train_tokenizer("quite another text ")
+    loaded, own, meta = cm.load_model("mid", CPU)
     assert loaded.config == config and not loaded.training and meta["step"] == 5
+    assert own.fingerprint() == tokenizer.fingerprint()
     tokens = torch.randint(0, config.vocab_size, (2, 16))
     assert torch.equal(loaded(tokens), model(tokens))
 
 
-def test_a_tokenizer_that_is_not_the_models_own_is_refused(base_dir):
-    train_tokenizer(270)
-    meta = {"model_config": dataclasses.asdict(TINY)}
-    save_checkpoint(cm.checkpoint_dir("base", "d2"), 5, make_model().state_dict(), None, meta, CPU)
-    with pytest.raises(UserError, match=r"another tokenizer \(70 tokens\) than the one here now \(270 tokens\)"):
-        cm.load_model("base", CPU)
-
-
-def test_nor_is_one_of_the_same_size(base_dir):
-    tokenizer = train_tokenizer(270)
+def test_a_checkpoint_without_tokenizer_uses_the_base_folders_if_it_is_the_same(base_dir):
+    tokenizer = train_tokenizer("the cat sat on the mat ")
     config = dataclasses.replace(TINY, vocab_size=tokenizer.get_vocab_size())
     meta = {"model_config": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint()}
-    save_checkpoint(cm.checkpoint_dir("base", "d2"), 5, make_model(config).state_dict(), None, meta, CPU)
-    cm.load_model("base", CPU)
-    meta["tokenizer"] = "of other merges"
-    save_checkpoint(cm.checkpoint_dir("base", "d2"), 6, make_model(config).state_dict(), None, meta, CPU)
+    folder = save_checkpoint(cm.checkpoint_dir("base", "d2"), 5, make_model(config).state_dict(), None, meta, tokenizer, CPU)
+    (folder / "vocabulary.json").unlink()
+    files = json.loads((folder / "meta.json").read_text())["files"]
+    files.pop("vocabulary.json")
+    cm.update_meta(folder.parent, 5, files=files)
+    assert cm.load_model("base", CPU)[1].fingerprint() == tokenizer.fingerprint()
+    train_tokenizer("quite another text ")
     with pytest.raises(UserError, match="another tokenizer"):
         cm.load_model("base", CPU)
 
 
-def test_weights_or_config_that_do_not_fit_are_a_users_error():
-    state, config = make_model().state_dict(), dataclasses.asdict(TINY)
-    with pytest.raises(UserError, match="do not fit"):
-        cm.build_model(state, {**config, "n_layer": 3}, CPU)
-    with pytest.raises(UserError, match="'flux'.* update the code"):
-        cm.build_model(state, {**config, "flux": 1}, CPU)
+def test_a_config_with_unknown_fields_or_other_weights_is_refused(base_dir):
+    for change, message in (({"n_moons": 3}, "n_moons"), ({"n_embd": 128}, "do not fit")):
+        config = {**dataclasses.asdict(TINY), **change}
+        with pytest.raises(UserError, match=message):
+            cm.build_model(make_model().state_dict(), config, CPU)
 
 
 # -----------------------------------------------------------------------------
-# The reference's layout
+# Complete or absent
 
 
-def save_reference(directory, step, state, config):
-    directory.mkdir(parents=True, exist_ok=True)
-    torch.save(state, directory / f"model_{step:06d}.pt")
-    (directory / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "model_config": config}))
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_references_layout_loads_with_its_compile_prefix(tmp_path):
-    model = make_model()
-    save_reference(tmp_path, 7, {"_orig_mod." + k: v for k, v in model.state_dict().items()}, dataclasses.asdict(TINY))
-    assert cm.list_steps(tmp_path) == [7] and cm.find_last_step(tmp_path) == 7
-    state, optimizer, meta = cm.load_checkpoint(tmp_path, 7, CPU)
-    assert_same(state, dict(model.state_dict()))
-    assert optimizer is None and meta["model_config"] == dataclasses.asdict(TINY)
-    with pytest.raises(UserError, match="weights only"):
-        cm.load_checkpoint(tmp_path, 7, CPU, OPTIMIZER)
+@pytest.mark.parametrize("moment", ["_write_tensors", "_write_meta", "_hidden", "flush_to_disk"])
+def test_a_failure_at_any_moment_leaves_earlier_checkpoints(tmp_path, monkeypatch, moment):
+    save(tmp_path, 1)
+    real = getattr(cm, moment)
+
+    def fail(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cm, moment, fail)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2)
+    assert [name for name in names_in(tmp_path) if not name.startswith(".")] == ["step_000001"]
+    assert cm.find_last_step(tmp_path) == 1
+    save(tmp_path, 3)
+    assert names_in(tmp_path) == ["step_000001", "step_000003"], "leftovers are removed by the next save"
 
 
-def test_an_old_model_without_the_learnt_extras_computes_what_it_did(tmp_path):
-    """Extras missing from the file behave as if they were not there: checked against a model where they are neutral."""
-    config = dataclasses.replace(TINY, window_pattern="L", rotary_base=10000.0, qk_scale=1.0)
-    model = make_model(config)
-    extras = ("resid_lambdas", "x0_lambdas", "smear", "backout", "value_embeds")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith(extras) or "ve_gate" in name:
-                parameter.fill_(1.0 if name == "resid_lambdas" else 0.0)
-    old_state = {k: v for k, v in model.state_dict().items() if not k.startswith(extras) and "ve_gate" not in k}
-    names = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
-    save_reference(tmp_path, 7, old_state, {name: getattr(TINY, name) for name in names})
-    state, _, meta = cm.load_checkpoint(tmp_path, 7, CPU)
-    loaded = cm.build_model(state, meta["model_config"], CPU)
-    assert loaded.config == config
-    tokens = torch.randint(0, 70, (2, 16))
-    assert torch.equal(loaded(tokens), model(tokens))
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
+    save(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            save_checkpoint(tmp_path, 2, {"w": torch.zeros(100_000)}, None, {}, BYTES, CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno == errno.EFBIG and "model.safetensors" in raised.value.filename
+    assert names_in(tmp_path) == ["step_000001"]
 
 
-class Hostile:
-    def __init__(self, path):
-        self.path = str(path)
+@pytest.mark.parametrize("failing", [0, 2])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "part"), RuntimeError("unexpected")])
+def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_nothing(tmp_path, run_ranks, monkeypatch, failing, error):
+    save(tmp_path, 1)
+    real = cm._write_tensors
 
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
+    def write(path, state):
+        if path.name == f"optimizer_rank{failing}.safetensors":
+            raise error
+        return real(path, state)
 
+    monkeypatch.setattr(cm, "_write_tensors", write)
 
-@pytest.mark.parametrize("writer", ["torch.save", "pickle"])
-def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, writer):
-    trap = tmp_path / "trap"
-    save_reference(tmp_path, 7, {}, dataclasses.asdict(TINY))
-    if writer == "pickle":
-        (tmp_path / "model_000007.pt").write_bytes(pickle.dumps({"w": Hostile(trap)}, protocol=2))
-    else:
-        torch.save({"w": Hostile(trap)}, tmp_path / "model_000007.pt")
-    with pytest.raises(UserError, match="refused"):
-        cm.load_checkpoint(tmp_path, 7, CPU)
-    assert not trap.exists()
+    def work(compute):
+        with pytest.raises(Exception) as raised:
+            save_checkpoint(tmp_path, 2, some_state(), OPTIMIZER, {}, BYTES, compute)
+        return raised.value
 
-
-@pytest.mark.parametrize("name", ["model_000007.pt", "meta_000007.json"])
-@pytest.mark.parametrize("kind", ["truncate", "empty"])
-def test_a_damaged_file_of_the_reference_is_a_users_error(tmp_path, name, kind):
-    save_reference(tmp_path, 7, make_model().state_dict(), dataclasses.asdict(TINY))
-    DAMAGE[kind](tmp_path / name)
-    with pytest.raises(UserError, match="damaged"):
-        cm.load_checkpoint(tmp_path, 7, CPU)
+    for rank, seen in enumerate(run_ranks(3, work)):
+        if rank == failing:
+            assert seen is error
+        else:
+            assert isinstance(seen, OSError) and f"on rank {failing}: " in str(seen)
+            assert seen.errno == getattr(error, "errno", errno.EIO)
+    assert names_in(tmp_path) == ["step_000001"]

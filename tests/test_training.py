@@ -1,4 +1,4 @@
-"""The verbs of training: what a step weighs, when something is due, what the meter keeps."""
+"""The shared steps of training: gradients and losses of a step, loss scaling, the meter, stop signals, where to resume."""
 
 import json
 import math
@@ -10,16 +10,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import training
 from nanochat.common import Compute, UserError
+from nanochat.device import largest_batch
 from nanochat.optim import MuonAdamW
-from nanochat.training import LossScale, Meter, StopSignal, due, inherit, largest_batch, set_rates, train_step
+from nanochat.training import (
+    LossScale,
+    Meter,
+    StopSignal,
+    due,
+    guarded,
+    inherit,
+    set_rates,
+    step_to_resume,
+    train_step,
+)
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 
 
 class TinyModel(torch.nn.Module):
-    """A bigram table: its loss has the model's interface, its gradient is easy to write down."""
+    """A bigram table with the model's interface, whose gradient is easy to derive."""
 
     def __init__(self, vocab=11):
         super().__init__()
@@ -31,11 +41,11 @@ class TinyModel(torch.nn.Module):
         )
 
 
-def sgd_like(model, lr=1.0):
-    """An optimizer that writes the gradient it was given into `seen`."""
+def recorder(model):
+    """An optimizer that records the gradient of each step in `seen`."""
 
     class Recorder:
-        param_groups = [{"params": [("table", model.table)]}]
+        param_groups = [{"params": [model.table]}]
 
         def step(self):
             self.seen = model.table.grad.clone()
@@ -55,15 +65,15 @@ def batch(B, T, supervised, seed):
     return x, torch.where(keep.view(B, T), y, -1)
 
 
-def test_a_step_waits_for_nothing_and_compiles_once():
-    """Reading a number of a tensor, which would wait for a GPU, happens nowhere, and rates may change without a new graph."""
+def test_a_step_never_synchronises_and_compiles_once():
+    """No value of a tensor is read, which would wait for a GPU, and new rates do not recompile."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from nanochat.gpt import GPT, GPTConfig
 
     class NoReading(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "this waits"
+            assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "this synchronises"
             return function(*args, **(kwargs or {}))
 
     with torch.device("meta"):
@@ -81,14 +91,14 @@ def test_a_step_waits_for_nothing_and_compiles_once():
             train_step(compiled, optimizer, [pair, pair], CPU, count=128)
     with NoReading():
         train_step(model, optimizer, [pair, pair], CPU, count=128)
-    with NoReading(), pytest.raises(AssertionError, match="this waits"):
-        train_step(model, optimizer, [pair, pair], CPU)  # the mode sees it
+    with NoReading(), pytest.raises(AssertionError, match="this synchronises"):
+        train_step(model, optimizer, [pair, pair], CPU)  # the check works
 
 
-def test_every_token_weighs_the_same_whichever_micro_batch_it_came_in():
+def test_every_target_weighs_the_same_in_any_micro_batch():
     model = TinyModel()
-    optimizer = sgd_like(model)
-    batches = [batch(2, 6, n, seed=n) for n in (1, 12, 5, 0)]  # one of them has nothing to learn
+    optimizer = recorder(model)
+    batches = [batch(2, 6, n, seed=n) for n in (1, 12, 5, 0)]  # one of them has no target
     loss = train_step(model, optimizer, batches, CPU)
     x, y = (torch.cat(parts) for parts in zip(*batches))
     expected = F.cross_entropy(model.table.double()[x].flatten(0, 1), y.flatten(), ignore_index=-1)
@@ -97,12 +107,12 @@ def test_every_token_weighs_the_same_whichever_micro_batch_it_came_in():
     assert torch.allclose(optimizer.seen, gradient, atol=1e-7)
 
 
-def test_nor_does_it_matter_which_rank_it_came_to(run_ranks):
-    """The gradients of two ranks, which the optimizer sums, are together that of one; so is the loss, on both."""
+def test_every_target_weighs_the_same_on_any_rank(run_ranks):
+    """The gradients of two ranks, which the optimizer sums, add up to that of one; the loss is the same on both."""
     batches = [batch(2, 6, n, seed=n) for n in (1, 12, 5, 0)]
-    alone, together = sgd_like(model := TinyModel()), [TinyModel(), TinyModel()]
+    alone, together = recorder(model := TinyModel()), [TinyModel(), TinyModel()]
     loss = train_step(model, alone, batches, CPU)
-    recorders = [sgd_like(model) for model in together]
+    recorders = [recorder(model) for model in together]
 
     def step(compute):
         return train_step(together[compute.rank], recorders[compute.rank], batches[compute.rank :: 2], compute)
@@ -112,13 +122,16 @@ def test_nor_does_it_matter_which_rank_it_came_to(run_ranks):
 
 
 def test_overflow_on_one_rank_skips_the_step_on_all(run_ranks):
-    def unscale(compute):
-        p = torch.nn.Parameter(torch.zeros(2))
-        p.grad = torch.full((2,), math.inf if compute.rank == 1 else 8.0)
-        scale = LossScale()
-        return scale.unscale([p], compute), scale.scale
+    def step(compute):
+        model = TinyModel()
+        optimizer, scale = recorder(model), LossScale(compute)
+        initial = scale.get_scale()
+        if compute.rank == 1:
+            model.table.register_hook(lambda grad: grad * math.inf)
+        train_step(model, optimizer, [batch(2, 6, 7, seed=1)], compute, scale)
+        return hasattr(optimizer, "seen"), scale.get_scale() / initial
 
-    assert run_ranks(2, unscale) == [(False, 2.0**14)] * 2
+    assert run_ranks(2, step) == [(False, 0.5)] * 2
 
 
 def test_a_step_without_any_target_changes_nothing():
@@ -130,17 +143,15 @@ def test_a_step_without_any_target_changes_nothing():
     assert not any(state.any() for state in optimizer.state_dict().values())
 
 
-def test_loss_scaling_changes_nothing_but_skips_overflow():
+def test_loss_scaling_leaves_the_gradient_as_it_is():
     plain, scaled = TinyModel(), TinyModel()
-    one, two = sgd_like(plain), sgd_like(scaled)
+    one, two, scale = recorder(plain), recorder(scaled), LossScale(CPU)
     train_step(plain, one, [batch(2, 6, 7, seed=1)], CPU)
-    scale = LossScale()
     train_step(scaled, two, [batch(2, 6, 7, seed=1)], CPU, scale)
     assert torch.allclose(one.seen, two.seen, rtol=1e-5)
-    scale.scale = math.inf
-    del two.seen
-    train_step(scaled, two, [batch(2, 6, 7, seed=1)], CPU, scale)
-    assert not hasattr(two, "seen"), "an overflowing step is skipped"
+    resumed = LossScale(CPU)
+    resumed.load_state_dict(json.loads(json.dumps(scale.state_dict())))
+    assert resumed.get_scale() == scale.get_scale()
 
 
 def test_due():
@@ -149,12 +160,7 @@ def test_due():
     assert not due(8, -1) and not due(0, 4) and not due(9, 0, last=True)
 
 
-def test_a_rank_that_had_nothing_to_learn_from_overflows_nothing():
-    scale = LossScale()
-    assert scale.unscale([torch.nn.Parameter(torch.ones(2))], CPU) and scale.good_steps == 1
-
-
-def test_rates_reach_the_groups():
+def test_set_rates_updates_the_groups():
     group = {"params": [], "weight_decay": 0.4}
     optimizer = MuonAdamW([{"kind": "muon", "lr": 0.02, **group}, {"kind": "adamw", "lr": 0.3, **group}])
     lrm = set_rates(optimizer, step=75, progress=0.75, warmup_steps=0, warmdown=0.5, final=0.0)
@@ -181,17 +187,18 @@ def test_the_smoothed_loss_is_debiased_and_resumes(tmp_path, capsys):
     assert lines[0]["loss"] == pytest.approx(4.0) and lines[2]["loss"] == pytest.approx(expected)
     assert "step 00003 (50.0%)" in capsys.readouterr().out
 
-    resumed = meter(tmp_path, state=saved)  # step 3 is forgotten, and then said again, equally
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    m.log(2, val_bpb=1.5)  # an evaluation at the saved step is repeated after a resume
+    resumed = meter(tmp_path, state=saved)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     resumed.start()
     resumed.stop(3, 0.5, torch.tensor(3.0), 1.0, 1)
     again = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in again] == [line["loss"] for line in lines]
 
 
-def test_on_a_gpu_a_step_is_told_of_when_the_next_is_on_its_way(tmp_path):
+def test_on_a_gpu_a_step_is_reported_after_the_next_is_launched(tmp_path):
     class Loss:
-        """Notes when it is read, which is what waits for a GPU."""
+        """Records when it is read, which would wait for a GPU."""
 
         def __init__(self, value):
             self.value = value
@@ -209,7 +216,7 @@ def test_on_a_gpu_a_step_is_told_of_when_the_next_is_on_its_way(tmp_path):
         m.stop(step, step / 6, Loss(float(step)), 1.0, 1)
         seen.append(list(read))
     assert seen == [[], [1.0], [1.0, 2.0]]
-    m.flush()  # before a measurement, say, whose time is not a step's
+    m.flush()  # before an evaluation, whose time is not a step's
     m.flush()
     assert read == [1.0, 2.0, 3.0] and m.state(3)["step"] == 3
     time.sleep(0.2)
@@ -222,7 +229,7 @@ def test_on_a_gpu_a_step_is_told_of_when_the_next_is_on_its_way(tmp_path):
     assert m.total_time < 0.2
 
 
-def test_the_largest_batch_that_does_not_run_out_of_memory():
+def test_largest_batch_halves_until_memory_suffices():
     tried = []
 
     def attempt(rows, most=24):
@@ -238,78 +245,82 @@ def test_the_largest_batch_that_does_not_run_out_of_memory():
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, loss):
+def test_a_non_finite_loss_stops_the_run(tmp_path, loss):
     m = meter(tmp_path)
     m.start()
     with pytest.raises(UserError, match=r"step 7 .*--resume-from-step latest"):
         m.stop(7, 0.5, torch.tensor(loss), 1.0, 1)
 
 
-def test_stop_signals_are_asked_for_politely_once():
+def test_the_second_sigint_stops_at_once():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         stop = StopSignal(CPU)
-        assert not stop.asked()
+        assert not stop.requested()
         signal.raise_signal(signal.SIGTERM)
-        assert stop.asked()
-        with pytest.raises(KeyboardInterrupt):  # whoever presses Ctrl-C now means it
+        assert stop.requested()
+        with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def test_all_ranks_stop_when_one_is_asked_to(run_ranks):
+def test_all_ranks_stop_when_one_is_signalled(run_ranks):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         stops = {rank: StopSignal(CPU) for rank in range(3)}
 
-        def asked(compute):
+        def requested(compute):
             stops[compute.rank].compute = compute
-            stops[compute.rank].heard = compute.rank == 2
-            return stops[compute.rank].asked()
+            stops[compute.rank].received = compute.rank == 2
+            return stops[compute.rank].requested()
 
-        assert run_ranks(3, asked) == [True] * 3
+        assert run_ranks(3, requested) == [True] * 3
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def test_what_a_restarted_job_goes_on_from(tmp_path, monkeypatch, capsys):
-    """From the newest that the job itself saved; a new job, or one that saved nothing, does what its flags say."""
-    saved = {}  # step -> when
-    monkeypatch.setattr(training, "job_name", lambda: job)
+def save_step(directory, step):
+    from nanochat.checkpoint_manager import save_checkpoint
+    from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 
-    def find_last_step(directory, since=None):
-        steps = [step for step, when in saved.items() if when > (since or 0)]
-        if not steps:
-            raise UserError("no whole checkpoint")
-        return max(steps, key=saved.get)
-
-    monkeypatch.setattr(training, "find_last_step", find_last_step)
-    job, saved[900] = "monday/", time.time()  # another run's
-    assert training._step_to_resume(tmp_path, "-1", restarted=False) is None
-    assert training._step_to_resume(tmp_path, "-1", restarted=True) is None
-    assert "no whole checkpoint: beginning as at first" in capsys.readouterr().out
-    assert training._step_to_resume(tmp_path, "900", restarted=True) == 900
-    saved[20] = time.time() + 1
-    assert [training._step_to_resume(tmp_path, wanted, restarted=True) for wanted in ("-1", "latest", "900")] == [20] * 3
-    assert training._step_to_resume(tmp_path, "900", restarted=False) == 900, "a fresh start does as it is told"
-    job = "tuesday/"  # killed before it came so far as to say that it began
-    assert training._step_to_resume(tmp_path, "-1", restarted=True) is None
+    ranks = {bytes([i]): i for i in range(256)}
+    tokenizer = RustBPETokenizer(ranks, r"\w+|\W", {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+    save_checkpoint(directory, step, {"w": torch.zeros(1)}, None, {}, tokenizer, CPU)
 
 
-def test_a_run_of_epochs_is_done_when_every_lane_is():
-    streams = {"0": {"next": [2, 0]}, "3": {"next": [1, 40]}}
-    state = {"finished": 30, "streams": streams}
-    assert training.conversations_done(state, 1.0).tolist() == [30, 1]
-    assert training.conversations_done(state, 0.5).tolist() == [30, 0]
-    assert training.conversations_done(state, 2.0).tolist() == [30, 2]
+def test_where_to_resume(tmp_path, capsys):
+    directory = tmp_path / "d4"
+    assert step_to_resume(directory, "-1", restarted=False) is None
+    save_step(directory, 20)
+    save_step(directory, 10)
+    assert step_to_resume(directory, "latest", restarted=False) == 20
+    assert step_to_resume(directory, "10", restarted=False) == 10
+    assert [step_to_resume(directory, wanted, restarted=True) for wanted in ("-1", "latest", "10")] == [20] * 3
+    with pytest.raises(UserError, match="neither a step nor"):
+        step_to_resume(directory, "newest", restarted=False)
+    # A new run never mixes with what an earlier one left under its tag
+    assert step_to_resume(directory, "-1", restarted=False) is None
+    assert "d4.old" in capsys.readouterr().out and not list(directory.glob("step_*"))
+    assert len(list((tmp_path / "d4.old").glob("step_*"))) == 2
+    assert step_to_resume(directory, "-1", restarted=True) is None
+    with pytest.raises(UserError):
+        step_to_resume(directory, "latest", restarted=False)
 
 
-def test_inherit():
+def test_a_failed_evaluation_is_one_line_and_noted(capsys):
+    failures = []
+    assert guarded("measuring", lambda: 7, failures) == 7 and not failures
+    assert guarded("measuring", lambda: 1 / 0, failures) is None and failures == ["measuring"]
+    assert capsys.readouterr().out == "error: measuring failed (ZeroDivisionError: division by zero); training continues\n"
+
+
+def test_inherit_takes_flags_that_were_not_given_from_the_initial_model():
     args = Namespace(matrix_lr=None, max_seq_len=64, model_tag=None)
-    inherit(args, {"user_config": {"matrix_lr": 0.02, "max_seq_len": 512}})
-    assert args.matrix_lr == 0.02 and args.max_seq_len == 64 and args.model_tag is None
+    settings = inherit(args, {"user_config": {"matrix_lr": 0.02, "max_seq_len": 512, "short_run": 2.0}})
+    assert vars(settings) == {"matrix_lr": 0.02, "max_seq_len": 64, "model_tag": None, "short_run": 2.0}
+    assert args.matrix_lr is None, "args stay what was given"
     with pytest.raises(UserError, match="--matrix-lr"):
         inherit(Namespace(matrix_lr=None), {"user_config": {}})

@@ -1,0 +1,131 @@
+"""Fitting a model to its device: compilation, the attention kernel, the micro-batch, the peak FLOP rate."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nanochat import cpu
+from nanochat.common import Compute, UserError, print0
+from nanochat.flash_attention import choose
+from nanochat.gpt import GPT
+from nanochat.schedule import largest_device_batch
+
+# Dense bf16 peak in FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first match counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
+SAVED_VALUES = 20  # per token, layer and channel, that the compiled model saves for the backward pass (dev/LOG.md, 15)
+ACTIVATION_SHARE = 0.65  # of free memory; weights, gradients, optimizer state and logits need the rest
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's bf16 peak in FLOP/s; None where it is unknown, so that no MFU is reported."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.nn.Module:
+    """The model compiled for batches of `rows` rows; the model itself, with a printed reason, where that is impossible.
+
+    On a GPU whose memory cannot hold all activations, the cheap ones are recomputed in the backward pass.
+    """
+    choose_attention(model, compute)
+    if compute.device.type == "cuda":
+        config = model.config
+        torch.cuda.empty_cache()  # so that the driver knows what is free
+        needed = rows * config.sequence_len * config.n_layer * config.n_embd * SAVED_VALUES * compute.dtype.itemsize
+        free = torch.cuda.mem_get_info(compute.device)[0]
+        model.recompute = max(compute.gather(needed > ACTIVATION_SHARE * free))  # all ranks alike
+        if model.recompute:
+            # The wrapper warns about in-place operations; blocks have none.
+            logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+            print0(f"recomputing cheap activations: all of them take {needed / 1e9:.0f} GB and {free / 1e9:.0f} GB are free")
+    if compute.device.type == "mps":
+        return model
+    if compute.device.type == "cpu":
+        headers = Path(sysconfig.get_path("include")) / "Python.h"
+        if not shutil.which("g++") and not shutil.which("clang++") or not headers.exists():
+            print0("training uncompiled, about a third slower: no C++ compiler or no Python headers found")
+            return model
+        cpu.keep_freed_memory()
+        cpu.deterministic()
+    return torch.compile(model, dynamic=False)
+
+
+def prepare_for_inference(model: GPT) -> GPT:
+    """Lay the weights out for decoding; returns the model. On a GPU they are converted to the compute dtype for good.
+
+    Call it again after the weights have changed.
+    """
+    if model.get_device().type == "cuda":
+        return model.to(model.transformer.wte.weight.dtype)  # spares a cast of every weight at every token
+    if model.get_device().type == "cpu":
+        cpu.keep_freed_memory()
+        cpu.pack(model)
+    return model
+
+
+def choose_attention(model: torch.nn.Module, compute: Compute) -> None:
+    """Choose the attention kernel for each of the model's windows. Must happen outside of compiled code."""
+    config = model.config
+    for window in sorted({*model.window_sizes, -1}):
+        choose(compute.device, compute.dtype, config.n_head, config.n_kv_head, config.n_embd // config.n_head, window)
+
+
+def fit_device_batch(model, compute: Compute, total_batch_size: int, limit: int = 32) -> int:
+    """Rows per micro-batch that fit every rank's device: a power of two up to `limit` that divides the rows of a step.
+
+    On a GPU one uncompiled pass is tried with cheap activations recomputed, beside as much memory as gradients and
+    optimizer state take. On a CPU it is 8 at most.
+    """
+    T = model.config.sequence_len
+    rows = largest_device_batch(total_batch_size, T, compute.world_size, limit if compute.device.type == "cuda" else min(8, limit))
+    if compute.device.type != "cuda":
+        return rows
+
+    def attempt(rows: int) -> None:
+        others = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # optimizer state and an update
+        idx = torch.randint(0, model.config.vocab_size, (rows, T), device=compute.device)
+        try:
+            model(idx, idx).backward()
+            torch.cuda.synchronize(compute.device)
+        finally:
+            del others
+            model.zero_grad()
+            compute.heartbeat()
+
+    choose_attention(model, compute)
+    model.recompute = True
+    return min(compute.gather(largest_batch(attempt, rows)))
+
+
+def largest_batch(attempt: Callable[[int], object], rows: int) -> int:
+    """The most rows, halving from `rows`, for which `attempt(rows)` does not run out of GPU memory.
+
+    Raises UserError where even one row does not fit.
+    """
+    while rows:
+        try:
+            attempt(rows)
+            return rows
+        except torch.OutOfMemoryError:
+            rows //= 2
+        if torch.cuda.is_available():  # outside of the handler, whose traceback holds the tensors
+            torch.cuda.empty_cache()
+    raise UserError("not even one row fits into this GPU's memory; use a smaller --depth or --max-seq-len")

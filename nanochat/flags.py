@@ -1,0 +1,86 @@
+"""Command-line flags that several scripts share, each declared once, in groups.
+
+A flag means the same in every script. Numbers are checked where they are parsed. This file imports
+nothing heavy, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Callable
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that shows defaults and refuses abbreviated flags."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+
+
+def number(kind: type, least: float, or_: float | None = None) -> Callable[[str], float]:
+    """A type for argparse: a finite number of at least `least`, or the special value `or_`.
+
+    >>> number(int, 1, or_=-1)("0")
+    Traceback (most recent call last):
+    argparse.ArgumentTypeError: 0 is not allowed: must be at least 1, or -1
+    """
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
+        if value != or_ and not least <= value < float("inf"):
+            also = "" if or_ is None else f", or {or_}"
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: must be at least {least}{also}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, 1)  # 1, 2, ...
+COUNT_OR_AUTO = number(int, 1, or_=-1)  # -1: chosen by the program
+INTERVAL = number(int, 0, or_=-1)  # steps; -1: at the end only, 0: never
+FRACTION = number(float, 0)
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--run", default="dummy", help="name of the wandb run (dummy: no wandb)")
+    group.add_argument("--device-type", default="", help="cuda, mps or cpu (empty: the best available)")
+
+
+def add_origin_flags(parser: argparse.ArgumentParser, stages: list[str], default: str) -> None:
+    """The model that a stage starts from."""
+    group = parser.add_argument_group("initial model")
+    group.add_argument("-i", "--stage", default=default, choices=stages, help="stage of the model to start from")
+    group.add_argument("--model-tag", default=None, help="its tag, also used for the new model (default: the newest model's)")
+    group.add_argument("--model-step", type=number(int, 0), default=None, help="its step (default: the last)")
+
+
+def add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    """Batch sizes of the fine-tuning stages, inherited where not given."""
+    group = parser.add_argument_group("batch, inherited from the initial model where not given")
+    group.add_argument("--max-seq-len", type=COUNT, default=None, help="tokens per row")
+    group.add_argument("--device-batch-size", type=COUNT_OR_AUTO, default=None, help="rows per micro-batch (-1: as many as fit)")
+    group.add_argument("--total-batch-size", type=COUNT, default=None, help="tokens per step")
+
+
+def add_rate_flags(parser: argparse.ArgumentParser, inherited: bool = False) -> None:
+    """Learning rates before scaling; the fine-tuning stages inherit them."""
+    group = parser.add_argument_group("learning rates" + ", inherited from the initial model where not given" * inherited)
+    for name, default, text in (
+        ("embedding", 0.3, "AdamW rate of the embeddings"),
+        ("unembedding", 0.008, "AdamW rate of the output head"),
+        ("matrix", 0.02, "Muon rate of the matrices"),
+        ("scalar", 0.5, "AdamW rate of the per-layer scalars"),
+    ):
+        group.add_argument(f"--{name}-lr", type=FRACTION, default=None if inherited else default, help=text)
+
+
+def add_saving_flags(parser: argparse.ArgumentParser, eval_every: int, save_every: int = -1) -> None:
+    group = parser.add_argument_group("evaluation and checkpoints")
+    group.add_argument("--resume-from-step", default="-1", help="step to resume from, or 'latest' (-1: start a new run)")
+    group.add_argument("--eval-every", type=INTERVAL, default=eval_every, help="steps between evaluations (-1: at the end, 0: never)")
+    group.add_argument("--save-every", type=INTERVAL, default=save_every, help="steps between checkpoints (-1: at the end)")
+    group.add_argument("--keep-last", type=COUNT_OR_AUTO, default=-1, help="number of newest checkpoints to keep (-1: all)")
