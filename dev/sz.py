@@ -1,34 +1,84 @@
-"""Lines per folder and file: `python dev/sz.py`. A budget that nobody prints is soon spent.
+"""Lines and tokens per folder, and the budget they must stay in: `python dev/sz.py` (exit code 1 above it).
 
-Counts the lines of our own source in git, blank ones and comments too; data and prose are left out.
+Counts all lines of our source files in git, blank lines and comments included. Tokens per line measure how dense
+the Python code is; comments, docstrings and blank lines do not count there.
 """
 
 from __future__ import annotations
 
+import io
 import subprocess
+import sys
+import tokenize
 from collections import defaultdict
 from pathlib import Path
 
+PRODUCT, TESTS = 16_500, 10_500  # lines: everything but the tests; the tests
+FILE = 500  # lines of one file
+LARGER = {  # files that may be larger for now
+    "nanochat/ui.html": 1274, "nanochat/sandbox.py": 568, "nanochat/engine.py": 505, "tests/test_ui.py": 831,
+    "tests/test_sandbox.py": 677, "tests/test_engine.py": 636, "tests/test_dataloader.py": 541,
+}  # fmt: skip
+TOKENS_PER_LINE = 11.0  # of Python code
 SOURCE = {".py", ".rs", ".sh", ".html", ".toml"}
 
 
-def source_files(root: Path) -> list[Path]:
-    """Source files under `root` that git has or would take, as paths relative to it."""
+def source_files(root: Path) -> list[str]:
+    """Paths of the source files that git tracks or would track, relative to `root`."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.splitlines()
-    return sorted(Path(name) for name in set(listed) if Path(name).suffix in SOURCE and (root / name).is_file())
+    names = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.splitlines()
+    return sorted(name for name in set(names) if Path(name).suffix in SOURCE and (root / name).is_file())
+
+
+def code_tokens(text: str) -> tuple[int, int]:
+    """(tokens, lines that hold any) of Python code."""
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    count, lines, start_of_statement = 0, set(), True
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+            start_of_statement = True
+        if token.type in skipped:
+            continue
+        if not (start_of_statement and token.type == tokenize.STRING):  # a docstring
+            count += 1
+            lines.update(range(token.start[0], token.end[0] + 1))
+        start_of_statement = False
+    return count, len(lines)
 
 
 def main() -> None:
     root = Path(__file__).resolve().parent.parent
     folders = defaultdict(dict)  # folder -> {file name: lines}
-    for path in source_files(root):
-        folders[path.parent][path.name] = len((root / path).read_text(encoding="utf-8").splitlines())
-    for folder, lines_of in sorted(folders.items()):
-        print(f"{sum(lines_of.values()):6d}  {folder}/")
-        for name, lines in sorted(lines_of.items(), key=lambda item: -item[1]):
-            print(f"{lines:14d}  {name}")
-    print(f"{sum(sum(lines_of.values()) for lines_of in folders.values()):6d}  in all")
+    tokens = defaultdict(lambda: [0, 0])  # folder -> [tokens, lines of code]
+    over = []
+    for name in source_files(root):
+        path = Path(name)
+        text = (root / name).read_text(encoding="utf-8")
+        folder, lines = str(path.parent), len(text.splitlines())
+        folders[folder][path.name] = lines
+        if path.suffix == ".py":
+            tokens[folder] = [a + b for a, b in zip(tokens[folder], code_tokens(text))]
+        if lines > LARGER.get(name, FILE):
+            over.append(f"{name} has {lines} lines, more than {LARGER.get(name, FILE)}")
+
+    for folder, files in sorted(folders.items()):
+        count, code = tokens[folder]
+        density = f"{count / code:5.1f} tokens per line" if code else ""
+        print(f"{sum(files.values()):6d}  {folder + '/':28s}{density}")
+        if "-v" in sys.argv:
+            for name, lines in sorted(files.items(), key=lambda item: -item[1]):
+                print(f"{lines:14d}  {name}")
+    total = sum(sum(files.values()) for files in folders.values())
+    tests = sum(folders["tests"].values())
+    count, code = (sum(column) for column in zip(*tokens.values()))
+    print(f"{total - tests:6d}  product (at most {PRODUCT})\n{tests:6d}  tests (at most {TESTS})")
+    print(f"{count / code:6.1f}  Python tokens per line of code (at most {TOKENS_PER_LINE})")
+    if total - tests > PRODUCT or tests > TESTS:
+        over.append("the project is larger than its budget")
+    if count / code > TOKENS_PER_LINE:
+        over.append("the code is denser than its budget")
+    if over:
+        sys.exit("\n".join(f"error: {line}" for line in over))
 
 
 if __name__ == "__main__":

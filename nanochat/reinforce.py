@@ -44,7 +44,7 @@ class Group:
         return [reward - mean for reward in self.rewards]
 
     @property
-    def has_signal(self) -> bool:
+    def has_nonzero_advantage(self) -> bool:
         """Whether there is anything to prefer. Where not, all advantages are 0."""
         return min(self.rewards) != max(self.rewards)
 
@@ -88,7 +88,7 @@ def policy_batches(groups: list[Group], max_tokens: int, device: torch.device) -
     Each is (inputs (B, T), targets (B, T), advantages (B, T), log_probs (B, T)). A target is -1 where nothing was sampled:
     in the prompt, in what a tool said, and in the padding. log_probs are those at the time of sampling.
     """
-    answers = [pair for group in groups if group.has_signal for pair in zip(group.seqs, group.advantages)]
+    answers = [pair for group in groups if group.has_nonzero_advantage for pair in zip(group.seqs, group.advantages)]
     answers.sort(key=lambda answer: -len(answer[0].tokens))
     batches = []
     while answers:
@@ -127,7 +127,7 @@ def policy_step(
         "sampled": sum(sum(seq.masks) for seq in seqs),
         "surprise": -sum(sum(seq.log_probs) for seq in seqs),
         "groups": len(groups),
-        "has_signal": sum(group.has_signal for group in groups),
+        "nonzero_groups": sum(group.has_nonzero_advantage for group in groups),
         "learnt": sum(int((targets >= 0).sum()) for _, targets, _, _ in batches),
     }
     total = dict(zip(counts, compute.sum(torch.tensor([float(count) for count in counts.values()], dtype=torch.float64)).tolist()))
@@ -140,10 +140,10 @@ def policy_step(
             differences.append((log_probs.detach() - before[counted]).abs().sum())
             yield -(advantages[counted] * log_probs).sum() / total["sampled"]
 
-    loss = backward_and_step(losses(), optimizer, compute, loss_scale) if total["has_signal"] else torch.zeros(())
+    loss = backward_and_step(losses(), optimizer, compute, loss_scale) if total["nonzero_groups"] else torch.zeros(())
     values = {name: total[name] / total["answers"] for name in ("reward", "length", "truncated", "tool_calls")}
     # On policy, the mean surprise at what was sampled estimates the entropy of the distribution it was sampled from.
     values["entropy"] = total["surprise"] / total["sampled"]
-    values["has_signal"] = total["has_signal"] / total["groups"]
+    values["nonzero_groups"] = total["nonzero_groups"] / total["groups"]
     values["sampler_gap"] = compute.sum(sum(differences)).item() / max(1.0, total["learnt"])
     return loss, int(total["sampled"]), values

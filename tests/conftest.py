@@ -1,9 +1,9 @@
-"""What the tests share: a machine without internet, a place for artifacts, a stand-in data hub.
+"""What the tests share: a machine without internet, a folder for artifacts, a fake data hub.
 
-The one idea to know: before any test module is imported, the address of the hub is set to a
-free port of this machine where nothing listens, so "the hub is down" is every test's normal
-state. The fixture `hub` starts the stand-in hub on that very port for one test, which is why
-libraries that read the address only once (`datasets`, `huggingface_hub`) find it too.
+Before any test module is imported, the address of the hub is set to a free port of this machine
+where nothing listens, so every test starts with the hub down. The fixture `hub` starts the fake
+hub on that very port for one test, so that libraries that read the address only once (`datasets`,
+`huggingface_hub`) find it, too.
 """
 
 from __future__ import annotations
@@ -11,17 +11,12 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
-SERVE = Path(__file__).resolve().parents[2] / "shared" / "hub" / "serve.py"
-
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -44,7 +39,7 @@ def write_text(folder: Path, row_group_size: int) -> None:
 
 
 def pytest_configure(config) -> None:
-    """Hermetic by default: no public address, no cache or artifact of the user's own."""
+    """Hermetic: no public address, no cache or artifacts of the user."""
     config.hub_port = free_port()
     config.scratch = tempfile.mkdtemp(prefix="nanochat_tests_")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE",
@@ -63,7 +58,7 @@ def pytest_unconfigure(config) -> None:
 
 @pytest.fixture
 def base_dir(tmp_path, monkeypatch) -> Path:
-    """An empty NANOCHAT_BASE_DIR of the test's own."""
+    """An empty NANOCHAT_BASE_DIR for this test."""
     path = tmp_path / "base"
     path.mkdir()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(path))
@@ -72,7 +67,7 @@ def base_dir(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def make_random_model():
-    """`make_random_model(tokenizer, sequence_len)` gives a small model that says nearly nothing but letters; bytes are its tokens."""
+    """`make_random_model(tokenizer, sequence_len)` returns a small random model that samples mostly letters; its tokens are bytes."""
     import torch
 
     from nanochat.gpt import GPT, GPTConfig
@@ -86,7 +81,7 @@ def make_random_model():
         model.to_empty(device="cpu")
         model.init_weights(torch.float32)
         with torch.no_grad():
-            model.lm_head.weight.zero_()  # a logit of 0 for all but the letters, which are far above or below
+            model.lm_head.weight.zero_()  # logits are 0 except for letters, which are far above or below
             model.lm_head.weight[ord("a") : ord("z") + 1].normal_(std=3.0)
         return model.eval()
 
@@ -95,7 +90,7 @@ def make_random_model():
 
 @pytest.fixture
 def run_ranks():
-    """`run_ranks(3, work)` calls `work(compute)` on three ranks that are threads of this process: what each gave, in order."""
+    """`run_ranks(3, work)` calls `work(compute)` on three ranks that are threads of this process; returns their results in order."""
     from dataclasses import dataclass
 
     import torch
@@ -116,6 +111,9 @@ def run_ranks():
         def sum(self, x):
             return sum(self.gather(x))
 
+        def heartbeat(self):  # a hang time-out would end the test process
+            pass
+
     def run(world_size: int, work):
         shared = {"values": [None] * world_size, "barrier": threading.Barrier(world_size, timeout=60)}
         computes = [ThreadRank(torch.device("cpu"), torch.float32, r, r, world_size, shared=shared) for r in range(world_size)]
@@ -126,35 +124,11 @@ def run_ranks():
 
 
 @pytest.fixture
-def start_hub():
-    """A function that starts a stand-in hub and gives its address: `start_hub("--fail-first", "2")`.
+def hub(request):
+    """A running fake hub (see fake_hub.py), to which HF_ENDPOINT and NANOCHAT_FILES_URL point."""
+    from fake_hub import FakeHub
 
-    Options are those of serve.py; `root` is a folder of data sets and files of the test's own.
-    Every hub started ends with the test.
-    """
-    if not SERVE.exists():
-        pytest.skip(f"needs the stand-in hub, which is not at {SERVE}")
-    servers = []
-
-    def start(*options: str, root: Path | None = None, port: int = 0) -> str:
-        command = [sys.executable, str(SERVE), "--port", str(port), *options]
-        if root is not None:
-            command += ["--root", str(root)]
-        servers.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        address = servers[-1].stdout.readline().strip()
-        assert address, f"the stand-in hub did not start: {' '.join(command)}"
-        return address
-
-    yield start
-    for server in servers:
-        server.kill()
-        server.wait()
-        server.stdout.close()
-
-
-@pytest.fixture
-def hub(start_hub, request) -> str:
-    """The address of a running stand-in hub, to which HF_ENDPOINT and NANOCHAT_FILES_URL point."""
-    address = start_hub(port=request.config.hub_port)
-    assert address == os.environ["HF_ENDPOINT"]
-    return address
+    server = FakeHub(request.config.hub_port)
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -1,13 +1,8 @@
-"""How many ranks fail: real torchrun jobs of two ranks, in which something happens to rank 1.
-
-Whatever happens, the job ends by itself, its last words are that rank's own error, and no process is left.
-Most jobs run with shorter periods than the real ones, which are tried in a slow test.
-"""
+"""How a job of several ranks fails (real torchrun jobs, in which something happens to rank 1), and the basics of one process."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import signal
@@ -19,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nanochat import common
-from nanochat.common import UserError, compute_init, restarts, run_script
+from nanochat.common import UserError, atomic, compute_init, get_base_dir, restarts, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,11 +24,7 @@ import torch
 from nanochat import common
 from nanochat.common import UserError
 
-what, common.PERIOD, common.PATIENCE, common.GRACE = sys.argv[1], *map(float, sys.argv[2:])
-
-def turn_endlessly():
-    while True:
-        pass
+what = sys.argv[1]
 
 def happen(compute):
     if what == "user error of all":
@@ -44,25 +35,26 @@ def happen(compute):
         raise KeyError("own error")
     if what == "user error of one":
         raise UserError("no such file on this node")
-    if what == "kill":
+    if what == "kill" and common.restarts() == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    if what == "freeze" and common.restarts() == 0:
+    if what == "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
-    if what == "turn":
-        turn_endlessly()
-    if what == "sleep":
-        time.sleep(1000)
+    if what == "hang":
+        hang_here()
+
+def hang_here():
+    time.sleep(1000)
 
 def main():
     if what == "apart":
         os.environ["NANOCHAT_BASE_DIR"] += os.environ["RANK"]
     compute = common.compute_init("cpu")
     print(f"pid {os.getpid()} threads {torch.get_num_threads()}\\n", end="", flush=True)
-    for step in range(10**6 if what == "launcher" else 5):
+    for step in range(10**6 if what == "torchrun killed" else 5):
         total = compute.sum(torch.ones(1))
         if step == 2:
             happen(compute)
-        compute.pulse.armed = True
+        compute.heartbeat()
         time.sleep(0.05)
     common.print0(f"sum {total.item()} restarts {common.restarts()}")
     common.compute_cleanup(compute)
@@ -73,17 +65,15 @@ if __name__ == "__main__":
 
 
 class Job:
-    """A torchrun of two ranks; `end` waits for it and tells what was seen."""
+    """A torchrun of two ranks; `end` waits for it and returns its output."""
 
-    def __init__(self, tmp_path, what, *options, periods=(0.3, 3, 3)):
+    def __init__(self, tmp_path, what, *options, **variables):
         (tmp_path / "worker.py").write_text(WORKER)
         self.log = tmp_path / "log"
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        env["NANOCHAT_BASE_DIR"] = str(tmp_path / "base")
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(tmp_path / "base"), **variables}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
-        command += [str(tmp_path / "worker.py"), what, *map(str, periods)]
         with open(self.log, "w") as log:
-            self.torchrun = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=tmp_path)
+            self.torchrun = subprocess.Popen([*command, str(tmp_path / "worker.py"), what], env=env, stdout=log, stderr=log, cwd=tmp_path)
 
     @property
     def output(self) -> str:
@@ -107,9 +97,9 @@ class Job:
                 os.kill(pid, signal.SIGKILL)
         return self.output
 
-    def root_cause(self, seconds=60) -> str:
-        """The last words of a job that failed."""
-        output = self.end(seconds)
+    def root_cause(self) -> str:
+        """torchrun's report on the rank that failed first."""
+        output = self.end()
         assert self.torchrun.returncode == 1, output
         return output.split("Root Cause (first observed failure):")[1]
 
@@ -120,37 +110,59 @@ def is_alive(pid: int) -> bool:
 
 
 # -----------------------------------------------------------------------------
-# A rank fails
+# Several ranks
 
 
-def test_an_exception_of_one_rank_is_the_last_thing_shown(tmp_path):
-    job = Job(tmp_path, "raise")
-    cause = job.root_cause()
+def test_torchrun_reports_the_exception_of_the_rank_that_failed(tmp_path):
+    cause = Job(tmp_path, "raise").root_cause()
     assert "rank      : 1" in cause and "KeyError: 'own error'" in cause and "in happen" in cause
-    assert job.output.count("Traceback") <= 3  # rank 1's, in its own words and in torchrun's, and torchrun's own
 
 
-@pytest.mark.slow
-def test_a_users_mistake_on_one_rank_is_one_line(tmp_path):
-    job = Job(tmp_path, "user error of one")
-    cause = job.root_cause()
-    assert "rank      : 1" in cause and "traceback : error: no such file on this node" in cause
-    assert "rank 1: error: no such file on this node\n" in job.output
-
-
-@pytest.mark.slow
-def test_a_users_mistake_on_all_ranks_is_told_once(tmp_path):
+def test_a_user_error_of_all_ranks_is_printed_once(tmp_path):
     job = Job(tmp_path, "user error of all")
-    assert "traceback : error: --depth must be positive" in job.root_cause()
+    assert "--depth must be positive" in job.root_cause()
     assert len(re.findall(r"^error: --depth must be positive$", job.output, re.M)) == 1
-    assert "rank 1: error" not in job.output
 
 
 @pytest.mark.slow
-def test_a_killed_rank(tmp_path):
-    job = Job(tmp_path, "kill")
-    cause = job.root_cause()
+def test_a_user_error_of_one_rank_names_the_rank(tmp_path):
+    job = Job(tmp_path, "user error of one")
+    assert "rank      : 1" in job.root_cause() and "rank 1: error: no such file on this node\n" in job.output
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_job(tmp_path):
+    cause = Job(tmp_path, "kill").root_cause()
     assert "rank      : 1" in cause and "SIGKILL" in cause
+
+
+def test_restarted_ranks_find_each_other(tmp_path):
+    job = Job(tmp_path, "kill", "--max-restarts=1")
+    output = job.end()
+    assert job.torchrun.returncode == 0 and "sum 2.0 restarts 1" in output, output
+    assert f"threads {max(1, len(os.sched_getaffinity(0)) // 2)}" in output
+    assert not list((tmp_path / "base").iterdir())  # the file that tests the base folder is removed
+
+
+def test_a_rank_that_hangs_prints_its_stack_and_ends_the_job(tmp_path):
+    job = Job(tmp_path, "hang", NANOCHAT_HANG_TIMEOUT="3")
+    output = job.end()
+    assert job.torchrun.returncode == 1 and "Timeout" in output and "in hang_here" in output
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_ends_the_job(tmp_path):
+    """A stopped process cannot time out itself; the rank that waits for it does."""
+    job = Job(tmp_path, "freeze", NANOCHAT_HANG_TIMEOUT="3", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3")
+    assert "Timeout" in job.end(90) and job.torchrun.returncode == 1
+
+
+def test_no_rank_outlives_torchrun(tmp_path):
+    job = Job(tmp_path, "torchrun killed")
+    while len(job.pids) < 2 and job.torchrun.poll() is None:
+        time.sleep(0.1)
+    job.torchrun.kill()
+    job.end()
 
 
 @pytest.mark.slow
@@ -159,83 +171,21 @@ def test_ranks_that_do_not_share_the_base_folder(tmp_path):
     assert "must be one folder that all nodes share" in cause and str(tmp_path / "base") in cause
 
 
-# -----------------------------------------------------------------------------
-# A rank stands still
+def test_on_main_and_main_first_raise_everywhere(run_ranks):
+    def work(compute):
+        order = []
+        assert compute.on_main(lambda: order.append(compute.rank) or "result") == "result"
+        assert compute.main_first(lambda: order.append(compute.rank) or compute.rank) == compute.rank
+        for call in (compute.on_main, compute.main_first):
+            with pytest.raises(UserError, match="on rank 0"):
+                call(lambda: raise_user_error(f"on rank {compute.rank}"))
+        return order
+
+    assert run_ranks(3, work) == [[0, 0], [1], [2]]
 
 
-def test_a_frozen_rank_is_killed_and_restarted_ranks_meet_again(tmp_path):
-    """The new ranks find the store of the former ones and must not take what stands there for each other's."""
-    job = Job(tmp_path, "freeze", "--max-restarts=1")
-    output = job.end()
-    assert job.torchrun.returncode == 0, output
-    assert re.search(r"^error: rank 1 \(pid \d+ on .*\) has not answered for \d+ s", output, re.M)
-    assert "sum 2.0 restarts 1" in output
-    assert f"threads {max(1, len(os.sched_getaffinity(0)) // 2)}" in output
-    assert not list((tmp_path / "base").iterdir())  # what tried the base folder is removed again
-
-
-@pytest.mark.parametrize(
-    "what, where",
-    [("sleep", "in happen"), pytest.param("turn", "in turn_endlessly", marks=pytest.mark.slow)],
-)
-def test_a_rank_that_hangs_shows_where(tmp_path, what, where):
-    cause = Job(tmp_path, what).root_cause()
-    assert "rank      : 1" in cause
-    assert re.search(rf"error: rank 1 hangs: nothing got done for \d+ s; it is at .*worker.py:\d+ {where}", cause)
-
-
-def test_no_rank_outlives_torchrun(tmp_path):
-    job = Job(tmp_path, "launcher")
-    while len(job.pids) < 2 and job.torchrun.poll() is None:
-        time.sleep(0.1)
-    job.torchrun.kill()
-    assert "because torchrun, which started it, is gone" in job.end()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("what, words", [("freeze", "has not answered for 2"), ("sleep", "nothing got done for 2")])
-def test_at_the_real_periods_a_minute_is_enough(tmp_path, what, words):
-    periods = (common.PERIOD, common.PATIENCE, common.GRACE)
-    cause = Job(tmp_path, what, periods=periods).root_cause(60)
-    assert "rank      : 1" in cause and "error: rank 1 " in cause and words in cause
-
-
-# -----------------------------------------------------------------------------
-# The watch, shown what never happened
-
-
-def looks_until_a_hang(monkeypatch, **shown) -> int:
-    """How many looks it takes until two ranks that get nothing done are taken to hang."""
-    looks, ended = 0, []
-    watch = common.Watch(None, common.Pulse(), rank=0, world_size=2)
-    monkeypatch.setattr(watch, "_end_hang", ended.append)
-    while not ended and looks < 100:
-        looks += 1
-        sign = {"tick": looks, **vars(common.Pulse()), "armed": True}
-        watch._look([sign, {**sign, **shown}])
-    return looks
-
-
-def test_who_has_slow_steps_is_given_more_time(monkeypatch):
-    assert looks_until_a_hang(monkeypatch) == common.PATIENCE / common.PERIOD
-    assert looks_until_a_hang(monkeypatch, patience=90.0) == 90 / common.PERIOD
-    assert looks_until_a_hang(monkeypatch, armed=False) == 100
-
-
-@pytest.mark.parametrize("failures, lost", [(9, False), (10, True)])
-def test_a_store_that_fails_now_and_then_is_not_lost(monkeypatch, failures, lost):
-    watch, words = common.Watch(None, common.Pulse(), rank=0, world_size=1), []
-
-    def stop(what):
-        words.append(what)
-        watch.over.set()
-
-    monkeypatch.setattr(common, "_leave", stop)
-    monkeypatch.setattr(watch, "_look", stop)
-    for signs in [[]] * failures + [["a sign"]]:
-        watch.news.put(signs)
-    watch._listen()
-    assert ("torchrun" in words[0]) == lost
+def raise_user_error(text):
+    raise UserError(text)
 
 
 # -----------------------------------------------------------------------------
@@ -249,14 +199,14 @@ def test_world_size_without_torchrun(monkeypatch):
         compute_init("cpu")
 
 
-def test_restarts(monkeypatch):
+def test_restarts_are_counted(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     assert restarts() == 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
     assert restarts() == 3
 
 
-def test_a_rank_without_a_gpu_of_its_own(monkeypatch):
+def test_a_rank_without_a_gpu(monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -265,59 +215,62 @@ def test_a_rank_without_a_gpu_of_its_own(monkeypatch):
         compute_init("cuda")
 
 
-def test_alone_a_fault_of_the_program_keeps_its_traceback_and_a_mistake_is_one_line():
-    def mistake():
-        raise UserError("what to do")
-
+def test_user_errors_are_one_line_and_faults_keep_their_traceback():
     with pytest.raises(SystemExit, match="^error: what to do$"):
-        run_script(mistake)
+        run_script(lambda: raise_user_error("what to do"))
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 / 0)
 
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
 
-def test_the_first_error_of_a_rank_stays(tmp_path):
-    """In the layout that torch.distributed.elastic's own error handler writes."""
-    file = tmp_path / "error.json"
-    common._record_error("Traceback\nKeyError: 1", str(file))
-    common._record_error("a later one", str(file))
-    common._record_error("where nothing can be written", str(tmp_path / "no folder" / "error.json"))
-    message = json.loads(file.read_text())["message"]
-    assert message["message"] == "KeyError: 1" and message["extraInfo"]["py_callstack"] == "Traceback\nKeyError: 1"
+    with pytest.raises(SystemExit, match="No space left on device: model.safetensors. Free some space or set NANOCHAT_BASE_DIR"):
+        run_script(full)
 
 
-ONE = common.Compute(device=None, dtype=None)
+def test_the_base_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/x")
+    assert get_base_dir() == tmp_path / "x" and (tmp_path / "x").is_dir()
+    (tmp_path / "file").touch()
+    for wrong in ("file", "file/below"):
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / wrong))
+        with pytest.raises(UserError, match="is not a folder"):
+            get_base_dir()
 
 
-def test_a_base_folder_that_can_only_be_read_is_not_tried(monkeypatch):
-    def refuse(number):
-        def get_base_dir():
-            raise OSError(number, os.strerror(number))
+def test_a_read_only_base_folder_is_accepted(monkeypatch):
+    def refuse():
+        raise OSError(errno.EROFS, "Read-only file system")
 
-        monkeypatch.setattr(common, "get_base_dir", get_base_dir)
-
-    for number in (errno.EROFS, errno.EACCES):
-        refuse(number)
-        common._check_base_dir_is_shared(ONE, "start")
-    refuse(errno.ENOSPC)
-    with pytest.raises(OSError, match="No space"):
-        common._check_base_dir_is_shared(ONE, "start")
+    monkeypatch.setattr(common, "get_base_dir", refuse)
+    common._check_base_dir_is_shared(common.Compute(device=None, dtype=None))
 
 
-def test_what_tries_the_base_folder_is_removed_even_then(base_dir, monkeypatch):
-    def exists(path):
-        assert list(base_dir.iterdir()) == [path]
-        raise OSError(errno.ESTALE, "Stale file handle")
+@pytest.mark.parametrize("folder", [False, True])
+def test_atomic_replaces_a_file_or_folder_completely_or_not_at_all(tmp_path, folder):
+    target = tmp_path / "a" / "b"
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "exists", exists)
-        with pytest.raises(OSError, match="Stale"):
-            common._check_base_dir_is_shared(ONE, "start")
-    assert list(base_dir.iterdir()) == []
+    def write(tmp, text):
+        if folder:
+            tmp.mkdir()
+        (tmp / "file" if folder else tmp).write_text(text)
+
+    for text in ("first", "second"):
+        with atomic(target) as tmp:
+            write(tmp, text)
+            assert text == "first" or target.exists(), "the old one stays until the new one is complete"
+    with pytest.raises(KeyboardInterrupt), atomic(target) as tmp:
+        write(tmp, "third")
+        raise KeyboardInterrupt
+    assert (target / "file" if folder else target).read_text() == "second"
+    assert list((tmp_path / "a").iterdir()) == [target], "no temporary files are left"
 
 
-def test_a_rank_leaves_with_1_even_where_nobody_reads_its_words(tmp_path):
-    code = "from nanochat import common; import sys; sys.stderr.close(); common._leave('error: own')"
-    file = tmp_path / "error.json"
-    env = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(file)}
-    assert subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT).returncode == 1
-    assert "error: own" in file.read_text()
+def test_wandb_without_a_login_is_a_user_error(tmp_path):
+    """In a process of its own, since the library reads its settings once."""
+    code = "from nanochat.common import *; run_script(lambda: wandb_run('p', 'name', {}))"
+    env = {**os.environ, "HOME": str(tmp_path), "WANDB_MODE": "online"}
+    env.pop("WANDB_API_KEY", None)
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --run needs a wandb login")

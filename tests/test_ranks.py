@@ -115,7 +115,7 @@ def test_every_stage_has_the_same_curve_on_three_ranks_as_on_one_that_accumulate
     )
     assert len(alone) == 6 + 3 and sum(line.get("reward", 0) for line in alone) > 0
     for one, other in zip(alone, three, strict=True):
-        for name in ("step", "reward", "length", "truncated", "informative", "accuracy", "pass@2", "pass@2_ci"):
+        for name in ("step", "reward", "length", "truncated", "nonzero_groups", "accuracy", "pass@2", "pass@2_ci"):
             assert one.get(name) == pytest.approx(other.get(name)), name
         assert one.get("raw_loss") == pytest.approx(other.get("raw_loss"), abs=1e-5)
 

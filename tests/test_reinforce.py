@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import sgd_like
+from test_training import recorder
 
 from nanochat.common import Compute
 from nanochat.cross_entropy import sampling_log_probs
@@ -149,7 +149,7 @@ def test_the_gradient_is_the_one_derived_by_hand(seed, temperature, top_k, max_t
                     for v in range(7):
                         slope = 1 - math.tanh(table[before][v] / 15) ** 2
                         expected[before][v] -= (reward - baseline) / count * ((v == token) - p[v]) / temperature * slope
-    optimizer = sgd_like(model)
+    optimizer = recorder(model)
     optimizer.seen = torch.zeros(7, 7)
     measured, tokens, values = policy_step(model, optimizer, groups, CPU, max_tokens, temperature, top_k, python_start=0)
     assert tokens == count and measured.item() == pytest.approx(loss, abs=1e-5) and values["sampler_gap"] < 1e-5
@@ -164,7 +164,7 @@ def test_ranks_share_the_work_and_the_sum_is_that_of_one(run_ranks):
 
     def work(compute, share):
         model = Bigrams()
-        optimizer = sgd_like(model)
+        optimizer = recorder(model)
         optimizer.step = lambda: setattr(optimizer, "seen", torch.zeros(7, 7) if model.table.grad is None else model.table.grad.clone())
         loss, tokens, values = policy_step(model, optimizer, share, compute, 2, 1.0, None, python_start=0)
         return optimizer.seen, loss.item(), tokens, values
@@ -184,7 +184,7 @@ def test_groups_of_equal_rewards_are_not_computed_again_and_change_nothing():
     model.sampling_log_probs = None  # would fail if it were called
     optimizer = SimpleNamespace(param_groups=[])  # and so would a step
     loss, _, values = policy_step(model, optimizer, equal, CPU, 8, 1.0, None, python_start=0)
-    assert loss == 0 and values["has_signal"] == 0 and values["reward"] == 0.25
+    assert loss == 0 and values["nonzero_groups"] == 0 and values["reward"] == 0.25
 
 
 # -----------------------------------------------------------------------------
@@ -221,10 +221,10 @@ def test_what_a_step_tells():
         seq.tokens += written
         seq.masks, seq.log_probs, seq.finish_reason = masks, [-0.5 * mask for mask in masks], reason
     model = Bigrams()
-    _, tokens, values = policy_step(model, sgd_like(model), [Group({}, seqs, [1.0, 0.0])], CPU, 8, 1.0, None, python_start=5)
+    _, tokens, values = policy_step(model, recorder(model), [Group({}, seqs, [1.0, 0.0])], CPU, 8, 1.0, None, python_start=5)
     assert tokens == 4
     del values["sampler_gap"]
-    assert values == {"reward": 0.5, "length": 3.0, "truncated": 0.5, "tool_calls": 0.5, "entropy": 0.5, "has_signal": 1.0}
+    assert values == {"reward": 0.5, "length": 3.0, "truncated": 0.5, "tool_calls": 0.5, "entropy": 0.5, "nonzero_groups": 1.0}
 
 
 def test_batches_hold_what_was_sampled_and_where():

@@ -14,7 +14,7 @@ def prompt(conversation) -> str:
 
 def test_words_of_the_splits_are_disjoint(hub, base_dir):
     train, test = set(load_words("train")), set(load_words("test"))
-    assert not train & test and len(train | test) == 370099
+    assert not train & test and len(train | test) == 234
     assert all(word.isascii() and word.isalpha() and word.islower() for word in train | test)
 
 
@@ -25,7 +25,7 @@ def test_simple_spelling(hub, base_dir):
         check_conversation(conversation)
         word = prompt(conversation).removeprefix("Spell the word: ")
         assert conversation["messages"][1]["content"] == f"{word}:" + ",".join(word)
-    assert len({prompt(conversation) for conversation in task}) > 290
+    assert len({prompt(conversation) for conversation in task}) > 100
     assert not set(map(prompt, task)) & set(map(prompt, SimpleSpelling(size=300, split="test")))
 
 

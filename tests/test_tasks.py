@@ -206,13 +206,12 @@ def test_identity_conversations(base_dir, capsys):
 
 
 # -----------------------------------------------------------------------------
-# The real data sets
+# Data sets of the hub
 
 
 def test_arc(hub):
     task = ARC("ARC-Easy", "test")
-    assert len(task) == 2376 and (task.eval_type, task.baseline) == ("categorical", 0.25)
-    assert len(ARC("ARC-Challenge", "test")) == 1172
+    assert len(task) == len(ARC("ARC-Challenge", "test")) == 40 and (task.eval_type, task.baseline) == ("categorical", 0.25)
     for conversation in task:
         check_conversation(conversation)
         question, answer = (message["content"] for message in conversation["messages"])
@@ -230,13 +229,10 @@ def test_the_order_is_that_of_a_shuffle_with_seed_42(hub):
     assert [rows[i]["question"] in ARC("ARC-Easy", "test")[i]["messages"][0]["content"] for i in range(5)] == [True] * 5
 
 
-@pytest.mark.parametrize(
-    "subset, split, size", [("all", "test", 14042), ("all", "validation", 1531), ("auxiliary_train", "train", None)]
-)
-def test_mmlu(hub, subset, split, size):
-    task = MMLU(subset, split)
-    assert len(task) == size or size is None
-    for conversation in MMLU(subset, split, stop=500):
+@pytest.mark.parametrize("subset, split", [("all", "test"), ("all", "validation"), ("auxiliary_train", "train")])
+def test_mmlu(hub, subset, split):
+    assert len(MMLU(subset, split)) == 40
+    for conversation in MMLU(subset, split):
         check_conversation(conversation)
         assert conversation["letters"] == ["A", "B", "C", "D"] and text_of(conversation) in conversation["letters"]
         assert (conversation["subject"] == "") == (subset == "auxiliary_train")
@@ -255,9 +251,7 @@ def test_gsm8k_marks_become_tool_calls():
 
 def test_gsm8k(hub):
     task = GSM8K("main", "test")
-    assert len(task) == 1319 and (task.eval_type, task.baseline) == ("generative", 0.0)
-    assert len(GSM8K("main", "train")) == 7473
-    calls = agree = 0
+    assert len(task) == 40 and (task.eval_type, task.baseline) == ("generative", 0.0)
     for conversation in task:
         check_conversation(conversation)
         answer = text_of(conversation)
@@ -265,46 +259,41 @@ def test_gsm8k(hub):
         right = final_number(answer)
         assert task.evaluate(conversation, f"#### {right:,}") and task.reward(conversation, f"#### ${right}.00") == 1
         assert not task.evaluate(conversation, f"#### {right + 1}") and task.reward(conversation, f"{right}") == 0
-        parts = conversation["messages"][-1]["content"]
-        for call, output in zip(parts, parts[1:]):
-            if call["type"] == "python":
-                assert output["type"] == "python_output"
-                calls += 1
-                agree += str(use_calculator(call["text"])) == output["text"]
-    assert calls > 4000 and agree / calls > 0.95  # the rest are written with trailing zeros or rounded
+        _, call, output, _ = conversation["messages"][-1]["content"]
+        assert (call["type"], output["type"]) == ("python", "python_output") and str(use_calculator(call["text"])) == output["text"]
 
 
 def test_smoltalk(hub):
     for split in ("train", "test"):
-        task = SmolTalk(split, stop=500)
-        assert len(task) == 500 and task.eval_type is None
+        task = SmolTalk(split, stop=30)
+        assert len(task) == 30 and task.eval_type is None
         assert all(conversation["messages"][-1]["role"] == "assistant" for conversation in task)
 
 
-def test_a_hub_that_is_down_is_named_at_once(monkeypatch):
+def test_a_hub_that_is_down_is_reported_at_once(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"some/set \(small, test\) from http://127.0.0.1:9: nothing answers there"):
         load_hub_dataset("some/set", "small", "test")
 
 
-def test_a_data_set_that_is_not_there_is_named(hub):
+def test_a_missing_data_set_is_named(hub):
     with pytest.raises(UserError, match="cannot load the data set some/set .*doesn't exist"):
         load_hub_dataset("some/set", None, "test")
     with pytest.raises(UserError, match="cannot load the data set openai/gsm8k .*test"):
         load_hub_dataset("openai/gsm8k", "main", "validation")
 
 
-def test_a_hub_in_trouble_is_named(start_hub, request, tmp_path):
-    data = tmp_path / "datasets" / "own" / "trouble"
-    data.mkdir(parents=True)
-    (data / "README.md").write_text("# A set\n")
-    (data / "test.jsonl").write_text('{"a": 1}\n')
-    start_hub("--fail-first", "100000", root=tmp_path, port=request.config.hub_port)
-    with pytest.raises(UserError, match="cannot load the data set own/trouble .*503"):
-        load_hub_dataset("own/trouble", None, "test")
+@pytest.mark.parametrize("status", [503, 429])
+def test_a_hub_in_trouble_is_an_error_of_one_sentence(hub, status, monkeypatch):
+    hub.faults["humaneval"] = [status] * 1000
+    with monkeypatch.context() as patch:
+        patch.setattr("time.sleep", lambda seconds: None)  # of the library's retries
+        with pytest.raises(UserError, match=f"cannot load the data set openai/openai_humaneval .*{status}") as error:
+            load_hub_dataset("openai/openai_humaneval", "openai_humaneval", "test")
+    assert "\n" not in str(error.value)
 
 
-def test_what_was_fetched_once_needs_no_hub(hub, monkeypatch):
+def test_a_downloaded_data_set_needs_no_hub(hub, monkeypatch):
     import datasets
 
     fetched = list(GSM8K("main", "test", stop=3))

@@ -1,0 +1,188 @@
+"""A small fake of the Hugging Face hub and of the server of the two plain files, on loopback.
+
+It serves a handful of made-up rows in the columns of the real data sets to the real clients
+(`datasets`, `huggingface_hub`, urllib), and can answer with faults.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import threading
+import zipfile
+from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+COMMIT = "c" * 40
+CORE_TASKS = {  # label -> (icl_task_type, random baseline in percent, continuation delimiter, rows)
+    "questions": ("multiple_choice", 25, "\nAnswer: ", [
+        {"query": f"Question: what is {i} + 1?", "choices": [str(i), str(i + 1), "no", "yes"], "gold": 1} for i in range(12)]),
+    "pronouns": ("schema", 50, " ", [
+        {"context_options": [f"Box {i} is large because it", f"Bag {i} is small because it"], "continuation": f"holds {i} apples.", "gold": i % 2}
+        for i in range(12)]),
+    "facts": ("language_modeling", 0, " ", [{"context": f"The number after {i} is", "continuation": str(i + 1)} for i in range(12)]),
+}  # fmt: skip
+
+
+def parquet(rows: list[dict]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer, row_group_size=16)
+    return buffer.getvalue()
+
+
+def dataset(files: dict[str, list[dict]]) -> dict[str, bytes]:
+    """Files of a data set: "CONFIG/SPLIT" -> rows, with the card that names configs and splits."""
+    configs: dict[str, list[str]] = {}
+    for name in files:
+        configs.setdefault(name.split("/")[0], []).append(name.split("/")[1])
+    card = "---\nconfigs:\n"
+    for config, splits in configs.items():
+        card += f"- config_name: {config}\n  data_files:\n"
+        card += "".join(f"  - split: {split}\n    path: {config}/{split}-*\n" for split in splits)
+    data = {f"{name}-00000-of-00001.parquet": parquet(rows) for name, rows in files.items()}
+    return {"README.md": (card + "---\n").encode(), **data}
+
+
+@lru_cache(maxsize=None)
+def repositories() -> dict[str, dict[str, bytes]]:
+    """{data set id: {file name: content}}, generated once."""
+    numbers = range(40)
+    shards = {
+        f"shard_{n:05d}.parquet": parquet([{"text": f"Document {n}.{i}: the sum of {i} and {n} is {i + n}. " * (1 + i % 5)} for i in range(60)])
+        for n in (0, 1, 2)
+    }
+    arc = [{"id": str(i), "question": f"What is {i} plus {i}?", "choices": {"text": [str(2 * i + k) for k in range(4)], "label": list("ABCD" if i % 4 else "1234")},
+            "answerKey": "A" if i % 4 else "1"} for i in numbers]  # fmt: skip
+    mmlu = [{"question": f"Which is {i}?", "subject": "numbers", "choices": [str(i + k) for k in range(4)], "answer": i % 4} for i in numbers]
+    gsm = [{"question": f"Ann has {i} pens and buys 3. How many?", "answer": f"She has {i}+3=<<{i}+3={i + 3}>>{i + 3} pens.\n#### {i + 3}"} for i in numbers]
+    smol = [{"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"{i}."}], "source": "fake"} for i in numbers]
+    human = [{"task_id": f"HumanEval/{i}", "prompt": f'def add{i}(x):\n    """x plus {i}."""\n', "canonical_solution": f"    return x + {i}\n",
+              "test": f"def check(candidate):\n    assert candidate(1) == {i + 1}\n", "entry_point": f"add{i}"} for i in range(6)]  # fmt: skip
+    return {
+        "karpathy/climbmix-400b-shuffle": {**shards, "shard_06542.parquet": shards["shard_00002.parquet"]},
+        "karpathy/fineweb-edu-100b-shuffle": {**shards, "shard_01822.parquet": shards["shard_00002.parquet"]},
+        "allenai/ai2_arc": dataset({f"{c}/{s}": arc for c in ("ARC-Easy", "ARC-Challenge") for s in ("train", "validation", "test")}),
+        "cais/mmlu": dataset({
+            **{f"all/{split}": mmlu for split in ("test", "validation", "dev")},
+            "auxiliary_train/train": [{"train": {**row, "subject": ""}} for row in mmlu],  # one struct column, as on the real hub
+        }),
+        "openai/gsm8k": dataset({f"main/{split}": gsm for split in ("train", "test")}),
+        "openai/openai_humaneval": dataset({"openai_humaneval/test": human}),
+        "HuggingFaceTB/smol-smoltalk": dataset({f"default/{split}": smol for split in ("train", "test")}),
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=None)
+def plain_files() -> dict[str, bytes]:
+    words = "\r\n".join(f"{a}{b}{c}" for a in ("straw", "blue", "elder") for b in ("berry", "bird", "tree") for c in "abcdefghijklmnopqrstuvwxyz")
+    tasks = [{"label": label, "dataset_uri": f"{label}.jsonl", "num_fewshot": [2], "icl_task_type": kind, "continuation_delimiter": delimiter}
+             for label, (kind, _, delimiter, _) in CORE_TASKS.items()]  # fmt: skip
+    bundle = io.BytesIO()
+    with zipfile.ZipFile(bundle, "w") as archive:
+        archive.writestr("eval_bundle/core.yaml", json.dumps({"icl_tasks": tasks}))  # JSON is YAML
+        baselines = "".join(f"{label},{percent}\n" for label, (_, percent, _, _) in CORE_TASKS.items())
+        archive.writestr("eval_bundle/eval_meta_data.csv", "Eval Task,Random baseline\n" + baselines)
+        for label, (*_, rows) in CORE_TASKS.items():
+            archive.writestr(f"eval_bundle/eval_data/{label}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return {"words_alpha.txt": words.encode(), "eval_bundle.zip": bundle.getvalue()}
+
+
+class FakeHub(ThreadingHTTPServer):
+    """`faults` maps a pattern of paths to the faults of their next downloads: an HTTP status, "cut" or "corrupt"."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int = 0):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.faults: dict[str, list[int | str]] = {}
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def next_fault(self, path: str):
+        for pattern, faults in self.faults.items():
+            if faults and re.search(pattern, path):
+                return faults.pop(0)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        length = int(self.headers.get("Content-Length") or 0)
+        self.do_GET(parse_qs(self.rfile.read(length).decode()))
+
+    def do_GET(self, form: dict | None = None):
+        path = unquote(urlsplit(self.path).path)
+        if match := re.fullmatch(r"/files/([^/]+)", path):
+            return self.send_file(path, plain_files().get(match[1]))
+        match = re.fullmatch(r"(/api)?/datasets/([\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/([^/]+)(?:/(.*))?)?)?", path)
+        files = repositories().get(match[2]) if match else None
+        if files is None:
+            return self.send_json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        api, repo, verb, _, name = match.groups()
+        if not api and verb == "resolve":
+            return self.send_file(path, files.get(name))
+        if verb in (None, "revision"):
+            siblings = [{"rfilename": file} for file in files]
+            return self.send_json({"id": repo, "sha": COMMIT, "private": False, "gated": False, "disabled": False, "tags": [], "siblings": siblings})
+        if verb == "tree":
+            prefix = f"{name}/" if name else ""
+            inside = [file for file in files if file.startswith(prefix)]
+            if parse_qs(urlsplit(self.path).query).get("recursive") != ["true"]:
+                inside = list(dict.fromkeys(prefix + file.removeprefix(prefix).split("/")[0] for file in inside))
+            return self.send_json([entry(file, files.get(file)) for file in inside])
+        if verb == "paths-info":
+            return self.send_json([entry(file, files[file]) for file in (form or {}).get("paths", []) if file in files])
+        self.send_json({"error": "Not found"}, 404)
+
+    def send_json(self, value, status: int = 200, headers: dict | None = None):
+        self.send_bytes(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
+
+    def send_file(self, path: str, data: bytes | None):
+        if data is None:
+            return self.send_json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        fault = self.server.next_fault(path) if self.command == "GET" else None
+        if isinstance(fault, int):
+            return self.send_json({"error": "fault"}, fault, {"Retry-After": "0"})
+        if fault == "corrupt":
+            data = bytes(len(data))
+        status = 200
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(match[1]), int(match[2] or len(data) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+            data, status = data[first : last + 1], 206
+        self.send_bytes(data, status, headers, cut=fault == "cut")
+
+    def send_bytes(self, data: bytes, status: int, headers: dict, cut: bool = False):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            self.close_connection = True
+
+
+def entry(name: str, data: bytes | None) -> dict:
+    """How the API describes a file, or a folder (no data)."""
+    if data is None:
+        return {"type": "directory", "path": name, "size": 0, "oid": COMMIT}
+    digest = hashlib.sha256(data).hexdigest()
+    return {"type": "file", "path": name, "size": len(data), "oid": digest[:40], "lfs": {"oid": digest, "size": len(data), "pointerSize": 134}}

@@ -1,0 +1,162 @@
+"""Nothing gets lost: a job of two ranks that is killed again and again, and checkpoints that are damaged at random.
+
+The reference is always undisturbed: a run that was killed must end with the files of one that was not, byte for
+byte; a damaged checkpoint must be refused. The long versions are marked slow.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import write_text
+
+from nanochat.checkpoint_manager import find_last_step, list_steps, load_checkpoint, verify
+from nanochat.common import Compute, UserError
+
+ROOT = Path(__file__).parent.parent
+CPU = Compute(torch.device("cpu"), torch.float32)
+STEPS = 12  # that a round trains at most before it is killed
+
+
+class Job:
+    """torchrun with two ranks of a small model that saves every second step."""
+
+    def __init__(self, base: Path, tag: str, iterations: int, resume: bool = False):
+        self.directory, self.log = base / "base_checkpoints" / tag, base / f"{tag}.log"
+        flags = ["--device-type=cpu", "--depth=2", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=64", "--device-batch-size=2",
+                 "--total-batch-size=256", f"--num-iterations={iterations}", "--eval-every=0", "--core-metric-every=-1", "--sample-every=0",
+                 "--save-every=2", "--keep-last=3", f"--source={base / 'text'}", f"--model-tag={tag}",
+                 f"--resume-from-step={'latest' if resume else -1}"]  # fmt: skip
+        env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "scripts.base_train", "--", *flags]
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+
+    def ranks(self) -> dict:
+        """{rank: its process} of the ranks that run."""
+        found = {}
+        try:
+            for child in psutil.Process(self.process.pid).children():
+                found[int(child.environ()["RANK"])] = child
+        except (psutil.Error, KeyError):  # just ended, or just forked
+            pass
+        return found
+
+    def wait_for_steps(self, count: int) -> None:
+        while self.process.poll() is None and self.log.read_text().count("\nstep ") < count:
+            time.sleep(0.01)
+        assert self.process.poll() is None, self.log.read_text()
+
+    def finish(self) -> None:
+        assert self.process.wait(300) == 0, self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    from scripts import tok_train
+
+    base = tmp_path_factory.mktemp("nanochat")
+    write_text(base / "text", row_group_size=25)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        tok_train.main([f"--source={base / 'text'}", "--vocab-size=600"])
+    return base
+
+
+@pytest.mark.slow
+def test_sixty_kills_lose_nothing(base):
+    """SIGKILL or SIGTERM to a rank, to torchrun or to all; at start, in a step or during a save."""
+    rng, rounds = random.Random(0), 60
+    iterations = 3 * STEPS * rounds
+    calm = Job(base, "calm", iterations)
+    calm.finish()
+    targets = ["rank 0", "rank 1", "torchrun", "all"]
+    for number in range(rounds):
+        job = Job(base, "storm", iterations, resume=number > 0)
+        before = max(list_steps(job.directory), default=0)
+        if number % 6:
+            job.wait_for_steps(rng.randint(1, STEPS))
+            time.sleep(rng.uniform(0, 0.1))
+        else:
+            time.sleep(rng.uniform(0, 6))  # while it starts
+        target, ranks = targets[number % 4], job.ranks()
+        victims = [ranks[int(target[-1])]] if target.startswith("rank") and int(target[-1]) in ranks else [psutil.Process(job.process.pid)]
+        for victim in victims + (list(ranks.values()) if target == "all" else []):
+            victim.send_signal(signal.SIGTERM if number % 3 == 0 else signal.SIGKILL)
+        job.process.wait(90)
+        deadline = time.monotonic() + 60
+        while any(process.is_running() and process.status() != "zombie" for process in ranks.values()):
+            assert time.monotonic() < deadline, f"round {number}: a rank outlives the job"
+            time.sleep(0.1)
+        steps = list_steps(job.directory)
+        assert max(steps, default=0) >= before, f"round {number} lost step {before}"
+        for step in steps:
+            verify(job.directory, step)
+    Job(base, "storm", iterations, resume=True).finish()
+    calm, storm = (base / "base_checkpoints" / tag for tag in ("calm", "storm"))
+    files = [{name: file["sha256"] for name, file in verify(folder, iterations)["files"].items()} for folder in (calm, storm)]
+    assert files[0] == files[1]
+    curves = [[(line["step"], line["raw_loss"]) for line in map(json.loads, open(folder / "metrics.jsonl"))] for folder in (calm, storm)]
+    assert curves[0] == curves[1]
+
+
+def damage(path: Path, rng: random.Random) -> str:
+    """Change the file in one of six ways; returns which."""
+    data = path.read_bytes()
+    start = rng.randrange(len(data))
+    end = rng.randrange(start, len(data)) + 1
+    flipped = bytes([data[start] ^ 1 << rng.randrange(8)])
+    changes = {
+        "flip": data[:start] + flipped + data[start + 1 :],
+        "cut": data[:start],
+        "remove": data[:start] + data[end:],
+        "zero": data[:start] + bytes(end - start) + data[end:],
+        "append": data + b"x",
+        "delete": None,
+    }
+    kind = rng.choice([kind for kind, changed in changes.items() if changed != data])
+    path.unlink()
+    if changes[kind] is not None:
+        path.write_bytes(changes[kind])
+    return kind
+
+
+@pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_damaged_checkpoints_are_refused_and_skipped(tmp_path, run_ranks, rounds):
+    from test_checkpoint_manager import BYTES, save_checkpoint, shard, some_state
+
+    rng, original = random.Random(rounds), tmp_path / "original"
+    for step in (2, 4):
+        run_ranks(2, lambda compute: save_checkpoint(original, step, some_state(), shard(compute.rank, 2), {"a": 1}, BYTES, compute))
+    for number in range(rounds):
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(original, copy)
+        path = rng.choice(sorted((copy / "step_000004").iterdir()))
+        saved = path.read_bytes()
+        kind = damage(path, rng)
+        if path.name == "meta.json" and kind != "delete":
+            try:
+                if json.loads(path.read_bytes()) == json.loads(saved):
+                    continue  # white space
+            except ValueError:
+                pass
+        with pytest.raises(UserError, match="damaged") as error:
+            verify(copy, 4)
+        assert path.name in str(error.value) and "\n" not in str(error.value), kind
+        assert find_last_step(copy) == 2
+        needed = path.name in ("meta.json", "model.safetensors")
+        try:
+            load_checkpoint(copy, 4, CPU)
+            assert not needed, f"{kind} of {path.name} was not noticed"
+        except UserError:
+            assert needed
+        shutil.rmtree(copy)
