@@ -350,10 +350,37 @@ def _join_ranks(compute: Compute) -> None:
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # if torchrun is killed, its ranks stop, too
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(_agree_on_name(store, rank, world_size), store)
     # GPU tensors use NCCL; objects and CPU tensors use gloo
     backend = "cpu:gloo,cuda:nccl" if compute.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     _check_base_dir_is_shared(compute)
+
+
+def _agree_on_name(store, rank: int, world_size: int) -> str:
+    """A name for this start of the job, the same on all of its ranks and different from that of any other start.
+
+    torchrun restarts ranks with the same store, in which gloo would find the addresses of dead ranks, and restarts are
+    counted per node. So every rank announces a random key, and rank 0 answers each key until all ranks have its answer.
+    """
+    key = secrets.token_hex(8)
+    store.set(f"key/{rank}", key)
+    if rank > 0:
+        name = store.get(f"name/{key}").decode()  # waits for it
+        store.set(f"{name}/{rank}", "")
+        return name
+    missing, deadline = set(range(1, world_size)), time.monotonic() + COLLECTIVE_TIMEOUT
+    while missing:
+        for other in missing:
+            if store.check([f"key/{other}"]):
+                store.set(f"name/{store.get(f'key/{other}').decode()}", key)
+        missing = {other for other in missing if not store.check([f"{key}/{other}"])}
+        if time.monotonic() > deadline:
+            raise UserError(f"ranks {sorted(missing)} of {world_size} have not started; see their output")
+        time.sleep(0.05)
+    return key
 
 
 def _check_base_dir_is_shared(compute: Compute) -> None:

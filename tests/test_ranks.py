@@ -1,4 +1,4 @@
-"""Many ranks do what one does: every stage under torchrun, two nodes on one machine, another number of ranks half-way."""
+"""Many ranks compute what one does: every stage under torchrun, two nodes on one machine, resume on another world size."""
 
 import json
 import os
@@ -83,29 +83,29 @@ def two_nodes(name):
                     f"--rdzv-endpoint=127.0.0.1:{free_port()}")
 
 
-STAGES = """
-import sys
-from scripts import base_train, mid_train, chat_sft, chat_rl, chat_eval
+# One stage in a process, with a reward that an untrained model can get
+STAGE = """
+import importlib, sys
 from tasks.sample_world import SampleWorld
-base, chat, rl, tag = *map(str.split, sys.argv[1:4]), sys.argv[4]
-base_train.main([*base, f"--model-tag={tag}"])
-mid_train.main([*chat, f"--model-tag={tag}"])
-chat_sft.main([*chat, f"--model-tag={tag}"])
-SampleWorld.reward = lambda task, conversation, completion: float(len(completion) % 2)  # such a model is never right
-chat_rl.main([*rl, f"--model-tag={tag}"])
-chat_eval.main(["-i", "rl", "-g", tag, "-a", "SampleWorld", "-x", "7", "-m", "8"])
+SampleWorld.reward = lambda task, conversation, completion: float(len(completion) % 2)
+importlib.import_module(f"scripts.{sys.argv[1]}").main(sys.argv[2:])
 """
 
 
-def test_every_stage_has_the_same_curve_on_three_ranks_as_on_one_that_accumulates(source, tmp_path):
+def test_every_stage_has_the_same_curve_on_three_ranks_as_on_one(source, tmp_path):
     """50 steps of three micro-batches each, and the measurements between them, within 1e-5; then six of reinforcement learning."""
-    stages = tmp_path / "stages.py"
-    stages.write_text(STAGES)
+    stage = tmp_path / "stage.py"
+    stage.write_text(STAGE)
     batch = ["--total-batch-size=768", "--device-type=cpu"]
-    base, chat = " ".join([*BASE, *batch, f"--source={source}"]), " ".join([*CHAT, *batch])
+    commands = [
+        ["base_train", *BASE, *batch, f"--source={source}"], ["mid_train", *CHAT, *batch], ["chat_sft", *CHAT, *batch], ["chat_rl", *RL],
+        ["chat_eval", "-i", "rl", "-a", "SampleWorld", "-x", "7", "-m", "8"],
+    ]  # fmt: skip
     launchers = {"alone": [sys.executable], "three": torchrun("--standalone", "--nproc-per-node=3")}
-    runs = [start(launcher, source, [str(stages), base, chat, " ".join(RL), tag]) for tag, launcher in launchers.items()]
-    answers = [re.search(r"SampleWorld .*problems.*", output)[0] for output in finish(runs)]
+    for name, *flags in commands:
+        tag = "-g" if name == "chat_eval" else "--model-tag"
+        outputs = finish([start(launcher, source, [str(stage), name, *flags, tag, run]) for run, launcher in launchers.items()])
+    answers = [re.search(r"SampleWorld .*problems.*", output)[0] for output in outputs]
     for folder in ("base_checkpoints", "mid_checkpoints", "chatsft_checkpoints"):
         assert_same_curve(curve(source, "three", folder), curve(source, "alone", folder))
     assert answers[0] == answers[1]
@@ -130,14 +130,14 @@ def one(source):
 def test_two_nodes_train_as_one_rank_does(source, one):
     launcher = two_nodes("together")
     outputs = finish([start(launcher, source, base_train(source, "nodes", "--total-batch-size=512")) for _ in range(2)])
-    assert sum("saved step 50" in output for output in outputs) == 1, "one rank of all writes and tells"
+    assert sum("saved step 50" in output for output in outputs) == 1, "only one rank writes and prints"
     saved = sorted(path.name for path in (source.parent / "base_checkpoints/nodes/step_000050").iterdir())
-    assert saved == ["meta.json", "model.safetensors", "optimizer_rank0.safetensors", "optimizer_rank1.safetensors"]
+    assert saved == ["meta.json", "model.safetensors", "optimizer_rank0.safetensors", "optimizer_rank1.safetensors", "vocabulary.json"]
     assert_same_curve(curve(source, "nodes"), one)
 
 
-def test_a_job_that_loses_a_rank_goes_on_by_itself(source, one):
-    """torchrun starts all ranks again, and they go on from what this job has saved, not from what lies there from before."""
+def test_a_job_that_loses_a_rank_resumes_by_itself(source, one):
+    """torchrun restarts all ranks, and they resume from what this job has saved, not from an earlier run's checkpoints."""
     stale = source.parent / "base_checkpoints" / "restarted"
     shutil.copytree(source.parent / "base_checkpoints" / "one", stale)
     launcher = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1")
@@ -154,14 +154,14 @@ def test_a_job_that_loses_a_rank_goes_on_by_itself(source, one):
     assert curve(source, "restarted") == one, "bit for bit, with as many ranks as micro-batches"
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(source):
-    """One rank, then three, among which four micro-batches do not come out even, then one: the curve of one all along."""
+def test_resume_on_another_world_size_is_exact(source):
+    """One rank, then three (four micro-batches are shared unevenly), then one: the curve of one rank all along."""
     flags = ["--device-batch-size=2", "--total-batch-size=512", "--num-iterations=12", "--save-every=4", "--eval-every=4"]
     finish([start([sys.executable], source, base_train(source, "steady", *flags))])
     moving = source.parent / "base_checkpoints" / "moving"
     shutil.copytree(moving.with_name("steady"), moving)
-    for ranks, forget in ((3, [8, 12]), (1, [12])):
-        for step in forget:
+    for ranks, removed in ((3, [8, 12]), (1, [12])):
+        for step in removed:
             shutil.rmtree(moving / f"step_{step:06d}")
         launcher = [sys.executable] if ranks == 1 else torchrun("--standalone", f"--nproc-per-node={ranks}")
         finish([start(launcher, source, base_train(source, "moving", *flags, "--resume-from-step=latest"))])
@@ -170,11 +170,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(source):
     for name in one:
         assert (one[name] - other[name]).norm() <= 1e-2 * other[name].norm(), name
     states = [json.loads((path / "step_000012/meta.json").read_text())["loader_state"] for path in (moving, moving.with_name("steady"))]
-    assert states[0] == states[1], "the same documents wait in the same lanes"
+    assert states[0] == states[1], "the same place in the data"
 
 
 @pytest.mark.slow
-def test_a_node_with_a_base_folder_of_its_own_is_told_so(source, tmp_path):
+def test_nodes_that_do_not_share_the_base_folder_are_named(source, tmp_path):
     launcher = two_nodes("apart")
     command = base_train(source, "apart", "--total-batch-size=512")
     nodes = [start(launcher, source, command), start(launcher, source, command, NANOCHAT_BASE_DIR=str(tmp_path))]
