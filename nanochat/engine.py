@@ -1,14 +1,13 @@
-"""Inference: many conversations written at once, each as if it were alone.
+"""Inference: many sequences generated in one batch, each as if it were alone.
 
-The one idea: keys and values of earlier positions are kept, so a new token costs one pass through
-the model, and a pass costs about the same for one seq as for sixteen. So all seqs that are being
-written share each pass, and `scheduler.py` decides who takes part. What is particular to a seq (its
-rng, its settings, the tool call it is in the middle of, the tokens a tool forces upon it) is kept
-with the seq, so what a seq says does not depend on its neighbours, up to the rounding of sums.
+Keys and values of earlier positions are cached, so a new token costs one pass through the model, and a pass costs
+about the same for one sequence as for sixteen. So all running sequences share each pass; scheduler.py decides which.
+What belongs to a sequence (its rng, its settings, its tool call) is kept with it, so its tokens do not depend on the
+other sequences, up to the rounding of sums.
 
-The engine knows a model only by calling it: `model.hidden(ids, kv_cache=...)` moves a cache forward
-and `model.logits` reads it. It does not know about conversations, files or text beyond tool calls.
-One thread at a time may use an engine.
+The engine knows a model only by calling it: `model.hidden(ids, kv_cache=...)` advances a cache and `model.logits`
+computes logits. It knows nothing about conversations, files, or text beyond tool calls and stop strings.
+An engine must be used by one thread at a time.
 """
 
 from __future__ import annotations
@@ -26,31 +25,30 @@ from nanochat.scheduler import Copy, Sequence, Scheduler
 
 
 class KVCache:
-    """Keys and values of every layer for a batch of seqs, each seq with a length of its own.
+    """Keys and values of every layer for a batch of sequences of different lengths.
 
-    k_cache, v_cache: (layers, batch, seq, heads, dim). cache_seqlens: int32 (batch,), how many
-    positions of each seq are filled. last_tokens: int64 (batch,), each seq's newest token, -1 where
-    there is none; the model looks at a token's left neighbour. seqs: None, or int32 (batch,) where
-    this is a selection made by `select`: which seqs of the tensors are meant.
+    k_cache, v_cache: (layers, batch, seq, heads, dim). cache_seqlens: int32 (batch,), filled positions per
+    sequence. last_tokens: int64 (batch,), the newest token of each sequence or -1, for the model's smear.
+    slots: None, or int32 (batch,) in a view made by `select`: the rows of the tensors that it stands for.
     """
 
     slots: torch.Tensor | None = None
 
     def __init__(self, batch_size, num_heads, seq_len, head_dim, num_layers, device, dtype):
         shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
-        # Zeros and not whatever lies in memory: a masked NaN still poisons a sum.
+        # Zeros, since uninitialised memory may hold NaN, and a masked NaN still makes a sum NaN
         self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.v_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.cache_seqlens = torch.zeros(batch_size, device=device, dtype=torch.int32)
         self.last_tokens = torch.full((batch_size,), -1, device=device)
 
     def reset(self) -> None:
-        """Forget everything; the memory is kept."""
+        """Empty the cache; the memory is kept."""
         self.cache_seqlens.zero_()
         self.last_tokens.fill_(-1)
 
     def get_pos(self) -> int:
-        """How many positions the first seq holds."""
+        """Filled positions of the first sequence."""
         return int(self.cache_seqlens[0])
 
     def get_layer_cache(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,11 +56,11 @@ class KVCache:
         return self.k_cache[layer], self.v_cache[layer]
 
     def advance(self, num_tokens: int) -> None:
-        """The model calls this once per forward pass, after the last layer has written."""
+        """Called by the model once per forward pass, after the last layer."""
         self.cache_seqlens += num_tokens
 
     def prefill(self, other: KVCache) -> None:
-        """Copy `other` into this empty cache; a cache of one seq is copied into every seq."""
+        """Copy `other` into this empty cache; a cache of one sequence is copied into every place."""
         length = int(other.cache_seqlens.max())
         assert self.get_pos() == 0, "only an empty cache can be prefilled"
         assert length <= self.k_cache.size(2), f"{length} positions do not fit {self.k_cache.size(2)}"
@@ -71,17 +69,17 @@ class KVCache:
         self.cache_seqlens.copy_(other.cache_seqlens)
         self.last_tokens.copy_(other.last_tokens)
 
-    def select(self, seqs: torch.Tensor, seqlens: torch.Tensor, last_tokens: torch.Tensor) -> KVCache:
-        """The same memory seen as a batch of the given seqs, which the caller says how far are filled."""
+    def select(self, slots: torch.Tensor, seqlens: torch.Tensor, last_tokens: torch.Tensor) -> KVCache:
+        """A view of the given slots as a batch, with the filled positions and last tokens given."""
         selection = object.__new__(KVCache)
         selection.k_cache, selection.v_cache = self.k_cache, self.v_cache
-        selection.slots, selection.cache_seqlens, selection.last_tokens = seqs, seqlens, last_tokens
+        selection.slots, selection.cache_seqlens, selection.last_tokens = slots, seqlens, last_tokens
         return selection
 
 
 def cache_dtype(model) -> torch.dtype:
-    """What the model's keys and values come in: the dtype of its embeddings, the narrowest of its weights."""
-    weights = model.parameters() if isinstance(model, torch.nn.Module) else ()  # a stand-in may have none
+    """The dtype of the model's keys and values: that of its embeddings, the narrowest of its weights."""
+    weights = model.parameters() if isinstance(model, torch.nn.Module) else ()  # a fake model may have none
     return min((weight.dtype for weight in weights), key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
@@ -94,19 +92,18 @@ def sample(
     temperatures: list[float],
     top_ks: list[int | None],
     top_ps: list[float],
-    draws: list[float],
+    uniform_samples: list[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per seq, from logits (B, V), each seq with settings and a draw in [0, 1) of its own.
+    """One token per sequence from logits (B, V), with settings and a uniform sample in [0, 1) for each.
 
-    Returns (tokens (B,) int64, log-probabilities (B,) float32): how likely each was under its seq's settings.
-    A draw picks the token whose slice of the cumulative distribution it falls into, so a seq needs a
-    single random number and seqs are sampled together. Temperature 0 takes the likeliest token. `top_k`
-    keeps the k likeliest; `top_p` keeps of these as few of the likeliest as have that share of the
-    probability (nucleus sampling, arXiv:1904.09751).
+    Returns (tokens (B,) int64, log-probabilities (B,) float32 under the settings). A uniform sample selects the
+    token by inverting the cumulative distribution, so a sequence needs one random number and all are sampled
+    together. Temperature 0 is greedy. `top_k` keeps the k most likely tokens; `top_p` keeps the fewest of these
+    that have that share of the probability (nucleus sampling, arXiv:1904.09751).
     """
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     log_probs = torch.zeros(len(logits), device=logits.device)
-    groups: dict[int, list[int]] = {}  # seqs that need as many candidates in order of likelihood; 0: all, in no order
+    groups: dict[int, list[int]] = {}  # number of candidates to sort (0: all, unsorted) -> sequences
     for seq, temperature in enumerate(temperatures):
         k = min(top_ks[seq] or logits.size(-1), logits.size(-1))
         ordered = k < logits.size(-1) or top_ps[seq] < 1
@@ -122,9 +119,9 @@ def sample(
             tokens[seqs] = scores.argmax(dim=-1)
             continue
         if width:
-            scores, candidates = scores.topk(min(width, logits.size(-1)), dim=-1)  # (R, width), likeliest first
+            scores, candidates = scores.topk(min(width, logits.size(-1)), dim=-1)  # (R, width), most likely first
         scores = scores.float()
-        # The maximum goes first: a tiny temperature must not overflow to infinity minus infinity.
+        # Subtract the maximum first, so that a tiny temperature cannot give infinity minus infinity
         weights = (scores - scores.amax(dim=-1, keepdim=True)).div_(column(temperatures)).exp_()
         if width:
             weights *= torch.arange(weights.size(-1), device=logits.device) < column([k or logits.size(-1) for k in top_ks])
@@ -133,7 +130,7 @@ def sample(
         if width:
             kept = (cumulative - weights < column(top_ps) * total).sum(dim=-1, keepdim=True)
             total = torch.where(column(top_ps) < 1, cumulative.gather(1, kept.clamp(min=1) - 1), total)
-        choice = torch.searchsorted(cumulative, column(draws) * total, right=True)  # (R, 1)
+        choice = torch.searchsorted(cumulative, column(uniform_samples) * total, right=True)  # (R, 1)
         tokens[seqs] = (candidates.gather(1, choice) if width else choice)[:, 0]
         log_probs[seqs] = (weights.gather(1, choice) / total).log()[:, 0]
     return tokens, log_probs
@@ -142,15 +139,15 @@ def sample(
 # -----------------------------------------------------------------------------
 # The engine
 
-# Prompt tokens that are read between two rounds, so that those who already write wait for about a round or two.
+# Prompt tokens that are prefilled between two steps, so that running sequences wait for about a step or two.
 PREFILL_BUDGET = {"cpu": 128, "cuda": 2048}
 
 
 class Engine:
-    """Writes on from prompts with `model`; `tokenizer` is needed for tool calls and to know when to stop.
+    """Continues prompts with `model`; `tokenizer` is used for tool calls, stop strings and terminal tokens.
 
-    `max_sequences` may be written at once, if they fit half of the free memory; more wait in line. Memory is
-    taken as seqs need it. `context` bounds what a seq may hold, prompt included (None: what the model can).
+    At most `max_sequences` run at once, if half of the free memory suffices; others wait. Memory is allocated as
+    needed. `context` limits the tokens of a sequence, prompt included (None: the model's context).
     """
 
     def __init__(self, model, tokenizer, max_sequences: int = 64, context: int | None = None):
@@ -159,18 +156,18 @@ class Engine:
             tokenizer.encode_special(f"<|{name}|>")
             for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end")
         )
-        # assistant_end closes a reply; bos opens the next document, which is where a base model stops.
+        # assistant_end ends a reply; a base model ends a document with the next one's bos.
         self.terminal_tokens = frozenset((assistant_end, tokenizer.get_bos_token_id()))
         self.context = min(context or model.config.sequence_len, model.config.sequence_len)
         self.device = model.get_device()
         self.max_sequences = min(max_sequences, self._sequences_that_fit())
-        self.prefill_tokens = self.cached_tokens = self.generated_tokens = 0  # in all
+        self.prefill_tokens = self.cached_tokens = self.generated_tokens = 0  # totals
         self.cache: KVCache | None = None
         self.graphs: dict[int, DecodingGraph] = {}
         self.scheduler = self._make_scheduler()
 
     # -------------------------------------------------------------------------
-    # Rows that come and go
+    # Sequences that join and leave
 
     def submit(
         self,
@@ -183,24 +180,24 @@ class Engine:
         stop: list[str] = (),
         sample_index: int = 0,
     ) -> Sequence:
-        """Put a prompt in line; `step` writes it on. What it says depends on these arguments alone.
+        """Add a prompt, which `step` continues. The tokens depend on these arguments only.
 
-        The seq ends with a terminal token (assistant_end or bos), which is its last, after `max_tokens`,
-        when the context is full, or once its text contains one of the strings in `stop`. Rows of one seed
-        differ by `sample_index`. Raises UserError for arguments that cannot work.
+        The sequence ends with a terminal token (assistant_end or bos), after `max_tokens`, when the context is
+        full, or once its text contains one of the strings in `stop`. Samples with the same seed differ by
+        `sample_index`. Raises UserError for invalid arguments.
         """
         seq = self._make_sequence(tokens, max_tokens, temperature, top_k, top_p, seed, stop, sample_index)
         self.scheduler.add(seq)
         return seq
 
     def cancel(self, seq: Sequence) -> None:
-        """End `seq` where it stands. Its place is free at once; nothing happens if it has ended."""
+        """End `seq` and free its slot at once; no effect if it has finished."""
         if seq.finish_reason is None:
             self.scheduler.end(seq, "cancelled")
 
     @property
     def busy(self) -> bool:
-        """Whether anything is left to do."""
+        """Whether any sequence is unfinished."""
         return self.scheduler.busy
 
     @property
@@ -212,27 +209,27 @@ class Engine:
         return len(self.scheduler.waiting)
 
     def step(self) -> list[tuple[Sequence, int, int]]:
-        """One round: read some of the prompts in line, then one token for each running seq.
+        """Prefill some of the waiting prompts, then generate one token for each running sequence.
 
-        Returns (seq, token, mask) for each of these, mask 1 where the token was sampled and 0 where a tool
-        forced it. A seq that ends by this token has its `finish_reason` now. If a round fails or is
-        interrupted, all seqs end as "cancelled" and the engine can be used again.
+        Returns (sequence, token, mask) for each of these: mask 1 if the token was sampled, 0 if a tool forced it.
+        A sequence that this token finishes has its `finish_reason` set. If a step fails or is interrupted, all
+        sequences end as "cancelled" and the engine can be used again.
         """
         try:
             return self._step()
-        except BaseException:  # what the cache holds is no longer certain
+        except BaseException:  # the content of the cache is no longer known
             self.reset()
             self.cache, self.graphs = None, {}
             raise
 
     def reset(self) -> None:
-        """End all seqs and reuse nothing of earlier ones, as when the model's weights have changed. Memory is kept."""
+        """Cancel all sequences and empty the prefix cache, as after a change of the weights. Memory is kept."""
         for seq in [*self.scheduler.waiting, *self.scheduler.slot_of]:
             self.scheduler.end(seq, "cancelled")
         self.scheduler = self._make_scheduler()
 
     def finish(self) -> Iterator[Sequence]:
-        """Go on until nothing is left to do, yielding each seq as it ends."""
+        """Step until all sequences have finished, yielding each as it finishes."""
         while self.busy:
             yield from [seq for seq, _, _ in self.step() if seq.finish_reason]
 
@@ -248,15 +245,14 @@ class Engine:
         top_k: int | None = None,
         seed: int = 42,
     ) -> Iterator[tuple[list[int], list[int]]]:
-        """Continue one prompt `num_samples` times, yielding a token for every seq at each step.
+        """Continue one prompt `num_samples` times, yielding one token per sample at each step.
 
-        Yields (token_column, token_masks), one entry per seq: the mask is 1 where the token was
-        sampled and 0 where a tool forced it. A seq ends with a terminal token (assistant_end or
-        bos), which is yielded; while other seqs go on it repeats that token with mask 0. Without
-        `max_tokens` seqs go on until the context is full. The generator's return value (what
-        `yield from` gives) lists why each seq ended: "stop", "length" or "context".
+        Yields (token_column, token_masks), one entry per sample: mask 1 if the token was sampled, 0 if a tool forced
+        it. A sample ends with a terminal token (assistant_end or bos), which is yielded, and repeated with mask 0
+        while others continue. Without `max_tokens` the context is the limit. The generator's return value (of
+        `yield from`) lists the finish reasons: "stop", "length" or "context".
 
-        Raises UserError, at once and not at the first step, for arguments that cannot work.
+        Raises UserError for invalid arguments, at the call and not at the first step.
         """
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}; it must be 1 or more")
@@ -272,7 +268,7 @@ class Engine:
         top_k: int | None = None,
         seed: int = 42,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Like `generate`, all at once: (sequences, masks), prompt included (mask 0), terminal token left out."""
+        """Like `generate`, without streaming: (sequences, masks) with the prompt (mask 0) and without the terminal token."""
         sequences = [list(tokens) for _ in range(num_samples)]
         masks = [[0] * len(tokens) for _ in range(num_samples)]
         for column, column_masks in self.generate(tokens, num_samples, max_tokens, temperature, top_k, seed):
@@ -283,7 +279,7 @@ class Engine:
         return sequences, masks
 
     def _columns(self, seqs: list[Sequence]):
-        """The loop behind `generate`. The seqs may have come by their i-th tokens in different rounds."""
+        """The loop of `generate`. The samples may get their i-th tokens in different steps."""
         for seq in seqs:
             self.scheduler.add(seq)
         try:
@@ -302,20 +298,20 @@ class Engine:
                 self.cancel(seq)
 
     # -------------------------------------------------------------------------
-    # Inside a round
+    # Inside a step
 
     def _make_sequence(self, tokens, max_tokens, temperature, top_k, top_p, seed, stop, sample_index) -> Sequence:
         if not tokens:
-            raise UserError("The prompt is empty; begin it with bos at least")
+            raise UserError("The prompt is empty; it must contain at least bos")
         if len(tokens) >= self.context:
             raise UserError(
-                f"The prompt has {len(tokens)} tokens and the model's context holds {self.context}, "
-                "which leaves no room for an answer; shorten the prompt"
+                f"The prompt has {len(tokens)} tokens and the model's context is {self.context}, "
+                "which leaves no room for a reply; shorten the prompt"
             )
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}; it must be 1 or more, or None for as many as fit")
         if not 0 <= temperature < float("inf"):
-            raise UserError(f"temperature is {temperature}; it must be 0 (always the likeliest token) or more")
+            raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k is {top_k}; it must be 1 or more, or None for all tokens")
         if not 0 < top_p <= 1:
@@ -325,19 +321,19 @@ class Engine:
         return Sequence(
             tokens=list(tokens),
             limit=len(tokens) + budget,
-            # A seq that has used up both at once has written all that was asked for.
+            # If both limits coincide, all requested tokens were generated
             exhausted="length" if budget == max_tokens else "context",
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             stop=tuple(text.encode() for text in stop if text),
-            rng=random.Random(f"{seed}/{sample_index}"),  # neighbouring seeds and samples get unrelated rng
+            rng=random.Random(f"{seed}/{sample_index}"),  # unrelated streams for neighbouring seeds and samples
         )
 
     def _make_scheduler(self) -> Scheduler:
         return Scheduler(self.max_sequences, PREFILL_BUDGET.get(self.device.type, PREFILL_BUDGET["cpu"]))
 
-    # Around each call and not around a generator: a mode set there would leak to whoever reads from it.
+    # Not around the generators, whose consumers the mode would affect
     @torch.inference_mode()
     def _step(self) -> list[tuple[Sequence, int, int]]:
         work = self.scheduler.plan()
@@ -349,7 +345,7 @@ class Engine:
                 self.cached_tokens += item.length
             else:
                 self._prefill(item.seq.tokens, item.slot, item.start, item.end)
-        # In order of their places, so that attention finds neighbours in the cache next to one another.
+        # In order of their slots, so that attention reads neighbouring rows of the cache
         seqs = sorted(self.scheduler.running, key=lambda seq: self.scheduler.slot_of[seq].index)
         if not seqs:
             return []
@@ -362,18 +358,18 @@ class Engine:
             [uniform_sample(seq.rng) for seq in seqs],
         )
         self.generated_tokens += len(seqs)
-        sampled = torch.stack([tokens.float(), log_probs], dim=1).tolist()  # in one transfer; ids below 2^24 stay exact
+        sampled = torch.stack([tokens.float(), log_probs], dim=1).tolist()  # one transfer; ids below 2^24 are exact in float32
         return [(seq, *self._accept(seq, int(token), log_prob)) for seq, (token, log_prob) in zip(seqs, sampled)]
 
     def _prefill(self, tokens: list[int], slot: int, start: int, end: int) -> None:
-        """Fill the cache with tokens start .. end of a prompt. Nobody asks what the model expects after them."""
+        """Fill the cache with tokens start .. end of a prompt; no logits are needed."""
         ids = torch.tensor([tokens[start:end]], device=self.device)
         place = torch.tensor([[slot], [start], [tokens[start - 1] if start else -1]], dtype=torch.int32, device=self.device)
         self.model.hidden(ids, kv_cache=self.cache.select(*place), last_only=True)
         self.prefill_tokens += end - start
 
     def _logits(self, seqs: list[Sequence]) -> torch.Tensor:
-        """Feed each seq's last token to the model: what it expects next, (B, V)."""
+        """Logits (B, V) after the last token of each sequence."""
         slots = [self.scheduler.slot_of[seq].index for seq in seqs]
         lengths = [len(seq.tokens) - 1 for seq in seqs]
         newest = [seq.tokens[-1] for seq in seqs]
@@ -384,7 +380,7 @@ class Engine:
         return decode(self.model, self.cache, batch.to(self.device))
 
     def _accept(self, seq: Sequence, token: int, log_prob: float) -> tuple[int, int]:
-        """Give `seq` its next token, the sampled one unless a tool has put others in line: (token, mask)."""
+        """Append the sampled token, or the next one of a tool's output: (token, mask)."""
         mask = 0 if seq.forced else 1
         if seq.forced:
             token = seq.forced.popleft()
@@ -393,14 +389,14 @@ class Engine:
         seq.masks.append(mask)
         seq.log_probs.append(log_prob * mask)
         reason = seq.exhausted if len(seq.tokens) >= seq.limit else None
-        if mask and self._says_the_end(seq, token):
+        if mask and self._ends_with(seq, token):
             reason = "stop"
         if reason:
             self.scheduler.end(seq, reason)
         return token, mask
 
-    def _says_the_end(self, seq: Sequence, token: int) -> bool:
-        """Whether a sampled token ends its seq. Calls of the calculator are noticed, and answered, here, too."""
+    def _ends_with(self, seq: Sequence, token: int) -> bool:
+        """Whether a sampled token ends its sequence. Also tracks tool calls and queues their output."""
         if token in self.terminal_tokens:
             return True
         if token == self.python_start:
@@ -434,10 +430,10 @@ class Engine:
         )
 
     def _sequences_that_fit(self) -> int:
-        """How many seqs half of the free memory has room for, at least one."""
+        """The number of sequences that fit into half of the free memory, at least one."""
         if self.device.type == "cuda":
             unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            free = torch.cuda.mem_get_info(self.device)[0] + unused  # PyTorch's own, for the next who asks it
+            free = torch.cuda.mem_get_info(self.device)[0] + unused  # cached by PyTorch's allocator
         else:
             import psutil
 
@@ -447,8 +443,8 @@ class Engine:
         return max(1, free // 2 // (values * cache_dtype(self.model).itemsize))
 
     def _make_room(self, num_sequences: int) -> None:
-        """A cache of `num_sequences` seqs at least; what the present one holds is kept."""
-        spare = 1 if self.device.type == "cuda" else 0  # where the empty places of a graph's batch write to
+        """Grow the cache to at least `num_sequences` slots, with its content."""
+        spare = 1 if self.device.type == "cuda" else 0  # for the unused places of a graph's batch
         before = 0 if self.cache is None else self.cache.k_cache.size(1) - spare
         if num_sequences <= before:
             return
@@ -457,10 +453,10 @@ class Engine:
             cache.k_cache[:, :before] = self.cache.k_cache[:, :before]
             cache.v_cache[:, :before] = self.cache.v_cache[:, :before]
         self.cache = cache
-        self.graphs.clear()  # they write to where the cache was
+        self.graphs.clear()  # they hold the old cache's addresses
 
     def _graph(self, batch_size: int) -> DecodingGraph:
-        """The graph for a batch of this size or the next power of two."""
+        """The graph for batches up to the next power of two."""
         size = 1 << (batch_size - 1).bit_length()
         if size not in self.graphs:
             self.graphs[size] = DecodingGraph(self.model, self.cache, size)
@@ -468,21 +464,21 @@ class Engine:
 
 
 def uniform_sample(rng: random.Random) -> float:
-    """Uniform in [0, 1). 23 bits and no more, so that draw * total rounds to less than total in float32."""
+    """Uniform in [0, 1), with 23 bits, so that its product with a total stays below the total in float32."""
     return rng.getrandbits(23) / (1 << 23)
 
 
 def decode(model, cache: KVCache, batch: torch.Tensor) -> torch.Tensor:
-    """One token for each of B seqs: batch int32 (4, B) of slots, lengths, last tokens but one, last tokens; gives (B, V)."""
+    """Logits (B, V) after one token for each of B sequences; batch int32 (4, B): slots, lengths, previous tokens, tokens."""
     slots, lengths, before, newest = batch.unbind()
     return model.logits(model.hidden(newest[:, None], kv_cache=cache.select(slots, lengths, before))[:, -1])
 
 
 class DecodingGraph:
-    """`decode` for batches of up to `size` seqs as one CUDA graph: its hundreds of kernels are started by one call.
+    """`decode` for batches of up to `size` sequences as one CUDA graph, which launches its hundreds of kernels at once.
 
-    A graph repeats itself on the same memory, so a batch is copied to where it reads and the logits
-    are read where it leaves them. Places without a seq write to the cache's last seq, which is nobody's.
+    A graph always uses the same memory, so a batch is copied to its input and the logits are read from its output.
+    Unused places of the batch write to the cache's last slot, which belongs to no sequence.
     """
 
     def __init__(self, model, cache: KVCache, size: int):
@@ -490,7 +486,7 @@ class DecodingGraph:
         self.batch = self.empty.repeat(1, size).to(cache.k_cache.device)
         stream = torch.cuda.Stream(self.batch.device)
         stream.wait_stream(torch.cuda.current_stream(self.batch.device))
-        with torch.cuda.stream(stream):  # libraries set themselves up in their first calls, which must not be recorded
+        with torch.cuda.stream(stream):  # libraries initialise themselves in their first calls, which must not be captured
             for _ in range(2):
                 decode(model, cache, self.batch.clone())
         torch.cuda.current_stream(self.batch.device).wait_stream(stream)

@@ -1,15 +1,13 @@
-"""Which tokens are computed next: continuous batching as plain Python, without a tensor.
+"""Which tokens are computed next: continuous batching in plain Python, without tensors.
 
-The one idea: a seq is a list of tokens, and a slot of the cache holds the keys and values of its
-first `computed` tokens. A seq whose last token alone is not computed is *running*: each round
-feeds that token of every running seq to the model in one batch and appends what comes out. Until
-then its prompt is *read*, in chunks of a few tokens between the rounds, so that those who already
-run are never held up for long. Rows join and leave between any two rounds.
+A sequence is a list of tokens, and its slot in the cache holds the keys and values of the first `computed` of them.
+A sequence of which only the last token is not computed is running: each step feeds that token of every running
+sequence to the model in one batch and appends the result. Before that its prompt is prefilled in chunks of a few
+tokens between the steps, so that running sequences never wait long. Sequences join and leave between any two steps.
 
-A seq that has ended leaves its tokens' keys and values in its slot until the slot is needed. A
-newcomer that begins with the same tokens as any slot, ended or still running, starts from there:
-that is how the next turn of a conversation reads only what is new, and how many samples of one
-prompt read it once.
+A finished sequence leaves its keys and values in its slot until the slot is needed, and this is the prefix cache: a
+new sequence that starts with the same tokens as any slot, finished or running, continues from there. So the next turn
+of a conversation prefills only what is new, and many samples of one prompt prefill it once.
 
 Nothing here samples, decodes or knows of a model (engine.py does).
 """
@@ -23,25 +21,25 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Sequence:
-    """One sequence being written, and how it is to be written."""
+    """A sequence and its sampling settings."""
 
-    tokens: list[int]  # the prompt and all that was written after it
-    limit: int  # the number of tokens at which it ends at the latest
-    exhausted: str = "length"  # why it ends there: "length", or "context" where the model holds no more
+    tokens: list[int]  # the prompt and everything generated after it
+    limit: int  # maximum number of tokens, prompt included
+    exhausted: str = "length"  # finish reason at the limit: "length", or "context" if the model's context is full
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
-    stop: tuple[bytes, ...] = ()  # text that ends it
+    stop: tuple[bytes, ...] = ()  # stop strings
     rng: random.Random | None = None
-    forced: deque[int] = field(default_factory=deque)  # tokens that a tool has put in line
-    call: list[int] | None = None  # the tool call it is in the middle of
-    tail: bytes = b""  # its newest text, as far as that may be the beginning of a stop
-    masks: list[int] = field(default_factory=list)  # of what was written: 1 sampled, 0 forced by a tool
-    log_probs: list[float] = field(default_factory=list)  # of what was sampled, under the seq's settings; 0 where forced
-    finish_reason: str | None = None  # "stop", "length", "context" or "cancelled" once it has ended
+    forced: deque[int] = field(default_factory=deque)  # tokens of a tool's output that come next
+    call: list[int] | None = None  # tokens of an unfinished tool call
+    tail: bytes = b""  # its newest text, as far as a stop string may start in it
+    masks: list[int] = field(default_factory=list)  # of the generated tokens: 1 sampled, 0 forced by a tool
+    log_probs: list[float] = field(default_factory=list)  # of the generated tokens under the settings; 0 if forced
+    finish_reason: str | None = None  # "stop", "length", "context" or "cancelled" once finished
     prompt_length: int = 0
-    computed: int = 0  # how many of its tokens' keys and values its slot holds
-    reused: int = 0  # how many of these it found there
+    computed: int = 0  # number of tokens whose keys and values its slot holds
+    reused: int = 0  # of which the prefix cache had so many
 
     def __post_init__(self):
         self.prompt_length = len(self.tokens)
@@ -53,22 +51,22 @@ class Sequence:
 
 @dataclass(eq=False)
 class Slot:
-    """A place in the cache. `tokens[:computed]` is what its keys and values are of."""
+    """A place in the cache, which holds the keys and values of `tokens[:computed]`."""
 
     index: int
-    seq: Sequence | None = None  # who writes here
+    seq: Sequence | None = None  # the sequence that uses it
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
-    left_at: int = 0  # when its last seq ended, in ended seqs
+    left_at: int = 0  # when its last sequence finished, in finished sequences
 
     def common_prefix(self, tokens: list[int]) -> int:
-        """How many tokens both begin with, of those computed here and short of the last one of `tokens`.
+        """Length of the common prefix of the computed tokens and `tokens` without its last one.
 
         >>> Slot(0, tokens=[1, 2, 3, 4], computed=3).common_prefix([1, 2, 3, 4, 5])
         3
         """
         limit = min(self.seq.computed if self.seq else self.computed, len(tokens) - 1)
-        if self.tokens[:limit] == tokens[:limit]:  # nearly always this or a difference at the start
+        if self.tokens[:limit] == tokens[:limit]:  # nearly always, or they differ at the start
             return limit
         return next(i for i in range(limit) if self.tokens[i] != tokens[i])
 
@@ -84,7 +82,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Compute tokens start .. end of a seq's prompt."""
+    """Compute tokens start .. end of a sequence's prompt."""
 
     seq: Sequence
     slot: int
@@ -93,13 +91,13 @@ class Prefill:
 
 
 class Scheduler:
-    """Deals slots to seqs and rounds to their tokens. `prefill_budget`: prompt tokens that one round may read."""
+    """Assigns slots to sequences and plans steps. `prefill_budget`: prompt tokens that are prefilled per step."""
 
     def __init__(self, max_sequences: int, prefill_budget: int):
         self.max_sequences, self.prefill_budget = max_sequences, prefill_budget
-        self.slots: list[Slot] = []  # grows up to max_sequences, so that a cache need not be larger than it was ever used
+        self.slots: list[Slot] = []  # grows up to max_sequences, so that the cache is not larger than needed
         self.waiting: deque[Sequence] = deque()
-        self.prefilling: Sequence | None = None  # at most one prompt is half read
+        self.prefilling: Sequence | None = None  # at most one prompt is partly prefilled
         self.running: list[Sequence] = []
         self.slot_of: dict[Sequence, Slot] = {}
         self.ended = 0
@@ -112,7 +110,7 @@ class Scheduler:
         self.waiting.append(seq)
 
     def plan(self) -> list[Copy | Prefill]:
-        """What to do, in this order, before the next round. Afterwards `running` says who takes part in it."""
+        """The work before the next step, in order. Afterwards `running` holds the sequences of that step."""
         work, budget = [], self.prefill_budget
         while True:
             if self.prefilling is None:
@@ -133,7 +131,7 @@ class Scheduler:
             self.prefilling = None
 
     def end(self, seq: Sequence, reason: str) -> None:
-        """`seq` has ended, wherever it stands. What its slot holds may serve others until the slot is needed."""
+        """Finish `seq` in any state. The content of its slot stays in the prefix cache until the slot is needed."""
         seq.finish_reason = reason
         if seq in self.slot_of:
             slot = self.slot_of.pop(seq)
@@ -147,10 +145,10 @@ class Scheduler:
             self.waiting.remove(seq)
 
     def _slot_for_next(self) -> Slot | None:
-        """The slot that the first in line should write to; None where nobody waits or no slot is free.
+        """The slot for the first waiting sequence; None if none waits or no slot is free.
 
-        A slot that holds its beginning is taken over when that is half of what it holds or more. Otherwise an
-        unused slot is taken before one whose tokens may still serve, and of those the one that was left first.
+        A free slot whose content it extends is taken over if the common prefix is at least half of that content.
+        Otherwise a new slot comes before the free slot that was left first, whose content may still be useful.
         """
         if not self.waiting:
             return None
@@ -165,7 +163,7 @@ class Scheduler:
         return min(free, key=lambda slot: slot.left_at, default=None)
 
     def _place(self, seq: Sequence, slot: Slot) -> list[Copy]:
-        """Give `slot` to `seq` with the longest beginning that any slot has of it."""
+        """Assign `slot` to `seq`, with the longest prefix that any slot has."""
         source = max(self.slots, key=lambda other: other.common_prefix(seq.tokens))
         seq.computed = seq.reused = source.common_prefix(seq.tokens)
         copy = [Copy(source.index, slot.index, seq.reused)] if source is not slot and seq.reused else []

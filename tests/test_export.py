@@ -1,0 +1,79 @@
+"""Import of the reference's layout: weights and tokenizer arrive exactly, and nothing in the files is executed."""
+
+import dataclasses
+import json
+import os
+import pickle
+
+import pytest
+import tiktoken
+import torch
+from test_checkpoint_manager import BYTES, CPU, TINY, make_model
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import UserError
+from scripts import export
+
+
+@pytest.fixture
+def folder(tmp_path, base_dir):
+    """A model of step 7 in the reference's layout, compiled when it was saved."""
+    config = dataclasses.replace(TINY, vocab_size=BYTES.get_vocab_size())
+    model = make_model(config)
+    folder = tmp_path / "d2"
+    folder.mkdir()
+    torch.save({f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}, folder / "model_000007.pt")
+    (folder / "meta_000007.json").write_text(json.dumps({"model_config": dataclasses.asdict(config), "val_bpb": 1.0}))
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(BYTES.encoding))
+    return folder
+
+
+def test_an_imported_model_is_the_same(folder, capsys):
+    export.main(["--from", str(folder), "--to-stage", "sft"])
+    assert "scripts.chat_cli -i sft -g d2" in capsys.readouterr().out
+    model, tokenizer, meta = load_model("sft", CPU)
+    config = dataclasses.replace(TINY, vocab_size=BYTES.get_vocab_size())
+    tokens = torch.randint(0, 256, (2, 16))
+    assert meta["step"] == 7 and torch.equal(model(tokens), make_model(config)(tokens))
+    assert tokenizer.fingerprint() == BYTES.fingerprint()
+
+
+def test_models_without_the_learned_extras_get_neutral_ones(folder):
+    state = torch.load(folder / "model_000007.pt")
+    extras = ("resid_lambdas", "x0_lambdas", "smear", "backout", "value_embeds", "ve_gate")
+    torch.save({name: tensor for name, tensor in state.items() if not any(extra in name for extra in extras)}, folder / "model_000007.pt")
+    export.main(["--from", str(folder), "--to-stage", "base", "--model-tag", "old"])
+    model, _, _ = load_model("base", CPU)
+    assert model.config.window_pattern == "SL" and model.config.qk_scale == 1.2, "what its config says"
+    assert model.resid_lambdas.tolist() == [1.0, 1.0] and model.smear_lambda == 0
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_in_the_files_is_executed(folder, tmp_path):
+    evil = pickle.dumps(Evil(tmp_path / "executed"))
+    tokenizer = (folder / "tokenizer.pkl").read_bytes()
+    for name, data, message in (("tokenizer.pkl", evil, "refused: it wants to run posix.mkdir"), ("model_000007.pt", evil, "was refused|is damaged")):
+        (folder / "tokenizer.pkl").write_bytes(tokenizer)
+        (folder / name).write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            export.main(["--from", str(folder)])
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"no pickle", pickle.dumps({"mergeable_ranks": {}}), pickle.dumps(tiktoken.Encoding)])
+def test_a_damaged_tokenizer_is_one_sentence(folder, data):
+    (folder / "tokenizer.pkl").write_bytes(data)
+    with pytest.raises(UserError, match="tokenizer.pkl cannot be used"):
+        export.main(["--from", str(folder)])
+
+
+def test_a_missing_step_names_those_that_exist(folder):
+    with pytest.raises(UserError, match=r"no model of step 9 .* steps \[7\]"):
+        export.main(["--from", str(folder), "--step", "9"])
