@@ -82,5 +82,5 @@ def add_saving_flags(parser: argparse.ArgumentParser, eval_every: int, save_ever
     group = parser.add_argument_group("evaluation and checkpoints")
     group.add_argument("--resume-from-step", default="-1", help="step to resume from, or 'latest' (-1: start a new run)")
     group.add_argument("--eval-every", type=INTERVAL, default=eval_every, help="steps between evaluations (-1: at the end, 0: never)")
-    group.add_argument("--save-every", type=INTERVAL, default=save_every, help="steps between checkpoints (-1: at the end)")
+    group.add_argument("--save-every", type=COUNT_OR_AUTO, default=save_every, help="steps between checkpoints (-1: at the end)")
     group.add_argument("--keep-last", type=COUNT_OR_AUTO, default=-1, help="number of newest checkpoints to keep (-1: all)")

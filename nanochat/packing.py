@@ -184,7 +184,7 @@ class DocumentPacker:
 
     If no document fits into the rest of a row, the shortest is cut. What is left of a document that was cut or is
     longer than a row goes to the end of the queue, and starts with bos again when its turn comes.
-    `python -m dev.bench.loader --policies` compares other rules.
+    Other rules are compared in dev/LOG.md, 10.
     """
 
     def __init__(self, documents: Documents, T: int, bos: int, buffer_size: int, waiting: list[list[int]]):

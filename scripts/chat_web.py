@@ -30,7 +30,7 @@ def parse_args(argv):
     parser.add_argument("-t", "--temperature", type=float, default=0.8, help="where a request names none, 0 to 2")
     parser.add_argument("-k", "--top-k", type=int, default=50, help="where a request names none; 0 for all tokens")
     parser.add_argument("-m", "--max-tokens", type=int, default=512, help="length of an answer where a request names none")
-    parser.add_argument("--max-rows", type=int, help="answers that are written at once on each device; None: the engine's choice")
+    parser.add_argument("--max-sequences", type=int, help="replies generated at once on each device (default: the engine's choice)")
     parser.add_argument("--max-queue", type=int, default=64, help="answers that may wait for each device before requests are refused")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
     parser.add_argument("--log-content", action="store_true", help="write what is said to the log, too")

@@ -50,6 +50,7 @@ def pytest_configure(config) -> None:
     os.environ["HF_HOME"] = os.path.join(config.scratch, "huggingface")
     os.environ["NANOCHAT_BASE_DIR"] = os.path.join(config.scratch, "nanochat")
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+    import huggingface_hub.constants  # noqa: F401  # reads the address now, before a test changes it
 
 
 def pytest_unconfigure(config) -> None:

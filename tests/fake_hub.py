@@ -75,6 +75,7 @@ def repositories() -> dict[str, dict[str, bytes]]:
         "openai/gsm8k": dataset({f"main/{split}": gsm for split in ("train", "test")}),
         "openai/openai_humaneval": dataset({"openai_humaneval/test": human}),
         "HuggingFaceTB/smol-smoltalk": dataset({f"default/{split}": smol for split in ("train", "test")}),
+        "fake/trouble": dataset({"default/test": smol}),  # for tests of faults, never in a cache
     }  # fmt: skip
 
 

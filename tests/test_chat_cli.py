@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import checkpoint_dir
+from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
 from nanochat.common import Compute, UserError
-from nanochat.saver import save_checkpoint
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 from scripts.chat_cli import Chat, main
 
@@ -177,7 +176,7 @@ def artifacts(tokenizer, tmp_path_factory, make_random_model):
         tokenizer.save(base / "tokenizer")
         for stage in ("base", "sft"):
             meta = {"model_config": vars(model.config)}
-            save_checkpoint(checkpoint_dir(stage, "d2"), 5, model.state_dict(), None, meta, compute)
+            save_checkpoint(checkpoint_dir(stage, "d2"), 5, model.state_dict(), None, meta, tokenizer, compute)
     return base
 
 

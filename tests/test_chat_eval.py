@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nanochat import checkpoint_manager, engine, report, task_eval
 from nanochat.common import UserError
@@ -55,7 +56,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setattr(chat_eval, "make_task", make_task)
     monkeypatch.setattr(task_eval, "run_task", run_task)
     monkeypatch.setattr(engine, "Engine", lambda model, tokenizer: None)
-    model = SimpleNamespace(pack=lambda: None)
+    model = SimpleNamespace(get_device=lambda: torch.device("meta"))
     monkeypatch.setattr(checkpoint_manager, "load_model", lambda *args, **kwargs: (model, None, {"step": 7}))
     return out_of_reach, asked, tmp_path
 

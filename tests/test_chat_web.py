@@ -17,11 +17,10 @@ import pytest
 import torch
 from chat_server import PATIENCE, TOKENIZER, ScriptedEngine, events_of, pieces_of, serving
 
-from nanochat.checkpoint_manager import checkpoint_dir
+from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
 from nanochat.common import Compute, UserError
 from nanochat.conversation import render_for_completion
 from nanochat.engine import Engine
-from nanochat.saver import save_checkpoint
 from scripts.chat_web import listen, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -269,7 +268,7 @@ def test_what_a_real_engine_writes_for_many_is_what_it_writes_for_each(model):
 def base_dir(base_dir, model):
     TOKENIZER.save(base_dir / "tokenizer")
     compute = Compute(torch.device("cpu"), torch.float32)
-    save_checkpoint(checkpoint_dir("sft", "d2"), 5, model.state_dict(), None, {"model_config": vars(model.config)}, compute)
+    save_checkpoint(checkpoint_dir("sft", "d2"), 5, model.state_dict(), None, {"model_config": vars(model.config)}, TOKENIZER, compute)
     return base_dir
 
 
@@ -315,7 +314,7 @@ def test_a_port_in_use_is_told_in_a_line():
 
 @pytest.mark.parametrize("arguments, says", [
     (["-p", "70000"], "--port is 70000"), (["-t", "3"], "--temperature is 3"), (["-k", "-1"], "--top-k is -1"),
-    (["-m", "0"], "--max-tokens is 0"), (["-n", "0"], "--num-gpus is 0"), (["--max-rows", "0"], "--max-rows is 0"), (["--max-queue", "-1"], "--max-queue is -1"),
+    (["-m", "0"], "--max-tokens is 0"), (["-n", "0"], "--num-gpus is 0"), (["--max-sequences", "0"], "--max-sequences is 0"), (["--max-queue", "-1"], "--max-queue is -1"),
     (["--host", "no.such.host.example"], "cannot listen on no.such"), (["-n", "2"], "--num-gpus is 2"), (["-g", "d99"], "d99.*d2"),
 ])  # fmt: skip
 def test_mistakes_are_told_in_a_line(base_dir, arguments, says):

@@ -186,12 +186,12 @@ def test_base_eval_writes_a_csv_and_a_section(gpt2_folder, base_dir, capsys):
 
 
 def test_base_eval_says_that_the_bundle_is_out_of_reach(gpt2_folder, base_dir, capsys, monkeypatch):
-    from nanochat import download
+    from nanochat import dataset
     from scripts.base_eval import main
 
-    monkeypatch.setattr(download, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(dataset, "WAITS", (0,))
     main(["--hf-path", str(gpt2_folder), "--device-type", "cpu"])
-    assert "CORE skipped: cannot fetch eval_bundle.zip" in capsys.readouterr().out
+    assert "CORE skipped: cannot download eval_bundle.zip" in capsys.readouterr().out
 
 
 def test_base_loss_measures_a_folder_of_parquet_files(gpt2_folder, base_dir, tmp_path, capsys):

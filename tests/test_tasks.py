@@ -284,12 +284,13 @@ def test_a_missing_data_set_is_named(hub):
 
 
 @pytest.mark.parametrize("status", [503, 429])
-def test_a_hub_in_trouble_is_an_error_of_one_sentence(hub, status, monkeypatch):
-    hub.faults["humaneval"] = [status] * 1000
+def test_a_hub_in_trouble_is_an_error_of_one_sentence(hub, status, monkeypatch, tmp_path):
+    hub.faults["trouble/resolve/.*parquet"] = [status] * 1000
     with monkeypatch.context() as patch:
         patch.setattr("time.sleep", lambda seconds: None)  # of the library's retries
-        with pytest.raises(UserError, match=f"cannot load the data set openai/openai_humaneval .*{status}") as error:
-            load_hub_dataset("openai/openai_humaneval", "openai_humaneval", "test")
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+        with pytest.raises(UserError, match=f"cannot load the data set fake/trouble .*{status}") as error:
+            load_hub_dataset("fake/trouble", None, "test")
     assert "\n" not in str(error.value)
 
 

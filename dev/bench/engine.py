@@ -146,7 +146,9 @@ def main(argv=None):
     from nanochat.common import compute_init
 
     compute_init(args.device)
-    model = build(args.depth, args.context, args.vocab_size, args.device, noise=True).eval().pack()
+    from nanochat.device import prepare_for_inference
+
+    model = prepare_for_inference(build(args.depth, args.context, args.vocab_size, args.device, noise=True).eval())
     peer = None if args.skip_peers else build_peer(model.config, args.device)
     speed = bandwidth(args.device)
     print(f"depth {args.depth}, width {model.config.n_embd}, vocabulary {args.vocab_size}, {args.device}, memory {speed / 1e9:.1f} GB/s")

@@ -187,6 +187,7 @@ def check_step(args, device, dtype) -> dict:
     import torch
 
     from dev.bench.engine import NoTokenizer
+    from nanochat.device import prepare_for_inference
     from nanochat.engine import Engine
 
     depth, T = (2, 128) if args.tiny else (8, 1024)
@@ -264,7 +265,8 @@ class Training:
 
         from nanochat.common import Compute
         from nanochat.optim import MuonAdamW
-        from nanochat.training import compile_model, freeze_garbage
+        from nanochat.device import compile_model
+        from nanochat.training import freeze_garbage
 
         torch.manual_seed(0)
         self.compute, self.rows, self.context = Compute(device, dtype), rows, context
@@ -289,7 +291,7 @@ def measure_training(args, device, dtype) -> dict:
     """Tokens per second, MFU, memory and the optimizer's share, by depth, in bf16 and float8, at the most rows that fit."""
     import torch
 
-    from nanochat.training import peak_flops
+    from nanochat.device import peak_flops
 
     found = {}
     for depth, rows in ((2, 4),) if args.tiny else ((12, 32), (20, 32), (24, 32)):
@@ -356,10 +358,12 @@ def measure_engine(args, device, dtype) -> dict:
     import torch
 
     from dev.bench.engine import NoTokenizer, prompts, read_ours, write_ours
+    from nanochat.device import prepare_for_inference
     from nanochat.engine import Engine
 
     depth, length = (2, 64) if args.tiny else (20, 512)
-    model = build(depth, 256 if args.tiny else 2048, 512 if args.tiny else 32768, device, dtype, noise=True).eval().pack()
+    model = build(depth, 256 if args.tiny else 2048, 512 if args.tiny else 32768, device, dtype, noise=True).eval()
+    model = prepare_for_inference(model)
     read_ours(model, length, 0)  # kernels are loaded
     found = {"reading tok/s": max(read_ours(model, length, seed) for seed in range(3))}
     ceiling = measure_ceilings(args, device, dtype)["copy GB/s"]

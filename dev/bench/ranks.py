@@ -74,7 +74,8 @@ def scaling(args) -> None:
     from dev.bench.train import build_with_optimizer
     from nanochat.common import Compute
     from nanochat.optim import Bucket, MuonAdamW
-    from nanochat.training import compile_model, train_step
+    from nanochat.device import compile_model
+    from nanochat.training import train_step
 
     rank = ranks()[0]
     if hasattr(os, "sched_setaffinity"):  # before any thread is started, which takes over what is set here

@@ -36,16 +36,17 @@ def measure(args) -> dict:
     import torch.nn.functional as F
 
     from nanochat.common import Compute
+    from nanochat.device import compile_model
     from nanochat.training import train_step
 
+    compute = Compute(torch.device("cpu"), torch.float32)
     model, optimizer = build_with_optimizer(args)
-    step_model = torch.compile(model, dynamic=False) if args.variant == "ours" else model
+    step_model = compile_model(model, compute, args.rows) if args.variant == "ours" else model
     if args.variant == "peer":
 
         def step_model(x, y, loss_reduction):
             return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction=loss_reduction)
 
-    compute = Compute(torch.device("cpu"), torch.float32)
     tokens = torch.randint(0, args.vocab_size, (2, args.rows, args.sequence_len))
     batch = [(tokens[0].int(), tokens[1])]
     started = time.perf_counter()
