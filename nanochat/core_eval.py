@@ -1,4 +1,4 @@
-"""CORE: how well a base model, never taught to chat, answers the 22 tasks of the DCLM paper.
+"""CORE: the score of a base model on the 22 in-context tasks of the DCLM paper.
 
 The one idea to know: every question of every task becomes a few *options*, each a list of token
 ids with a mark where scoring starts. Multiple choice has one context and several continuations,
@@ -78,7 +78,7 @@ class Score:
 
 
 def fetch_bundle(compute: Compute) -> Path:
-    """The unpacked evaluation bundle, downloaded once by the main rank. UserError on all ranks when it is out of reach."""
+    """The unpacked evaluation bundle, downloaded once by the main rank. UserError on all ranks if it cannot be had."""
     folder = get_base_dir() / "eval_bundle"
 
     def fetch() -> None:
@@ -86,7 +86,7 @@ def fetch_bundle(compute: Compute) -> Path:
             if not folder.exists():
                 archive = folder.with_suffix(".zip")
                 fetch_file(file_url(BUNDLE_URL), archive, check=lambda part: unpack(part, folder))
-                if not folder.exists():  # the zip was there already, put there by hand
+                if not folder.exists():  # the zip was put there by hand
                     unpack(archive, folder)
                 archive.unlink()
 
@@ -95,7 +95,7 @@ def fetch_bundle(compute: Compute) -> Path:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack `eval_bundle/...` of a zip as `folder`, which appears whole or not at all.
+    """Unpack `eval_bundle/...` of a zip as `folder`, completely or not at all.
 
     Raises UserError for what is not a whole zip file, not the bundle, or would write elsewhere.
     """
@@ -139,12 +139,12 @@ def load_tasks(bundle: Path) -> list[CoreTask]:
         raise UserError(f"the CORE bundle is damaged ({error!r}). Delete {bundle} and run this again.") from None
 
 
-def read_rows(task: CoreTask, max_sequences: int = -1) -> list[dict]:
-    """The rows of a task, shuffled as in published scores and only then cut to `max_sequences` (-1: all)."""
+def read_rows(task: CoreTask, max_rows: int = -1) -> list[dict]:
+    """The rows of a task, shuffled as in published scores and only then cut to `max_rows` (-1: all)."""
     try:
         lines = [line for line in task.path.read_text(encoding="utf-8").split("\n") if line.strip()]
         random.Random(1337).shuffle(lines)
-        return [json.loads(line) for line in (lines if max_sequences < 0 else lines[:max_sequences])]
+        return [json.loads(line) for line in (lines if max_rows < 0 else lines[:max_rows])]
     except (OSError, ValueError) as error:
         bundle = task.path.parents[2]
         raise UserError(f"CORE's {task.label} is damaged ({error}). Delete {bundle} and run this again.") from None
@@ -238,32 +238,32 @@ def plan_batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def score_options(
-    model, options: list[tuple[list[int], int]], batch_tokens: int, beat: Callable[[], None] = lambda: None
+    model, options: list[tuple[list[int], int]], batch_tokens: int, heartbeat: Callable[[], None] = lambda: None
 ) -> list[Score]:
-    """Score each (ids, start): what the model makes of ids[start:] given all that precedes. `beat` is called after each batch.
+    """Score ids[start:] given ids[:start] for each (ids, start). `heartbeat` is called after each batch.
 
-    The model reads ids[:-1], padded on the right, which a causal model cannot see. Options that
-    differ in their last token only ("A", "B", "C", "D") are therefore one row to read, and equal
-    ones tie exactly.
+    The input is ids[:-1], padded on the right, which causal attention does not see. Options that
+    differ in their last token only ("A", "B", "C", "D") therefore share one input, and equal
+    options tie exactly.
     """
-    readers: dict[tuple[int, ...], list[int]] = {}  # what is read -> the options that need it
+    options_of: dict[tuple[int, ...], list[int]] = {}  # input -> the options that share it
     for i, (ids, start) in enumerate(options):
         assert 0 < start < len(ids)
-        readers.setdefault(tuple(ids[:-1]), []).append(i)
-    rows, scores = list(readers), [None] * len(options)
+        options_of.setdefault(tuple(ids[:-1]), []).append(i)
+    rows, scores = list(options_of), [None] * len(options)
     for batch in plan_batches([len(row) for row in rows], batch_tokens):
         width = len(rows[batch[0]])
         inputs = torch.tensor([rows[r] + (0,) * (width - len(rows[r])) for r in batch])  # (B, T)
         hidden = model.hidden(inputs.to(model.get_device())).flatten(0, 1)  # (B*T, d)
-        wanted = [(b, i) for b, r in enumerate(batch) for i in readers[rows[r]]]
-        spans = [range(b * width + options[i][1] - 1, b * width + len(options[i][0]) - 1) for b, i in wanted]
-        targets = [token for _, i in wanted for token in options[i][0][options[i][1] :]]
+        scored = [(b, i) for b, r in enumerate(batch) for i in options_of[rows[r]]]
+        spans = [range(b * width + options[i][1] - 1, b * width + len(options[i][0]) - 1) for b, i in scored]
+        targets = [token for _, i in scored for token in options[i][0][options[i][1] :]]
         losses, greedy = score_positions(model, hidden, [p for span in spans for p in span], targets)
         end = 0
-        for (_, i), span in zip(wanted, spans):
+        for (_, i), span in zip(scored, spans):
             start, end = end, end + len(span)
             scores[i] = Score(float(losses[start:end].mean()), greedy[start:end].tolist())
-        beat()
+        heartbeat()
     return scores
 
 
@@ -274,9 +274,9 @@ def score_positions(model, hidden, positions: list[int], targets: list[int]) -> 
     """
     losses, greedy = [], []
     places, targets = torch.tensor(positions), torch.tensor(targets)
-    for some, want in zip(places.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
-        logits = model.logits(hidden[some.to(hidden.device)])  # (n, vocab_size) float32
-        losses.append(F.cross_entropy(logits, want.to(logits.device), reduction="none").cpu().double())
+    for rows, expected in zip(places.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
+        logits = model.logits(hidden[rows.to(hidden.device)])  # (n, vocab_size) float32
+        losses.append(F.cross_entropy(logits, expected.to(logits.device), reduction="none").cpu().double())
         greedy.append(logits.argmax(dim=-1).cpu())
     return torch.cat(losses), torch.cat(greedy)
 
@@ -292,9 +292,9 @@ def answer_rows(
     rows: list[dict],
     which: range,
     batch_tokens: int,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple]:
-    """Yield (answer, right) for the rows of `which`: the option chosen, or the tokens said instead."""
+    """Yield (answer, right) for the rows of `which`: the chosen option, or the greedy tokens."""
     prompts = [render_prompts(rows, i, task) for i in which]
     texts = [text for texts in prompts for text in texts]
     ids = iter(tokenizer.encode(texts, prepend=tokenizer.get_bos_token_id()))
@@ -302,7 +302,7 @@ def answer_rows(
         mark_question([next(ids) for _ in texts], task, rows[i].get("gold", 0), model.config.sequence_len)
         for i, texts in zip(which, prompts)
     ]
-    scores = iter(score_options(model, [option for q in questions for option in q.options], batch_tokens, beat))
+    scores = iter(score_options(model, [option for q in questions for option in q.options], batch_tokens, heartbeat))
     for question in questions:
         yield question.grade([next(scores) for _ in question.options])
 
@@ -315,13 +315,14 @@ def evaluate_core(
     max_per_task: int = -1,
     batch_tokens: int | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> dict:
+    stop: Callable[[], bool] | None = None,
+) -> dict | None:
     """CORE and its tasks: {"core", "stderr", "tasks": {label: {"accuracy", "centered", "stderr", "examples"}}}.
 
-    `model` has `hidden`, `logits`, `get_device` and `config.sequence_len`. Chunks of questions are
-    dealt to the ranks in turn; a chunk is scored alike wherever it lands, so the numbers do not
-    depend on the number of ranks. `stderr` is one standard error of the centred value, from the
-    questions being a sample (binomial); it says nothing of the spread between training runs.
+    `model` has `hidden`, `logits`, `get_device` and `config.sequence_len`. Chunks of questions are assigned to the
+    ranks in turn, and the result does not depend on the number of ranks. `stderr` is one standard error of the centred
+    value due to the sample of questions (binomial); it does not cover the spread between training runs. `stop` is
+    polled between chunks, equally often on all ranks, and must return the same on all of them; if it returns True, the result is None.
     """
     batch_tokens = BATCH_TOKENS[compute.device.type] if batch_tokens is None else batch_tokens
     tasks = load_tasks(bundle)
@@ -331,6 +332,8 @@ def evaluate_core(
         began = time.monotonic()
         rows = read_rows(task, max_per_task)
         for first in range(0, len(rows), CHUNK):
+            if stop and turn % compute.world_size == 0 and stop():
+                return None
             if turn % compute.world_size == compute.rank:
                 which = range(first, min(first + CHUNK, len(rows)))
                 answers = answer_rows(model, tokenizer, task, rows, which, batch_tokens, compute.heartbeat)

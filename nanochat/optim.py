@@ -1,15 +1,14 @@
 """MuonAdamW: Muon for the matrices inside the Transformer, AdamW for everything else, on one rank or many.
 
-Muon's idea: replace a matrix's averaged gradient U S V^T by (roughly) U V^T, so that every
-direction it has learnt something about moves equally far. The update of one stack of
-equally shaped matrices is `muon_update`, a page of its own below.
+Muon replaces a matrix's averaged gradient U S V^T by (roughly) U V^T, so that all directions in
+it move equally far. `muon_update` does this for a stack of equally shaped matrices.
 
-Many ranks share the work (ZeRO-2, arXiv:1910.02054). Parameters lie in buckets, and a bucket in one flat
-buffer of `world_size` equal chunks, one for each rank. A step is: reduce-scatter the gradients, so
+Several ranks share the work (ZeRO-2, arXiv:1910.02054). Parameters are grouped in buckets, and a bucket is
+one flat buffer of `world_size` equal chunks, one for each rank. A step is: reduce-scatter the gradients, so
 that each rank has the sum for its own chunk; update those parameters; all-gather the result. All
-reduce-scatters begin at once and the all-gathers are waited for last, so the network works while a
-bucket is updated. Muon needs whole matrices, which are dealt out so that chunks are as equal as can be;
-all else is cut anywhere. So neither the ranks nor the matrices need divide anything.
+reduce-scatters start at once and the all-gathers are awaited last, so communication overlaps with the
+updates. Muon needs whole matrices, which are assigned so that chunks are as equal as possible; other
+parameters are cut anywhere. So world sizes need not divide anything.
 
 With W ranks, each rank sends (W - 1) chunks of every bucket in the reduce-scatter and as many in the all-gather,
 together what one all-reduce of the gradients would send, and keeps the optimizer state of one chunk. A chunk is 1/W
@@ -28,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch.optim.adamw import adamw
 
-BUCKET = 2**27  # parameters that share a buffer, at most (unless one alone is larger); bounds what a step needs beside them
-ALIGNMENT = 64  # chunks begin at multiples of this many parameters, as the network's kernels like it
+BUCKET = 2**27  # maximum of parameters per buffer (unless one alone is larger), which bounds a step's extra memory
+ALIGNMENT = 64  # chunks start at multiples of this many parameters, which communication kernels prefer
 
 # Polynomials of five steps towards the polar factor: a x + b x^3 + c x^5 on the singular values, best for
 # values in [1e-3, 1] (Polar Express, arXiv:2505.16932, algorithm 1 and its list of coefficients).
@@ -59,10 +58,10 @@ def polar_express(G: torch.Tensor) -> torch.Tensor:
 
 
 def muon_update(grad, momentum_buffer, second_moment, momentum: float, beta2: float) -> torch.Tensor:
-    """The direction in which a stack of matrices (n, rows, cols) moves; the buffers are updated in place.
+    """The update direction of a stack of matrices (n, rows, cols); the buffers are updated in place.
 
     1. Nesterov momentum (arXiv:2502.16982 and Jordan et al., "Muon", 2024).
-    2. Row equilibration: every row gets norm 1, so that the iteration begins well conditioned.
+    2. Row equilibration: every row gets norm 1, so that the iteration starts well conditioned.
     3. Polar factor, renormalised so that its Frobenius norm is sqrt(min(rows, cols)), that of an exact one.
     4. NorMuon (arXiv:2510.05491): divide by the root of a running mean of squares, one number per line along
        the longer side, then restore the norm, so that no neuron moves much more than others.
@@ -80,14 +79,14 @@ def muon_update(grad, momentum_buffer, second_moment, momentum: float, beta2: fl
 
 
 # -----------------------------------------------------------------------------
-# Many ranks
+# Several ranks
 
 
 def reduce_scatter(mine: torch.Tensor, flat: torch.Tensor) -> Callable[[], object]:
-    """Begin to sum `flat` (world_size * n,) over the ranks; this rank's chunk of the sum goes to `mine` (n,).
+    """Start to sum `flat` (world_size * n,) over the ranks; this rank's chunk of the sum goes to `mine` (n,).
 
-    Returns what waits for it. On a CPU chunks are exchanged and then added in the order of the ranks: three times as
-    fast as gloo's own, and the very sum that one rank gets that accumulates the same gradients one after the other.
+    Returns a function that waits for it. On a CPU chunks are exchanged and then added in the order of the ranks: three
+    times as fast as gloo's own, and equal to the sum of one rank that accumulates the same gradients in that order.
     """
     if flat.is_cuda:
         # torch 2.13 gives it a new name and warns about the old one, which torch 2.11 has.
@@ -106,7 +105,7 @@ def reduce_scatter(mine: torch.Tensor, flat: torch.Tensor) -> Callable[[], objec
 
 
 def all_gather(flat: torch.Tensor, mine: torch.Tensor) -> Callable[[], object]:
-    """Begin to bring every rank's `mine` (n,) together in `flat` (world_size * n,); returns what waits for it."""
+    """Start to gather every rank's `mine` (n,) in `flat` (world_size * n,); returns a function that waits for it."""
     if flat.is_cuda:
         return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(flat, mine, async_op=True).wait
     chunks = flat.split(mine.numel())
@@ -115,17 +114,17 @@ def all_gather(flat: torch.Tensor, mine: torch.Tensor) -> Callable[[], object]:
     return lambda: [work.wait() for work in works]
 
 
-class Piece(NamedTuple):
+class Shard(NamedTuple):
     """A parameter, or the part of one, that a rank owns."""
 
     name: str
     part: str  # "" for all of it, else which elements of the flattened parameter: "[a:b]"
-    values: torch.Tensor  # the very memory of the parameter
+    values: torch.Tensor  # a view of the parameter's memory
     place: slice  # in the rank's chunk
 
 
 class Bucket:
-    """Parameters of one group and dtype that travel together.
+    """Parameters of one group and dtype that are communicated together.
 
     The flat buffer holds each parameter at `starts[i]`; rank r owns the elements from r * chunk to (r + 1) * chunk.
     """
@@ -133,36 +132,36 @@ class Bucket:
     def __init__(self, group: dict, named: list[tuple[str, torch.Tensor]], rank: int, world_size: int):
         self.group, self.named, self.world_size = group, named, world_size
         if group["kind"] == "muon":
-            odd = next((f"{name} has shape {tuple(p.shape)}" for name, p in named if p.ndim != 2), None)
-            if odd:
-                raise ValueError(f"Muon takes matrices only, but {odd}")
-            self.starts, self.chunk = _deal_whole([p for _, p in named], world_size)
+            mismatch = next((f"{name} has shape {tuple(p.shape)}" for name, p in named if p.ndim != 2), None)
+            if mismatch:
+                raise ValueError(f"Muon takes matrices only, but {mismatch}")
+            self.starts, self.chunk = _assign_whole([p for _, p in named], world_size)
         else:
             self.starts = [sum(p.numel() for _, p in named[:i]) for i in range(len(named))]
             total = self.starts[-1] + named[-1][1].numel()
             self.chunk = -(-total // (world_size * ALIGNMENT)) * ALIGNMENT
-        self.own = list(self._pieces(rank * self.chunk))
-        self.stacks: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []  # Muon: (which of `own`, its two buffers)
+        self.own = list(self._shards(rank * self.chunk))
+        self.stacks: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []  # Muon: (indices into `own`, momentum, second moment)
 
-    def _pieces(self, begin: int) -> Iterator[Piece]:
-        """What of the parameters lies in the chunk that begins there."""
+    def _shards(self, begin: int) -> Iterator[Shard]:
+        """The shards of the parameters in the chunk that starts at `begin`."""
         for (name, p), start in zip(self.named, self.starts):
             a, b = max(begin - start, 0), min(begin + self.chunk - start, p.numel())
             if b - a == p.numel():
-                yield Piece(name, "", p.detach(), slice(start - begin, start - begin + b))
+                yield Shard(name, "", p.detach(), slice(start - begin, start - begin + b))
             elif a < b:
-                yield Piece(name, f"[{a}:{b}]", p.detach().view(-1)[a:b], slice(start + a - begin, start + b - begin))
+                yield Shard(name, f"[{a}:{b}]", p.detach().view(-1)[a:b], slice(start + a - begin, start + b - begin))
 
     def scatter(self) -> None:
-        """Begin to sum the gradients, each chunk on the rank that owns it. A gradient that is None counts as zero."""
+        """Start to sum the gradients, each chunk on the rank that owns it. A gradient that is None counts as zero."""
         if self.world_size == 1:
             return
         like = self.named[0][1]
         self.flat = torch.empty(self.world_size * self.chunk, dtype=like.dtype, device=like.device)
         for (_, p), start in zip(self.named, self.starts):
-            there = self.flat[start : start + p.numel()]
-            there.zero_() if p.grad is None else there.copy_(p.grad.flatten())
-            p.grad = None  # its memory is the next bucket's
+            target = self.flat[start : start + p.numel()]
+            target.zero_() if p.grad is None else target.copy_(p.grad.flatten())
+            p.grad = None  # frees its memory for the next bucket
         self.mine = torch.empty(self.chunk, dtype=like.dtype, device=like.device)
         self.wait = reduce_scatter(self.mine, self.flat)
 
@@ -171,18 +170,18 @@ class Bucket:
         if self.world_size == 1:
             return [p.grad for _, p in self.named]
         self.wait()
-        return [self.mine[piece.place].view_as(piece.values) for piece in self.own]
+        return [self.mine[shard.place].view_as(shard.values) for shard in self.own]
 
     def gather(self) -> None:
-        """Begin to send what this rank has updated to all others."""
+        """Start to send this rank's updated parameters to all others."""
         if self.world_size == 1:
             return
-        for piece in self.own:
-            self.mine[piece.place].copy_(piece.values.view(-1))
+        for shard in self.own:
+            self.mine[shard.place].copy_(shard.values.view(-1))
         self.wait = all_gather(self.flat, self.mine)
 
     def finish(self) -> None:
-        """Put what the other ranks have updated into the parameters."""
+        """Copy the parameters that the other ranks have updated."""
         if self.world_size == 1:
             return
         self.wait()
@@ -191,8 +190,8 @@ class Bucket:
         del self.flat, self.mine, self.wait
 
 
-def _deal_whole(params: list[torch.Tensor], world_size: int) -> tuple[list[int], int]:
-    """(starts, chunk) with every parameter inside one chunk: the largest first, always to the emptiest chunk."""
+def _assign_whole(params: list[torch.Tensor], world_size: int) -> tuple[list[int], int]:
+    """(starts, chunk) with every parameter inside one chunk: the largest first, each to the emptiest chunk."""
     loads, places = [0] * world_size, {}
     for i in sorted(range(len(params)), key=lambda i: -params[i].numel()):
         rank = loads.index(min(loads))
@@ -208,8 +207,8 @@ class MuonAdamW:
     "adamw" groups also hold betas, eps and weight_decay; "muon" groups hold momentum, beta2 and
     weight_decay, and only 2-D parameters. Rates may be changed in `param_groups` between steps
     (`initial_lr` and `initial_weight_decay` keep what was given).
-    Gradients are summed over the ranks of the default process group where there is one: the loss that they come from
-    is to be divided by what all ranks together have seen. Every rank calls `step`.
+    Gradients are summed over the ranks of the default process group, if there is one, so losses must be divided by the
+    number of targets on all ranks. Every rank calls `step`.
     State: AdamW two tensors per parameter; Muon one, and one number per line.
     """
 
@@ -224,11 +223,11 @@ class MuonAdamW:
         self.buckets: list[Bucket] = []
         many = dist.is_available() and dist.is_initialized()
         place = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
-        # Muon first: its updates take longest, so that most of the other gradients travel meanwhile.
+        # Muon first: its updates take longest, and the other gradients are communicated meanwhile
         for group in sorted(self.param_groups, key=lambda group: group["kind"] != "muon"):
             if group["kind"] not in ("muon", "adamw"):
                 raise ValueError(f"group kind {group['kind']!r} is neither 'muon' nor 'adamw'")
-            for named in _cut(list(zip(group["param_names"], group["params"]))):
+            for named in _buckets(list(zip(group["param_names"], group["params"]))):
                 bucket = Bucket(group, named, *place)
                 self.buckets.append(bucket)
                 self._make_stacks(bucket) if group["kind"] == "muon" else self._make_moments(bucket)
@@ -241,8 +240,8 @@ class MuonAdamW:
 
     def _make_stacks(self, bucket: Bucket) -> None:
         by_shape = defaultdict(list)
-        for i, piece in enumerate(bucket.own):
-            by_shape[piece.values.shape].append(i)
+        for i, shard in enumerate(bucket.own):
+            by_shape[shard.values.shape].append(i)
         for (rows, cols), members in by_shape.items():
             like = bucket.own[members[0]].values
             momentum = torch.zeros(len(members), rows, cols, device=like.device, dtype=like.dtype)
@@ -255,7 +254,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the gradients that stand in `.grad`; on one rank, a parameter without one is left alone."""
+        """One update from the gradients in `.grad`; on one rank, a parameter without one stays unchanged."""
         for bucket in self.buckets:
             bucket.scatter()
         for bucket in self.buckets:
@@ -279,16 +278,16 @@ class MuonAdamW:
 
     def _step_adamw(self, bucket: Bucket) -> None:
         group = bucket.group
-        there = [(piece, grad) for piece, grad in zip(bucket.own, bucket.gradients()) if grad is not None]
-        if not there:
+        present = [(shard, grad) for shard, grad in zip(bucket.own, bucket.gradients()) if grad is not None]
+        if not present:
             return
         adamw(
-            [piece.values for piece, _ in there],
-            [grad for _, grad in there],
-            [self.state[f"{piece.name}.exp_avg{piece.part}"] for piece, _ in there],
-            [self.state[f"{piece.name}.exp_avg_sq{piece.part}"] for piece, _ in there],
+            [shard.values for shard, _ in present],
+            [grad for _, grad in present],
+            [self.state[f"{shard.name}.exp_avg{shard.part}"] for shard, _ in present],
+            [self.state[f"{shard.name}.exp_avg_sq{shard.part}"] for shard, _ in present],
             [],
-            [self.state[f"{piece.name}.step"] for piece, _ in there],
+            [self.state[f"{shard.name}.step"] for shard, _ in present],
             fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
@@ -311,15 +310,15 @@ class MuonAdamW:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Copy a saved state in. Raises ValueError where names or shapes are not those of `state_dict()`."""
         if state.keys() != self.state.keys():
-            odd = sorted(state.keys() ^ self.state.keys())
-            raise ValueError(f"the optimizer state is of another model: {len(odd)} names differ, the first is {odd[0]}")
+            mismatches = sorted(state.keys() ^ self.state.keys())
+            raise ValueError(f"the optimizer state is of another model: {len(mismatches)} names differ, the first is {mismatches[0]}")
         for name, tensor in self.state.items():
             if tensor.shape != state[name].shape:
                 raise ValueError(f"optimizer state {name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
             tensor.copy_(state[name])
 
 
-def _cut(named: list[tuple[str, torch.Tensor]]) -> list[list[tuple[str, torch.Tensor]]]:
+def _buckets(named: list[tuple[str, torch.Tensor]]) -> list[list[tuple[str, torch.Tensor]]]:
     """Runs of parameters of one dtype, of at most BUCKET elements together."""
     buckets, size = [], 0
     for name, p in named:

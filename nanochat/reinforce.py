@@ -1,4 +1,4 @@
-"""Policy gradient on answers that can be checked: write a group of answers to each question, learn from what differs.
+"""Policy gradient on answers that can be graded: sample a group of answers per question, learn from their differences.
 
 With the rewards r_i of the answers a_i to a question, the loss of a step is
 
@@ -9,8 +9,8 @@ all answers of the step, so each token weighs the same, however long its answer 
 and advantages are not divided by their deviation, which would favour questions that are nearly always or nearly never
 solved (arXiv:2503.20783, section 3.1).
 
-pi is the distribution that was sampled from, temperature and top-k included, and answers are learnt from once, by the
-weights that wrote them. So there is no ratio to correct for, nothing to clip, and no KL term. What remains is rounding,
+pi is the distribution that was sampled from, temperature and top-k included, and answers are used once, by the
+weights that sampled them. So there is no ratio to correct for, nothing to clip, and no KL term. What remains is rounding,
 which is measured: the engine keeps the log-probability of each token that it samples.
 
 An answer that was cut off is worth 0, whatever its text so far could pass for: within the tokens it was given it did not
@@ -26,13 +26,13 @@ import torch
 from nanochat.common import Compute
 from nanochat.device import prepare_for_inference
 from nanochat.scheduler import Sequence
-from nanochat.task_eval import answer_text, render_prompts, generate_and_grade
+from nanochat.task_eval import completion_text, render_prompts, generate_and_grade
 from nanochat.training import LossScale, backward_and_step
 
 
 @dataclass(frozen=True)
 class Group:
-    """The answers to one question."""
+    """The sampled answers to one question."""
 
     conversation: dict
     seqs: list[Sequence]
@@ -45,12 +45,12 @@ class Group:
 
     @property
     def has_nonzero_advantage(self) -> bool:
-        """Whether there is anything to prefer. Where not, all advantages are 0."""
+        """Whether the rewards differ. If not, all advantages are 0."""
         return min(self.rewards) != max(self.rewards)
 
 
 def sync_weights(engine, model) -> None:
-    """Let `engine` write with the weights that `model` has now: its own model, or a copy in the compute dtype, follows."""
+    """Give `engine` the present weights of `model`, which is its own model or has a copy in the compute dtype there."""
     if engine.model is model:
         prepare_for_inference(model)
     else:
@@ -63,10 +63,10 @@ def sync_weights(engine, model) -> None:
 def sample_groups(
     engine, tokenizer, task, questions, compute: Compute, num_samples: int, max_new_tokens: int, temperature: float, top_k: int | None
 ) -> list[Group]:
-    """`num_samples` judged answers to each of `questions`, pairs (index in the task, seed), all written together."""
+    """`num_samples` graded answers to each of `questions`, pairs (index in the task, seed), all sampled in one batch."""
     from tqdm import tqdm
 
-    room = engine.context - min(max_new_tokens, engine.context // 4)  # at least a quarter of the context is left to answer in
+    room = engine.context - min(max_new_tokens, engine.context // 4)  # at least a quarter of the context is left for the reply
     asked, conversation_of = [], {}
     for index, seed in questions:
         ((_, conversation, ids, _),) = render_prompts(task, tokenizer, [index], room)
@@ -74,16 +74,16 @@ def sample_groups(
         asked.append((conversation, seqs))
         conversation_of |= dict.fromkeys(seqs, conversation)
 
-    def judge(seq: Sequence) -> float:
-        return task.reward(conversation_of[seq], answer_text(tokenizer, engine, seq)) if seq.finish_reason == "stop" else 0.0
+    def grade(seq: Sequence) -> float:
+        return task.reward(conversation_of[seq], completion_text(tokenizer, engine, seq)) if seq.finish_reason == "stop" else 0.0
 
-    judged = generate_and_grade(engine, judge, compute)
-    rewards = dict(tqdm(judged, total=len(conversation_of), desc="answers", leave=False, disable=None if compute.is_main else True))
+    graded = generate_and_grade(engine, grade, compute)
+    rewards = dict(tqdm(graded, total=len(conversation_of), desc="answers", leave=False, disable=None if compute.is_main else True))
     return [Group(conversation, seqs, [rewards[seq] for seq in seqs]) for conversation, seqs in asked]
 
 
 def policy_batches(groups: list[Group], max_tokens: int, device: torch.device) -> list[tuple[torch.Tensor, ...]]:
-    """What is to be learnt from, in micro-batches of answers of similar length, up to `max_tokens` with the padding to the right.
+    """Micro-batches of answers of similar length, up to `max_tokens` with the padding to the right.
 
     Each is (inputs (B, T), targets (B, T), advantages (B, T), log_probs (B, T)). A target is -1 where nothing was sampled:
     in the prompt, in what a tool said, and in the padding. log_probs are those at the time of sampling.
@@ -112,9 +112,9 @@ def policy_step(
     model, optimizer, groups: list[Group], compute: Compute, max_tokens: int, temperature: float, top_k: int | None,
     python_start: int, loss_scale: LossScale | None = None,
 ) -> tuple[torch.Tensor, int, dict[str, float]]:  # fmt: skip
-    """One update from this rank's groups and those of the other ranks: (loss, tokens sampled, what the answers were like).
+    """One update from this rank's groups and those of the other ranks: (loss, sampled tokens, metrics of the answers).
 
-    Where no group is has_signal, on any rank, the step changes nothing and the loss is 0.
+    If no group on any rank has a non-zero advantage, the step changes nothing and the loss is 0.
     """
     seqs = [seq for group in groups for seq in group.seqs]
     batches = policy_batches(groups, max_tokens, compute.device)
@@ -125,10 +125,10 @@ def policy_step(
         "truncated": sum(seq.finish_reason != "stop" for seq in seqs),
         "tool_calls": sum(python_start in seq.generated for seq in seqs),
         "sampled": sum(sum(seq.masks) for seq in seqs),
-        "surprise": -sum(sum(seq.log_probs) for seq in seqs),
+        "neg_log_prob": -sum(sum(seq.log_probs) for seq in seqs),
         "groups": len(groups),
         "nonzero_groups": sum(group.has_nonzero_advantage for group in groups),
-        "learnt": sum(int((targets >= 0).sum()) for _, targets, _, _ in batches),
+        "supervised": sum(int((targets >= 0).sum()) for _, targets, _, _ in batches),
     }
     total = dict(zip(counts, compute.sum(torch.tensor([float(count) for count in counts.values()], dtype=torch.float64)).tolist()))
     differences = [torch.zeros((), device=compute.device)]  # between the log-probabilities of learning and of sampling
@@ -136,14 +136,14 @@ def policy_step(
     def losses():
         for inputs, targets, advantages, before in batches:
             log_probs = model.sampling_log_probs(inputs, targets, temperature, top_k)
-            counted = targets >= 0
-            differences.append((log_probs.detach() - before[counted]).abs().sum())
-            yield -(advantages[counted] * log_probs).sum() / total["sampled"]
+            valid = targets >= 0
+            differences.append((log_probs.detach() - before[valid]).abs().sum())
+            yield -(advantages[valid] * log_probs).sum() / total["sampled"]
 
     loss = backward_and_step(losses(), optimizer, compute, loss_scale) if total["nonzero_groups"] else torch.zeros(())
     values = {name: total[name] / total["answers"] for name in ("reward", "length", "truncated", "tool_calls")}
     # On policy, the mean surprise at what was sampled estimates the entropy of the distribution it was sampled from.
-    values["entropy"] = total["surprise"] / total["sampled"]
+    values["entropy"] = total["neg_log_prob"] / total["sampled"]
     values["nonzero_groups"] = total["nonzero_groups"] / total["groups"]
-    values["sampler_gap"] = compute.sum(sum(differences)).item() / max(1.0, total["learnt"])
+    values["sampler_gap"] = compute.sum(sum(differences)).item() / max(1.0, total["supervised"])
     return loss, int(total["sampled"]), values

@@ -1,13 +1,11 @@
-"""How many of a task's problems a chat model gets right.
+"""How many of a task's problems a chat model solves.
 
-Two kinds of task. A categorical one offers letters: the model reads the question once and only
-the logits of the letters, at the position where its answer would begin, are compared. A
-generative one has the engine write an answer, which the task checks; with several samples a
-problem counts as solved when any of them is right (pass@n).
+A categorical task offers letters: only the logits of the letters where the reply would start are compared. In a
+generative task the engine samples replies, which the task grades; with several samples a problem counts as solved if
+any of them is right (pass@n).
 
-The one idea: blocks of problems are dealt to the ranks in turn, and only sums cross them. Nothing
-here depends on the number of ranks: a block is computed alike wherever it lands, padding stands
-to the right, where causal attention never looks, and a problem's seed is its index.
+Blocks of problems are assigned to the ranks in turn, and only sums are communicated. Nothing here depends on the
+number of ranks: padding stands to the right, where causal attention does not look, and a problem's seed is its index.
 """
 
 from __future__ import annotations
@@ -77,12 +75,12 @@ def count_right(
     if n < 1:
         raise UserError(f"{name} has no problem to ask ({len(task)} in the task, at most {max_problems} wanted)")
     if task.eval_type == "categorical":
-        blocks = _deal(n, 4 * batch_size, compute)
-        outcomes = _answer_letters(task, model, tokenizer, blocks, batch_size)
+        blocks = _blocks(n, 4 * batch_size, compute)
+        outcomes = _categorical(task, model, tokenizer, blocks, batch_size)
     elif task.eval_type == "generative":
-        blocks = _deal(n, 1, compute)
+        blocks = _blocks(n, 1, compute)
         indices = [index for block in blocks for index in block]
-        outcomes = _answer_in_words(
+        outcomes = _generative(
             task, model, tokenizer, engine, compute, indices, num_samples, max_new_tokens, temperature, top_k
         )
     else:
@@ -97,8 +95,8 @@ def count_right(
     return right
 
 
-def _deal(n: int, size: int, compute: Compute) -> list[range]:
-    """The blocks of up to `size` of n problems that fall to this rank."""
+def _blocks(n: int, size: int, compute: Compute) -> list[range]:
+    """This rank's blocks of up to `size` of n problems."""
     blocks = [range(first, min(first + size, n)) for first in range(0, n, size)]
     return [blocks[i] for i in compute.shard(len(blocks))]
 
@@ -127,7 +125,7 @@ def render_prompts(task, tokenizer, indices, room: int):
         yield index, conversation, ids[-room:], len(ids) > room
 
 
-def _answer_letters(task, model, tokenizer, blocks, batch_size):
+def _categorical(task, model, tokenizer, blocks, batch_size):
     """Yield (index, right, was_cropped) for problems whose answer is one of their `letters`."""
     for block in blocks:
         # Problems of similar length share a batch, so that little is padding.
@@ -149,7 +147,7 @@ def _letter_id(tokenizer, letter: str) -> int:
 
 @torch.no_grad()
 def _logits_at_end(model, prompts: list[list[int]], padding: int) -> torch.Tensor:
-    """What the model expects after each prompt: (B, vocab_size) on the CPU, from one forward pass."""
+    """Logits (B, vocab_size) after each prompt, on the CPU, from one forward pass."""
     longest = max(len(ids) for ids in prompts)
     padded = torch.tensor([ids + [padding] * (longest - len(ids)) for ids in prompts], device=model.get_device())
     ends = torch.tensor([len(ids) - 1 for ids in prompts], device=padded.device)
@@ -158,46 +156,46 @@ def _logits_at_end(model, prompts: list[list[int]], padding: int) -> torch.Tenso
     return model.logits(hidden[torch.arange(len(prompts), device=padded.device), ends]).cpu()
 
 
-def _answer_in_words(task, model, tokenizer, engine, compute, indices, num_samples, max_new_tokens, temperature, top_k):
-    """Yield (index, right answers, was_cropped) for problems answered in free text, each when its last answer is judged.
+def _generative(task, model, tokenizer, engine, compute, indices, num_samples, max_new_tokens, temperature, top_k):
+    """Yield (index, right answers, was_cropped) for generative problems, each when its last sample is graded.
 
-    All are put in line at once; the engine writes as many of them together as it has room for.
+    All are submitted at once; the engine runs as many of them together as fit.
     """
     context = model.config.sequence_len
-    room = context - min(max_new_tokens, context // 4)  # at least a quarter of the context is left to answer in
-    problems = {}  # of each row, shared by the samples of one problem
+    room = context - min(max_new_tokens, context // 4)  # at least a quarter of the context is left for the reply
+    problems = {}  # sequence -> its problem, shared by the samples of one problem
     for index, conversation, ids, was_cropped in render_prompts(task, tokenizer, indices, room):
-        judged: list = []
+        graded: list = []
         for i in range(num_samples):
-            row = engine.submit(ids, max_new_tokens, temperature, top_k, seed=index, sample_index=i)
-            problems[row] = index, conversation, was_cropped, judged
+            seq = engine.submit(ids, max_new_tokens, temperature, top_k, seed=index, sample_index=i)
+            problems[seq] = index, conversation, was_cropped, graded
 
-    def judge(row: Sequence) -> bool:
-        return task.evaluate(problems[row][1], answer_text(tokenizer, engine, row))
+    def grade(seq: Sequence) -> bool:
+        return task.evaluate(problems[seq][1], completion_text(tokenizer, engine, seq))
 
-    for row, passed in generate_and_grade(engine, judge, compute):
-        index, _, was_cropped, judged = problems.pop(row)
-        judged.append(bool(passed))
-        if len(judged) == num_samples:
-            yield index, sum(judged), was_cropped
-
-
-def answer_text(tokenizer, engine, row: Sequence) -> str:
-    """What a row says, without the token that ends it."""
-    return tokenizer.decode([id for id in row.generated if id not in engine.terminal_tokens])
+    for seq, passed in generate_and_grade(engine, grade, compute):
+        index, _, was_cropped, graded = problems.pop(seq)
+        graded.append(bool(passed))
+        if len(graded) == num_samples:
+            yield index, sum(graded), was_cropped
 
 
-def generate_and_grade(engine, judge: Callable[[Sequence], Any], compute: Compute) -> Iterator[tuple[Sequence, Any]]:
-    """Let the engine write all that is in line; yields (row, judge(row)) in the order in which rows end.
+def completion_text(tokenizer, engine, seq: Sequence) -> str:
+    """The generated text of a sequence, without its terminal token."""
+    return tokenizer.decode([id for id in seq.generated if id not in engine.terminal_tokens])
 
-    Judging may run programs, so it takes place on all cores that this rank has, while other rows are written.
+
+def generate_and_grade(engine, grade: Callable[[Sequence], Any], compute: Compute) -> Iterator[tuple[Sequence, Any]]:
+    """Let the engine generate all submitted sequences; yields (sequence, grade(sequence)) as they finish.
+
+    Grading may run programs, so it uses all cores of this rank, while other sequences are generated.
     """
     with ThreadPoolExecutor(cores_per_rank()) as pool:
-        judgments: deque = deque()
-        while engine.busy or judgments:
+        grades: deque = deque()
+        while engine.busy or grades:
             if engine.busy:
-                judgments += [(row, pool.submit(judge, row)) for row, _, _ in engine.step() if row.finish_reason]
+                grades += [(seq, pool.submit(grade, seq)) for seq, _, _ in engine.step() if seq.finish_reason]
                 compute.heartbeat()
-            while judgments and (judgments[0][1].done() or not engine.busy):
-                row, judgment = judgments.popleft()
-                yield row, judgment.result()
+            while grades and (grades[0][1].done() or not engine.busy):
+                seq, future = grades.popleft()
+                yield seq, future.result()

@@ -51,7 +51,7 @@ def main(argv=None):
     from nanochat.reinforce import policy_step, sample_groups, sync_weights
     from nanochat.saver import Saver
     from nanochat.schedule import batch_lr_scale
-    from nanochat.task_eval import answer_text, count_right, pass_at_k
+    from nanochat.task_eval import completion_text, count_right, pass_at_k
     from nanochat.training import (
         Meter,
         StopSignal,
@@ -174,7 +174,7 @@ def main(argv=None):
     if not last:
         print0(f"stopped after step {step}; continue with the same flags and --resume-from-step=latest")
     elif compute.is_main:
-        examples = [(group.conversation["messages"][0], answer_text(tokenizer, engine, group.seqs[0])) for group in groups[:4]]
+        examples = [(group.conversation["messages"][0], completion_text(tokenizer, engine, group.seqs[0])) for group in groups[:4]]
         report.log("Reinforcement learning", {
             **vars(settings), "stage": "rl", "scores": {f"{args.task} {name}": value for name, (value, _) in scores.items()},
             "model tag": tag, "steps": step, "questions": len(task),

@@ -81,17 +81,6 @@ def test_what_it_remembers_is_what_training_renders(tokenizer):
     assert [tokenizer.get_bos_token_id()] + [token for turn in chat.turns for token in turn] == ids
 
 
-def test_characters_are_never_cut(tokenizer):
-    text = "naïve 日本語 🙂!"
-    pieces = list(chat_with(tokenizer, [text]).ask("?"))
-    assert "".join(pieces) == text
-    assert len(pieces) > len(text) and "\ufffd" not in "".join(pieces)  # a token is a byte, and most say nothing yet
-
-
-def test_half_a_character_at_the_end_shows_as_such(tokenizer):
-    assert "".join(chat_with(tokenizer, [list("ok🙂".encode())[:-1]]).ask("?")) == "ok\ufffd"
-
-
 def test_tool_calls_are_shown_and_remembered(tokenizer):
     special = tokenizer.encode_special
     reply = [*b"6*7", special("<|python_start|>"), *b"6*7", special("<|python_end|>"),

@@ -155,7 +155,7 @@ def test_rows_are_shuffled_and_then_cut(tmp_path):
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
     random.Random(1337).shuffle(rows)
     assert read_rows(task_of("language_modeling", path)) == rows
-    assert read_rows(task_of("language_modeling", path), max_sequences=7) == rows[:7]
+    assert read_rows(task_of("language_modeling", path), max_rows=7) == rows[:7]
     path.write_text('{"context": ', encoding="utf-8")
     with pytest.raises(UserError, match="a task is damaged.*Delete .*eval_bundle"):
         read_rows(task_of("language_modeling", path))

@@ -323,18 +323,6 @@ def test_calculator_result_is_forced_with_mask_zero():
     assert mask == [0] * len(prompt) + [1] * (len(spoken) - 1) + [0] * len(forced) + [1]
 
 
-@pytest.mark.parametrize(
-    "text, result", [("'strawberry'.count('r')", "3"), ("0.1 + 0.2", "0.3"), ("2**0.5 if", None), ("", None)]
-)
-def test_what_the_calculator_says_and_refuses(text, result):
-    spoken = [CALL, *text.encode(), CALL_END, *b"ok"]
-    engine = Engine(Script(recite(spoken, 1)), TOKENIZER)
-    (sequence,), (mask,) = engine.generate_batch([BOS], temperature=0.0)
-    forced = [OUT, *result.encode(), OUT_END] if result is not None else []
-    assert sequence == [BOS, *spoken[:-2], *forced, *b"ok"]
-    assert mask.count(0) == 1 + len(forced)
-
-
 def test_rows_call_tools_on_their_own():
     """Two seqs of one batch, one in a call while the other is not: only the caller is forced."""
     start = {0: [CALL, *b"1+1", CALL_END, *b"x"], 1: [*b"abcdefghij"]}
@@ -605,14 +593,14 @@ def test_a_round_that_fails_ends_all_rows_and_the_engine_goes_on():
     assert again.generated == first.generated and again.reused == 0
 
 
-def test_the_cache_grows_with_the_rows_and_no_further():
+def test_the_cache_grows_with_the_sequences_up_to_the_maximum():
     engine = Engine(Script(lambda tokens: 65, sequence_len=10), TOKENIZER, max_sequences=6)
     for wanted, capacity in ((1, 1), (2, 3), (3, 6), (20, 6)):  # newcomers prefer places that hold nothing yet
         for i in range(wanted):
             engine.submit([BOS, wanted, i], temperature=0.0)
         list(engine.finish())
         assert engine.cache.k_cache.size(1) == capacity
-    with pytest.raises(UserError, match="the model's context holds 5"):
+    with pytest.raises(UserError, match="the model's context is 5"):
         Engine(Script(lambda tokens: 65), TOKENIZER, context=5).submit([1] * 5)
 
 

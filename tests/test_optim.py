@@ -254,8 +254,8 @@ def test_what_a_rank_keeps_and_sends_is_what_the_docstring_says(ranks):
 
 @settings(max_examples=200, deadline=None)
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), world_size=st.integers(1, 9))
-def test_matrices_are_dealt_whole_and_evenly(sizes, world_size):
-    starts, chunk = optim._deal_whole([torch.empty(size) for size in sizes], world_size)
+def test_matrices_are_assigned_whole_and_evenly(sizes, world_size):
+    starts, chunk = optim._assign_whole([torch.empty(size) for size in sizes], world_size)
     taken = sorted((start, start + size) for start, size in zip(starts, sizes))
     assert all(end <= start for (_, end), (start, _) in zip(taken, taken[1:])), "no two overlap"
     assert all(start // chunk == (end - 1) // chunk < world_size for start, end in taken), "each lies in one chunk"
@@ -265,4 +265,4 @@ def test_matrices_are_dealt_whole_and_evenly(sizes, world_size):
 def test_large_groups_are_cut_into_buckets(monkeypatch):
     monkeypatch.setattr(optim, "BUCKET", 100)
     named = [("a", torch.empty(60)), ("b", torch.empty(40)), ("c", torch.empty(1)), ("d", torch.empty(500)), ("e", torch.empty(2).bfloat16())]
-    assert [[name for name, _ in bucket] for bucket in optim._cut(named)] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert [[name for name, _ in bucket] for bucket in optim._buckets(named)] == [["a", "b"], ["c"], ["d"], ["e"]]

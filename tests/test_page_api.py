@@ -50,12 +50,6 @@ def test_events_come_while_the_reply_is_being_written():
         engine.release()
 
 
-def test_characters_come_whole(site):
-    response = site.ask("emoji")
-    assert pieces_of(response) == [("text", REPLIES["emoji"])]
-    assert all(event["token"] and "�" not in event["token"] for event in events_of(response)[:-1])
-
-
 def test_calls_of_the_calculator_are_marked(site):
     assert pieces_of(site.ask("sums")) == [("text", "It is "), ("python", "6*7"), ("python_output", "42"), ("text", "42.")]
 

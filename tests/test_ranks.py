@@ -14,7 +14,7 @@ from conftest import free_port, write_text
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-SIZE = ["--device-batch-size=4", "--eval-tokens=1024", "--eval-every=25", "--num-iterations=50"]
+SIZE = ["--device-batch-size=4", "--eval-tokens=1024", "--eval-every=10", "--num-iterations=20"]
 BASE = ["--depth=2", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=64", "--core-metric-every=-1", "--sample-every=0", *SIZE]
 CHAT = ["--tasks=SampleWorld", *SIZE]
 RL = ["--task=SampleArithmetic", "--examples-per-step=7", "--num-samples=4", "--max-new-tokens=24", "--num-iterations=6",
@@ -68,7 +68,7 @@ def curve(source, tag, folder="base_checkpoints"):
     return [(line["step"], name, line[name]) for line in metrics for name in ("raw_loss", "val_bpb") if name in line]
 
 
-def assert_same_curve(one, other, steps=50):
+def assert_same_curve(one, other, steps=20):
     assert [point[:2] for point in one] == [point[:2] for point in other]
     assert [step for step, name, _ in one if name == "raw_loss"] == list(range(1, steps + 1))
     assert [value for _, _, value in one] == pytest.approx([value for _, _, value in other], rel=1e-5)
@@ -93,7 +93,7 @@ importlib.import_module(f"scripts.{sys.argv[1]}").main(sys.argv[2:])
 
 
 def test_every_stage_has_the_same_curve_on_three_ranks_as_on_one(source, tmp_path):
-    """50 steps of three micro-batches each, and the measurements between them, within 1e-5; then six of reinforcement learning."""
+    """20 steps of three micro-batches each, and the measurements between them, within 1e-5; then six of reinforcement learning."""
     stage = tmp_path / "stage.py"
     stage.write_text(STAGE)
     batch = ["--total-batch-size=768", "--device-type=cpu"]
@@ -130,8 +130,8 @@ def one(source):
 def test_two_nodes_train_as_one_rank_does(source, one):
     launcher = two_nodes("together")
     outputs = finish([start(launcher, source, base_train(source, "nodes", "--total-batch-size=512")) for _ in range(2)])
-    assert sum("saved step 50" in output for output in outputs) == 1, "only one rank writes and prints"
-    saved = sorted(path.name for path in (source.parent / "base_checkpoints/nodes/step_000050").iterdir())
+    assert sum("saved step 20" in output for output in outputs) == 1, "only one rank writes and prints"
+    saved = sorted(path.name for path in (source.parent / "base_checkpoints/nodes/step_000020").iterdir())
     assert saved == ["meta.json", "model.safetensors", "optimizer_rank0.safetensors", "optimizer_rank1.safetensors", "vocabulary.json"]
     assert_same_curve(curve(source, "nodes"), one)
 
@@ -150,7 +150,7 @@ def test_a_job_that_loses_a_rank_resumes_by_itself(source, one):
             ranks[0].kill()
     assert job.wait(60) == 0, "".join(seen)
     resumed = [int(match[1]) for match in re.finditer(r"resumed from step (\d+)", "".join(seen))]
-    assert len(resumed) == 1 and 8 <= resumed[0] < 50
+    assert len(resumed) == 1 and 8 <= resumed[0] < 20
     assert curve(source, "restarted") == one, "bit for bit, with as many ranks as micro-batches"
 
 

@@ -100,27 +100,6 @@ def test_nothing_is_stepped_when_there_is_nothing_to_write():
     with_workers(scenario, ScriptedEngine())
 
 
-def test_a_cancelled_answer_is_gone_before_the_next_step():
-    async def scenario(workers):
-        engine = workers.threads[0].engine
-        engine.hold()
-        left, stays = (workers.submit(name, PROMPT, max_tokens=100) for name in "ab")
-        engine.allow(2)
-        assert await left.take()
-        await until(engine.in_step)
-        left.cancel()
-        engine.allow(1)  # the step that it was in
-        await until(engine.dropped)
-        row = engine.asked[0]
-        assert row.finish_reason == "cancelled" and len(row.tokens) - row.prompt_length <= 4
-        engine.release()
-        assert await text_of(stays) == "hello"
-        assert workers.counts() == {"requests": 2, "completed": 1, "cancelled": 1} and left.cancelled
-        assert workers.threads[0].active == 0 and not engine.seqs
-
-    with_workers(scenario, ScriptedEngine())
-
-
 def test_what_the_engine_has_against_a_request_reaches_whoever_asked():
     async def scenario(workers):
         with pytest.raises(UserError, match="does not like this"):

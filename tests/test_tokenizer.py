@@ -286,14 +286,6 @@ def test_stream_decoder_equals_decoding_the_whole(tokenizer, ids):
     assert "".join(pieces) + stream.finish() == tokenizer.decode(ids)
 
 
-def test_stream_decoder_never_cuts_a_character(tokenizer):
-    stream = StreamDecoder(tokenizer)
-    assert [stream.push(byte) for byte in "aé€🙂".encode()] == ["a", "", "é", "", "", "€", "", "", "", "🙂"]
-    assert stream.finish() == ""
-    assert [stream.push(byte) for byte in b"\xf0\x9f"] == ["", ""]
-    assert stream.finish() == "\ufffd"
-
-
 def test_byte_lengths_are_right_for_every_token(tokenizer):
     """Tokens that are part of a character count their own bytes, not those of the U+FFFD they show as."""
     lengths = tokenizer.token_bytes().tolist()
