@@ -41,7 +41,7 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-gpu}" --max-restarts=3 \
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head_node:$((20000 + SLURM_JOB_ID % 10000))" \
-    -m "$@" &
+    -m "$1" -- "${@:2}" &
 ranks=$!
 
 # Before the time limit: SIGTERM to every torchrun, which passes it on; the ranks finish their step and save.
@@ -52,7 +52,7 @@ code=0
 wait "$ranks" || code=$?
 if [[ -n $stopping ]]; then  # the signal ended that wait, not the run
     wait "$ranks" || true
-    scontrol requeue "$SLURM_JOB_ID"  # training sees that it was, and goes on from what this job has saved
+    scontrol requeue "$SLURM_JOB_ID"  # training sees that it was, and continues from what this job has saved
 else
     exit "$code"
 fi

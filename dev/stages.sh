@@ -1,30 +1,30 @@
-# What speedrun.sh and miniseries.sh share: the verbs of a run of many stages. Sourced from the repository's folder.
+# Functions that speedrun.sh and miniseries.sh share, for a run of several stages. Sourced from the repository's folder.
 #
-# The one idea to know: a stage is done when it has logged its results to the report. Then $log/STAGE.done is written,
-# and when the script is run again that stage is passed over. A training that was stopped has logged none, although it
-# ends well; the next time it goes on from its newest checkpoint.
+# A stage is done when it has logged its results to the report. Then $log/STAGE.done is written, and the stage is skipped
+# when the script is run again. A training that was stopped has logged nothing; next time it resumes from its newest
+# checkpoint.
 
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}  # seconds that torchrun leaves for a last save
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}  # seconds that torchrun waits for a last save
 TINY=${TINY:-}
 if [[ -n $TINY ]]; then
     NPROC=${NPROC:-1} SOURCE=${SOURCE:-sample}
-    export CUDA_VISIBLE_DEVICES='' TORCH_COMPILE_DISABLE=1  # compiling would take longer than all these steps
+    export CUDA_VISIBLE_DEVICES='' TORCH_COMPILE_DISABLE=1  # compiling would take longer than these few steps
 else
     NPROC=${NPROC:-8} SOURCE=${SOURCE:-climbmix}
 fi
-# What makes a base model TINY, besides its depth
+# Flags of a TINY base model, besides its depth
 tiny=(--aspect-ratio=32 --head-dim=32 --max-seq-len=64 --device-batch-size=4 --total-batch-size=512 --num-iterations=8 --eval-tokens=1024)
 
 fail() { echo "error: $*" >&2; exit 1; }
 
-prepare() {  # LOGS: see that the GPUs are there, set up, and keep the output of what follows in that folder
+prepare() {  # LOGS: check the GPUs, set up, and keep the output of the stages in that folder
     local gpus kind=gpu
     gpus=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)
     if [[ -n $TINY ]]; then kind=cpu; elif ((gpus == 0)); then
-        fail "no GPU was found (nvidia-smi -L). On a CPU: bash dev/runcpu.sh, or TINY=1 to see that this script works"
+        fail "no GPU was found (nvidia-smi -L). On a CPU: bash dev/runcpu.sh, or TINY=1 to check that this script works"
     elif ((gpus < NPROC)); then
-        fail "$NPROC GPUs are wanted and this machine has $gpus. The same run takes longer with NPROC=$gpus"
+        fail "$NPROC GPUs are needed and this machine has $gpus. Use NPROC=$gpus; the same run then takes longer"
     fi
     log=$1
     mkdir -p "$log"
@@ -32,38 +32,38 @@ prepare() {  # LOGS: see that the GPUs are there, set up, and keep the output of
     source .venv/bin/activate
 }
 
-launch() {  # MODULE FLAGS...: on all ranks
-    if ((NPROC > 1)); then torchrun --standalone --nproc-per-node="$NPROC" -m "$@"; else python -m "$@"; fi
+launch() {  # MODULE FLAGS...: on all ranks; behind -- torchrun does not take --run for an abbreviation of its own flags
+    if ((NPROC > 1)); then torchrun --standalone --nproc-per-node="$NPROC" -m "$1" -- "${@:2}"; else python -m "$@"; fi
 }
 
-logged() {  # NAME COMMAND...: its output goes to the terminal and to the end of a file
+logged() {  # NAME COMMAND...: run it with its output on the terminal and appended to a file
     local name=$1
     shift
     echo "== $name"
-    "$@" 2>&1 | tee -i -a "$log/$name.log"  # -i: at Ctrl-C the command still has something to say
+    "$@" 2>&1 | tee -i -a "$log/$name.log"  # -i: output after Ctrl-C is kept
 }
 
 report_lines() { { wc -l <"$NANOCHAT_BASE_DIR/report/report.jsonl"; } 2>/dev/null || echo 0; }
 
-stage() {  # NAME COMMAND...: unless it is done
+stage() {  # NAME COMMAND...: run it unless it is done
     local before
-    if [[ -e $log/$1.done ]]; then echo "== $1: done before"; return; fi
+    if [[ -e $log/$1.done ]]; then echo "== $1: already done"; return; fi
     before=$(report_lines)
     logged "$@"
     if (($(report_lines) > before)); then touch "$log/$1.done"; fi
 }
 
-train() {  # NAME FOLDER COMMAND...: a stage whose checkpoints are in FOLDER; it goes on from the newest
+train() {  # NAME FOLDER COMMAND...: a stage with checkpoints in FOLDER, resumed from the newest
     local name=$1 folder=$NANOCHAT_BASE_DIR/$2
     shift 2
     if compgen -G "$folder/step_*" >/dev/null; then set -- "$@" --resume-from-step=latest; else rm -f "$log/$name.done"; fi
     stage "$name" "$@"
-    [[ -e $log/$name.done ]] || fail "$name has not come to its end; run this again to go on from its checkpoint in $folder"
+    [[ -e $log/$name.done ]] || fail "$name was stopped; run this again to resume from its checkpoint in $folder"
 }
 
-fetch_and_tokenize() {  # SOURCE SHARDS VOCAB_SIZE: text and tokenizer; most of the text comes while the tokenizer is trained
-    # Eight shards have the 2 billion characters that tok_train reads; a hub out of reach shows here. Text that is
-    # there already, built in or your own, is only looked at.
+fetch_and_tokenize() {  # SOURCE SHARDS VOCAB_SIZE: text and tokenizer; most of the text is downloaded while the tokenizer is trained
+    # Eight shards have the 2 billion characters that tok_train reads; an unreachable hub is noticed here. Existing
+    # text is only checked.
     logged dataset python -m nanochat.dataset -n 8 --source="$1"
     python -m nanochat.dataset -n "$2" -w 8 --source="$1" >>"$log/dataset.log" 2>&1 &
     local download=$!
@@ -73,6 +73,6 @@ fetch_and_tokenize() {  # SOURCE SHARDS VOCAB_SIZE: text and tokenizer; most of 
     fi
     stage tok_eval python -m scripts.tok_eval --source="$1"
     echo "waiting for $2 shards of text ($log/dataset.log)"
-    wait "$download" || fail "the text could not be fetched: $(tail -n 1 "$log/dataset.log")"
+    wait "$download" || fail "the text could not be downloaded: $(tail -n 1 "$log/dataset.log")"
     trap - EXIT
 }

@@ -13,13 +13,13 @@ import tokenize
 from collections import defaultdict
 from pathlib import Path
 
-PRODUCT, TESTS = 16_500, 10_500  # lines: everything but the tests; the tests
+PRODUCT, TESTS = 19_000, 14_350  # lines: everything but the tests; the tests. To shrink to 12,500 and 7,000
 FILE = 500  # lines of one file
 LARGER = {  # files that may be larger for now
     "nanochat/ui.html": 1274, "nanochat/sandbox.py": 568, "nanochat/engine.py": 505, "tests/test_ui.py": 831,
-    "tests/test_sandbox.py": 677, "tests/test_engine.py": 636, "tests/test_dataloader.py": 541,
+    "tests/test_sandbox.py": 677, "tests/test_engine.py": 624,
 }  # fmt: skip
-TOKENS_PER_LINE = 11.0  # of Python code
+TOKENS_PER_LINE = 11.1  # of Python code
 SOURCE = {".py", ".rs", ".sh", ".html", ".toml"}
 
 

@@ -35,10 +35,10 @@ from nanochat.common import Compute, UserError, file_url, get_base_dir
 from nanochat.dataset import fetch_file
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-BUNDLE_LIMIT = 2**31  # bytes unpacked; the true bundle has 41 million
+BUNDLE_LIMIT = 2**31  # bytes unpacked; the real bundle has 41 million
 CHUNK = 64  # questions rendered, sorted and scored together: small enough to share among ranks
-BATCH_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 32768}  # a CPU is fastest while a batch stays in its cache
-LOGIT_ROWS = 1024  # positions whose logits exist at the same time
+BATCH_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 32768}  # a CPU is fastest if a batch fits into its cache
+LOGIT_ROWS = 1024  # positions whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Question:
 @dataclass(frozen=True)
 class Score:
     loss: float  # mean nats of the scored tokens
-    greedy: list[int]  # the likeliest token at each scored place
+    greedy: list[int]  # the most likely token at each scored position
 
 
 # -----------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def load_tasks(bundle: Path) -> list[CoreTask]:
-    """The tasks of core.yaml, with the random baselines of eval_meta_data.csv (there in percent)."""
+    """The tasks of core.yaml, with the random baselines of eval_meta_data.csv (in percent there)."""
     try:
         entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
         with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
@@ -140,7 +140,7 @@ def load_tasks(bundle: Path) -> list[CoreTask]:
 
 
 def read_rows(task: CoreTask, max_rows: int = -1) -> list[dict]:
-    """The rows of a task, shuffled as in published scores and only then cut to `max_rows` (-1: all)."""
+    """The rows of a task, shuffled as for published scores and then cut to `max_rows` (-1: all)."""
     try:
         lines = [line for line in task.path.read_text(encoding="utf-8").split("\n") if line.strip()]
         random.Random(1337).shuffle(lines)
@@ -211,9 +211,9 @@ def mark_question(sequences: list[list[int]], task: CoreTask, gold: int, context
         starts = [shared_length(sequences)] * len(sequences)
     options = []
     for ids, start in zip(sequences[:1] if task.kind == "language_modeling" else sequences, starts):
-        start = min(start, len(ids) - 1)  # an option that is the beginning of all others still scores its last token
+        start = min(start, len(ids) - 1)  # an option that is a prefix of all others still scores its last token
         cut = max(0, len(ids) - context)
-        options.append((ids[cut:], max(1, start - cut)))  # nothing comes before token 0 to predict it from
+        options.append((ids[cut:], max(1, start - cut)))  # token 0 has no context
     return Question(options, task.kind, gold)
 
 

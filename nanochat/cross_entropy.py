@@ -1,9 +1,9 @@
 """Cross-entropy of the soft-capped head, without ever holding the logits of all tokens.
 
-At 4096 tokens and 32768 vocabulary entries float32 logits take 537 MB, and writing them
-out, not multiplying, is what a naive loss spends its time on. Here tokens go by in chunks
-whose logits stay in cache, and a chunk's gradient is formed while they are there: three
-matrix products per chunk, nothing computed twice, nothing kept but the two gradients.
+At 4096 tokens and a vocabulary of 32768, float32 logits take 537 MB, and most of the time of a naive loss
+goes into writing them. Here tokens are processed in chunks whose logits stay in cache, and a chunk's
+gradient is computed while they are there: three matrix products per chunk, nothing is recomputed, and
+only the two gradients are kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-SOFTCAP = 15.0  # logits are squashed to (-15, 15), as in Gemma 2 (arXiv:2408.00118, section 2)
+SOFTCAP = 15.0  # logits are capped to (-15, 15), as in Gemma 2 (arXiv:2408.00118, section 2)
 
 
 def softcapped_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -27,8 +27,8 @@ def softcapped_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
 def softcap_(logits: torch.Tensor) -> torch.Tensor:
     """The same cap in place on float32 products, for inference: 15 tanh(z / 15) = 15 - 30 / (1 + exp(2z / 15)).
 
-    In place because memory that is taken anew for each of several passes costs more than the passes, and by the
-    sigmoid because a CPU takes a tenth of the time for it.
+    In place, since allocating memory for each of several passes costs more than the passes, and by the sigmoid, which
+    takes a CPU a tenth of the time of tanh.
     """
     return logits.mul_(-2 / SOFTCAP).sigmoid_().mul_(-2 * SOFTCAP).add_(SOFTCAP)
 
@@ -36,7 +36,7 @@ def softcap_(logits: torch.Tensor) -> torch.Tensor:
 def token_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The loss of each token in nats, (N,) float32, zero where the target is -1.
 
-    For losses that weigh tokens one by one: chunks are computed again in the backward pass.
+    For losses that weight tokens individually; chunks are recomputed in the backward pass.
     """
 
     def chunk_losses(h, t):
@@ -50,25 +50,25 @@ def sampling_log_probs(
 ) -> torch.Tensor:
     """Log-probability, in nats, of each token (N,) under the distribution that the engine samples from.
 
-    That is the softmax of the logits divided by `temperature`, of which the `top_k` largest are kept. A token that
-    was sampled but that rounding puts just outside of them here counts as kept.
+    That is the softmax of the logits divided by `temperature`, restricted to the `top_k` largest. A sampled token that
+    rounding puts just outside of these counts as one of them.
     """
     k = min(top_k or weight.size(0), weight.size(0))
 
     def chunk_log_probs(h, t):
         scores = softcapped_logits(h, weight) / temperature  # (n, V)
         chosen = scores.gather(1, t[:, None])
-        kept = scores if k == scores.size(1) else scores.topk(k).values  # largest first
-        total = kept.logsumexp(dim=1, keepdim=True)
+        largest = scores if k == scores.size(1) else scores.topk(k).values  # in descending order
+        total = largest.logsumexp(dim=1, keepdim=True)
         if k < scores.size(1):
-            total = torch.where(chosen < kept[:, -1:], torch.logaddexp(total, chosen), total)
+            total = torch.where(chosen < largest[:, -1:], torch.logaddexp(total, chosen), total)
         return (chosen - total)[:, 0]
 
     return _by_chunks(chunk_log_probs, hidden, weight, tokens)
 
 
 def _by_chunks(compute, hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """`compute(hidden, tokens)` of one number per token, a chunk at a time, and again in the backward pass."""
+    """`compute(hidden, tokens)`, one number per token, a chunk at a time; recomputed in the backward pass."""
     rows = _chunk_rows(hidden, weight.size(0))
     chunks = zip(hidden.split(rows), tokens.split(rows))
     return torch.cat([checkpoint(compute, h, t, use_reentrant=False) for h, t in chunks])
@@ -77,14 +77,14 @@ def _by_chunks(compute, hidden: torch.Tensor, weight: torch.Tensor, tokens: torc
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the soft-capped head, summed over the targets that are not -1, in nats.
 
-    hidden (N, d), weight (V, d), targets (N,). Inside a compiled model the work on a chunk's
-    logits is compiled too.
+    hidden (N, d), weight (V, d), targets (N,). In a compiled model the work on a chunk's
+    logits is compiled, too.
     """
     return _linear_cross_entropy(hidden, weight, targets, torch.compiler.is_compiling())[0]
 
 
 def _chunk_rows(hidden: torch.Tensor, vocab_size: int) -> int:
-    """Tokens whose logits are held at once: about 16 MB on a CPU (its cache), 1 GB on a GPU."""
+    """Tokens per chunk: logits of about 16 MB on a CPU (its cache), 1 GB on a GPU."""
     budget = 2**30 if hidden.is_cuda else 2**24
     return max(64, budget // (4 * vocab_size))
 
@@ -93,7 +93,7 @@ def _exp_and_slope(z: torch.Tensor) -> torch.Tensor:
     """Turn raw logits z (V, C) into exp(s) * ds/dz in place, with s = 15 tanh(z / 15); returns the sums of exp(s), (C,).
 
     With r = 1 / (1 + exp(2z / 15)): s = 15 - 30 r and ds/dz = 4 r (1 - r). s stays within 15, so
-    exp(s) needs no maximum taken off. Compiled it is one pass over the chunk; summing by blocks of
+    exp(s) needs no subtraction of the maximum. Compiled it is one pass over the chunk; summing by blocks of
     rows first lets the compiler share them among threads.
     """
     r = torch.sigmoid(z * (-2 / SOFTCAP))
@@ -112,14 +112,14 @@ def _compiled_exp_and_slope():
 def _linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compiled: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(summed loss, its gradient by hidden, its gradient by weight); opaque to the compiler, so it makes no graph break.
+    """(summed loss, its gradient by hidden, its gradient by weight); opaque to the compiler, so there is no graph break.
 
     With p = softmax(s) of a token, dL/dz = (p - onehot(target)) * ds/dz. The division by the token's
     sum of exp(s) is done on the small sides of the two products of dL/dz, not on itself. Logits stand
     as (V, C), one column per token: a quarter faster to multiply on a CPU than (C, V).
     """
     exp_and_slope = _compiled_exp_and_slope() if compiled else _exp_and_slope
-    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # exp(15) is beyond float16
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # exp(15) exceeds float16
     cast = weight.to(dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
@@ -127,12 +127,12 @@ def _linear_cross_entropy(
     buffer = torch.empty(V * min(rows, hidden.size(0)), dtype=dtype, device=hidden.device)  # one for all chunks
     for h, t, d_h in zip(hidden.to(dtype).split(rows), targets.split(rows), d_hidden.split(rows)):
         z = torch.mm(cast, h.t(), out=buffer[: V * h.size(0)].view(V, -1)).float()  # (V, C)
-        counted, t = (t >= 0).float(), t.clamp(min=0).unsqueeze(0)
+        valid, t = (t >= 0).float(), t.clamp(min=0).unsqueeze(0)
         tanh = torch.tanh(z.gather(0, t) / SOFTCAP)  # of the targets, (1, C)
         total = exp_and_slope(z)
-        loss += ((total.log() - SOFTCAP * tanh) * counted).sum()
+        loss += ((total.log() - SOFTCAP * tanh) * valid).sum()
         z.scatter_add_(0, t, -total * (1 - tanh.square()))
-        z, scale = z.to(dtype), (counted / total).unsqueeze(1)
+        z, scale = z.to(dtype), (valid / total).unsqueeze(1)
         d_h.copy_((z.t() @ cast) * scale)
         h = (h * scale).to(dtype)
         if d_weight.dtype == dtype:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from nanochat.common import Compute, UserError
 from nanochat.tokenizer import concatenate_ids
 
-LOGIT_ROWS = 1024  # positions whose logits exist at the same time: vocabularies reach 250,000
-DEFAULT_CONTEXT = 2048  # where a model's configuration names no limit
+LOGIT_ROWS = 1024  # positions whose logits are held at once: vocabularies reach 250,000
+DEFAULT_CONTEXT = 2048  # if a model's configuration names no limit
 
 
 def load_hf_model(path: str, compute: Compute) -> tuple[HFModel, HFTokenizer]:
@@ -46,8 +46,8 @@ class HFModel:
         config = model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
         self.config = SimpleNamespace(sequence_len=context, vocab_size=config.vocab_size)
-        # Some families scale or cap their logits after the head. Where head(hidden) is not what the
-        # model itself says, its own logits take the place of the hidden states.
+        # Some families scale or cap their logits after the head. If head(hidden) differs from the model's own
+        # logits, these take the place of the hidden states.
         self.whole = False
         probe = torch.arange(4, device=self.get_device())[None]
         with torch.inference_mode():
@@ -75,7 +75,7 @@ class HFModel:
 
     @torch.inference_mode()
     def complete(self, tokenizer: HFTokenizer, prompt: str, max_tokens: int = 16) -> str:
-        """The prompt and what the model finds likeliest to follow, up to the end of the document."""
+        """The prompt with its greedy continuation, up to the end of the document."""
         bos = tokenizer.get_bos_token_id()
         ids = tokenizer.encode(prompt, prepend=bos)
         for _ in range(max_tokens):
@@ -99,16 +99,16 @@ class HFTokenizer:
         return self.name
 
     def get_bos_token_id(self) -> int:
-        """What a document starts with: bos, or eos where (as in GPT-2's kin) one token is both."""
+        """The token that starts a document: bos, or eos if (as in GPT-2) one token is both."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return token
         raise UserError(f"the tokenizer of {self.name} has neither a bos nor an eos token to start a document with")
 
     def encode(self, text: str | list[str], prepend: int | None = None, num_threads: int = 8) -> list:
-        """Ids of a text, or of each text of a list. Special tokens written out in a text stay text.
+        """Ids of a text, or of each text of a list. Special tokens spelt out in a text are encoded as text.
 
-        `num_threads` is there for our own tokenizer's sake; the library picks its own.
+        `num_threads` is ignored: the library chooses its own.
         """
         if isinstance(text, str):
             return self.encode([text], prepend)[0]
@@ -119,7 +119,7 @@ class HFTokenizer:
         return [first + ids for ids in many["input_ids"]]
 
     def encode_to_numpy(self, texts: list[str], num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts end to end, and where each text's begin, as our own tokenizer gives them."""
+        """Concatenated ids of all texts and their offsets, as our own tokenizer returns them."""
         return concatenate_ids(self.encode(texts), 2**32 - 1)
 
     def decode(self, ids: list[int]) -> str:
@@ -133,9 +133,9 @@ class HFTokenizer:
         blank as "▁" and a byte as "<0x0A>". Raises UserError for any other kind.
         """
         vocab = self.tokenizer.get_vocab()
-        byte_level = "Ġ" in vocab  # how such vocabularies write the blank
+        byte_level = "Ġ" in vocab  # such vocabularies write a space like this
         if not byte_level and "▁" not in vocab and "<0x0A>" not in vocab:
-            raise UserError(f"the tokenizer of {self.name} is of an unknown kind; its bits per byte cannot be told")
+            raise UserError(f"the tokenizer of {self.name} is of an unknown kind; bits per byte cannot be computed")
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}  # spelt as plain text
         special = set(self.tokenizer.all_special_ids)
         counts = torch.zeros(max(vocab.values()) + 1, dtype=torch.int32)

@@ -2,7 +2,7 @@
 
 One idea: a kind of fact has statements, questions, and `held_out` questions that belong to the quiz
 alone. Nothing that a model is trained on may use those, so a right answer to one shows that the fact
-was learnt rather than the question. Templates are separated by `|`; all are sentences that start with
+was learned rather than the question. Templates are separated by `|`; all are sentences that start with
 a capital letter once `nanochat.sample_world` has filled them in.
 """
 

@@ -1,7 +1,7 @@
 """The built-in corpus: a small textbook world, written by a seeded generator, and the quiz on it.
 
 One idea: every document is drawn from the same thousand facts, said in many ways, so that a small model
-which reads only a part of the corpus still meets each fact dozens of times, and what it learnt can be
+which reads only a part of the corpus still meets each fact dozens of times, and what it learned can be
 asked. Facts stand in `sample_facts`, phrasings in `sample_phrases`; here they become pages, exams,
 stories, dialogues and exercises. One part in twenty-five is prose of Python's own standard library, read
 from its source files, for natural variety.

@@ -151,7 +151,7 @@ def judge(program: int, channel: dict, request: dict, end: int, active: list) ->
 
 
 def run_tests(channel: dict, request: dict) -> str | None:
-    """In S: the prompt, a stand-in for the function, and the tests, which call C through it. Why they fail, or None."""
+    """In S: the prompt, a fake for the function, and the tests, which call C through it. Why they fail, or None."""
     import json
 
     def stand_in(*args, **kwargs):

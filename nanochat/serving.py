@@ -114,7 +114,7 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": self.written, "total_tokens": prompt + self.written}
 
     def log(self) -> None:
-        """One line without a word of the conversation; with the whole of it where the worker was told so."""
+        """One line without a word of the conversation; with the whole of it where the worker was reported."""
         reasons, seconds = ", ".join(self.finish_reasons), time.monotonic() - self.began
         log.info("%s: read %d tokens, wrote %d in %.2f s (%s)", self.worker.device, len(self.prompt), self.written, seconds, reasons)
         if self.worker.log_content:

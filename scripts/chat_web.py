@@ -107,7 +107,7 @@ def make_app(workers, name: str, temperature: float = 0.8, top_k: int = 50, max_
 
 
 def listen(host: str, port: int):
-    """A socket bound to the address, before a model is loaded in vain."""
+    """A socket bound to the address, before a model is loaded."""
     import socket
 
     try:

@@ -3,7 +3,7 @@
     python -m scripts.tok_train
     python -m scripts.tok_train --source sample --vocab-size 8192
 
-The one idea to know: merges are learnt from counts of words, so it is variety that matters and no
+The one idea to know: merges are learned from counts of words, so it is variety that matters and no
 document may dominate: each gives at most --doc-cap characters. The model, its data files and every
 checkpoint depend on the vocabulary made here; a new one needs a new model.
 """

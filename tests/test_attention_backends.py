@@ -1,4 +1,4 @@
-"""The kernels' wrappers on a CPU: a stand-in for each library computes exactly what it was told to, or refuses.
+"""The kernels' wrappers on a CPU: a fake for each library computes exactly what it was told to, or refuses.
 
 What only a GPU shows (that the libraries do the same) is tried by `flash_attention.choose` on every GPU before it
 relies on one of them.

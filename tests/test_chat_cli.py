@@ -26,7 +26,7 @@ def tokenizer():
 
 
 class Parrot:
-    """A stand-in for the engine that says what it is told to and notes what it was asked."""
+    """A fake for the engine that says what it is told to and notes what it was asked."""
 
     def __init__(self, tokenizer, replies, context=200):
         self.tokenizer, self.replies = tokenizer, list(replies)
@@ -156,7 +156,7 @@ def test_a_base_model_continues_text_and_remembers_nothing(tokenizer):
 
 @pytest.fixture(scope="module")
 def artifacts(tokenizer, tmp_path_factory, make_random_model):
-    """A base folder with a tokenizer and a small model for two stages, which babbles and never ends an answer."""
+    """A base folder with a tokenizer and a small model for two stages that generates letters and never ends a reply."""
     base = tmp_path_factory.mktemp("artifacts")
     model = make_random_model(tokenizer, sequence_len=4096)
     compute = Compute(torch.device("cpu"), torch.float32)

@@ -1,4 +1,4 @@
-"""Conversations to ids and masks, checked by hand: the stand-in tokenizer has one id per character.
+"""Conversations to ids and masks, checked by hand: the fake tokenizer has one id per character.
 
 Its ids are the characters themselves and the names of the special tokens, so an expected rendering
 can be written out and read.
@@ -35,7 +35,7 @@ def render(conversation, **options):
     """Pairs, as "token mask" strings, of a rendering."""
     ids, mask = render_conversation(TOKENIZER, conversation, **options)
     assert len(ids) == len(mask)
-    return [f"{token} {learnt}" for token, learnt in zip(ids, mask)]
+    return [f"{token} {learned}" for token, learned in zip(ids, mask)]
 
 
 def test_one_exchange():

@@ -38,7 +38,7 @@ BOS, END, CALL, CALL_END, OUT, OUT_END = (TOKENIZER.encode_special(f"<|{name}|>"
 
 
 def make_model(seed=0, **changes):
-    """A small model whose every learnt part does something: fresh weights leave many of them at zero."""
+    """A small model whose every learned part does something: fresh weights leave many of them at zero."""
     config = GPTConfig(**{
         "sequence_len": 512, "vocab_size": 262, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 64,
         "window_pattern": "QQSL", **changes,
@@ -57,7 +57,7 @@ def make_model(seed=0, **changes):
 
 
 class Script:
-    """A stand-in for a model: after each position it is all but certain of the token that `say` names.
+    """A fake for a model: after each position it is all but certain of the token that `say` names.
 
     `say(tokens)` gets one seq's tokens so far and gives the next token. The tokens are kept where a model
     keeps its keys, so they follow whatever the engine does with its cache.

@@ -234,3 +234,32 @@ def test_the_others_import_without_effect_once_torch_is_there(tmp_path):
     for name, seen in watch_imports(others, tmp_path, first=first).items():
         optional = {"datasets", "transformers", "wandb", "matplotlib", "pandas", *OPTIONAL}
         assert not seen["effects"] and not seen["changed"] and not optional & set(seen["pulled"]), (name, seen)
+
+
+# -----------------------------------------------------------------------------
+# Rings
+
+LEAVES = {"cpu", "fp8", "calculator", "execution", "sandbox", "core_eval", "hf_model", "report", "sample_world", "sample_facts", "sample_phrases"}
+USERS_OF_LEAVES = {  # modules of the package that may import a leaf, and which
+    "dataset": {"sample_world"}, "device": {"cpu"}, "finetune": {"report"}, "engine": {"calculator"}, "execution": {"sandbox"},
+    "sample_world": {"sample_facts", "sample_phrases"}, "sample_phrases": {"sample_facts"},
+}  # fmt: skip
+SERVING = {"engine", "scheduler", "serving", "web", "page_api", "openai_api", "pieces"}
+
+
+def test_leaves_can_be_deleted():
+    """Only scripts and tasks import a leaf, except for the few modules that say so here."""
+    for name in MODULES:
+        top, _, module = name.rpartition(".")
+        if top == "nanochat":
+            used = {imported.removeprefix("nanochat.") for imported in our_imports(name)} & LEAVES - {module}
+            assert used <= USERS_OF_LEAVES.get(module, set()), f"{module} imports {used}"
+
+
+def test_the_core_does_not_import_the_server():
+    users = {"loss_eval", "reinforce", "task_eval"}  # of engine and scheduler
+    for name in MODULES:
+        module = name.removeprefix("nanochat.")
+        if name.startswith("nanochat.") and module not in SERVING:
+            used = {imported.removeprefix("nanochat.") for imported in our_imports(name)} & SERVING
+            assert used <= ({"engine", "scheduler"} if module in users else set()), f"{module} imports {used}"

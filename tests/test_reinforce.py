@@ -82,7 +82,7 @@ def test_a_tiny_task_is_learnt_to_near_perfection():
         groups = sample_groups(engine, TOKENIZER, NextLetter(), questions, CPU, 32, max_new_tokens=4, temperature=1.0, top_k=None)
         _, _, values = policy_step(model, optimizer, groups, CPU, 1024, 1.0, None, engine.python_start)
         rewards.append(values["reward"])
-        assert values["sampler_gap"] < 1e-5, "what is learnt from is the distribution that was sampled from"
+        assert values["sampler_gap"] < 1e-5, "what is learned from is the distribution that was sampled from"
     assert rewards[0] < 0.2, "at first it guesses, and seldom comes to an end"
     assert sum(rewards[-5:]) / 5 > 0.95, rewards
 
@@ -157,7 +157,7 @@ def test_the_gradient_is_the_one_derived_by_hand(seed, temperature, top_k, max_t
 
 
 def test_ranks_share_the_work_and_the_sum_is_that_of_one(run_ranks):
-    """Three ranks, of which one has no group that can be learnt from."""
+    """Three ranks, of which one has no group that can be learned from."""
     groups = random_groups(5, 1.0, None, Bigrams().table.tolist(), num_groups=4)
     groups[1] = Group({}, groups[1].seqs, [1.0] * 4)
     shares = [[groups[0], groups[3]], [groups[1]], [groups[2]]]

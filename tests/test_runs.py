@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ("speedrun.sh", "run1000.sh", "miniseries.sh")
 
 # Notes its arguments; does to the base folder what stages.sh looks at: a checkpoint, a line of the report.
-STAND_IN = """#!/usr/bin/env bash
+FAKE = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >>"$ASKED"
 if [[ $* == *--shards* ]]; then echo 123; exit; fi
 case "$*" in *"$FAILS"*) echo "error: as asked"; exit 1 ;; esac
@@ -63,10 +63,10 @@ def project(tmp_path):
 
 @pytest.fixture
 def run(project, tmp_path):
-    """`run("speedrun.sh", gpus=8, STOPS="mid_train")` with stand-ins gives (exit code, output, what was asked)."""
+    """`run("speedrun.sh", gpus=8, STOPS="mid_train")` with fakes gives (exit code, output, what was asked)."""
     asked = tmp_path / "asked"
     for name in ("python", "torchrun"):
-        write_program(tmp_path / "programs" / name, STAND_IN)
+        write_program(tmp_path / "programs" / name, FAKE)
 
     def run(script, gpus=8, **variables):
         asked.write_text("")
@@ -104,7 +104,7 @@ def assert_commands_exist(asked):
 
 
 # -----------------------------------------------------------------------------
-# The scripts, with stand-ins
+# The scripts, with fakes
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "dev/stages.sh"])
@@ -126,7 +126,7 @@ def test_speedrun_is_the_whole_job(run, tmp_path):
     assert "-m nanochat.dataset -n 8 --source=climbmix" in text and "-n 123 -w 8" in text
     assert "tok_train --source=climbmix --vocab-size=49152" in text
     training = next(line for line in asked if "scripts.base_train" in line)
-    assert training.startswith("torchrun --standalone --nproc-per-node=8 -m scripts.base_train --model-tag=d22 --depth=22")
+    assert training.startswith("torchrun --standalone --nproc-per-node=8 -m scripts.base_train -- --model-tag=d22 --depth=22")
     assert "--resume-from-step" not in text and "--target-param-data-ratio=9.4" in training
     for stage in ("estimate", "dataset", "tok_train", "tok_eval", "base_train", "base_eval", "mid_train", "chat_sft", "chat_eval"):
         assert f".{stage} " in (tmp_path / "base/log/d22" / f"{stage}.log").read_text()
@@ -135,15 +135,15 @@ def test_speedrun_is_the_whole_job(run, tmp_path):
 def test_what_is_done_is_passed_over(run):
     assert run("speedrun.sh")[0] == 0
     code, output, asked = run("speedrun.sh")
-    assert code == 0 and "base_train: done before" in output
-    # Only a base and a mid model are there: the stand-in of chat_sft saved none, so that stage is done again.
+    assert code == 0 and "base_train: already done" in output
+    # Only a base and a mid model are there: the fake of chat_sft saved none, so that stage is done again.
     assert [s for s in stages_of(asked) if s not in ("estimate", "dataset")] == ["chat_sft", "report", "chat_cli"]
     assert not any("report reset" in line for line in asked)
 
 
 def test_a_training_that_was_stopped_ends_the_script_and_goes_on_next_time(run, tmp_path):
     code, output, asked = run("speedrun.sh", STOPS="scripts.mid_train")
-    assert code == 1 and "error: mid_train has not come to its end; run this again" in output
+    assert code == 1 and "error: mid_train was stopped; run this again" in output
     assert stages_of(asked)[-1] == "mid_train"
     code, output, asked = run("speedrun.sh")
     assert code == 0, output
@@ -164,7 +164,7 @@ def test_an_error_ends_the_script_with_that_error(run, fails, last):
 def test_too_few_gpus(run):
     code, output, asked = run("speedrun.sh", gpus=2)
     assert code == 1 and not asked, "before anything is set up"
-    assert output == "error: 8 GPUs are wanted and this machine has 2. The same run takes longer with NPROC=2\n"
+    assert output == "error: 8 GPUs are needed and this machine has 2. Use NPROC=2; the same run then takes longer\n"
     assert "no GPU was found" in run("miniseries.sh", gpus=0)[1]
     code, output, asked = run("speedrun.sh", gpus=2, NPROC="2")
     assert code == 0 and "torchrun --standalone --nproc-per-node=2 -m scripts.base_train" in "\n".join(asked)
@@ -219,7 +219,7 @@ def test_speedrun_runs(run_tiny):
     page = (base / "report/report.md").read_text()
     for title in ("Tokenizer training", "Base model training", "Base model loss", "Midtraining", "Supervised fine-tuning", "Chat evaluation", "Reinforcement"):
         assert title in page
-    assert run_tiny("speedrun.sh", RL="1")[0].count("done before") == 8
+    assert run_tiny("speedrun.sh", RL="1")[0].count("already done") == 8
 
 
 @pytest.mark.slow

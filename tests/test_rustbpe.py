@@ -38,7 +38,7 @@ threads = st.sampled_from([1, 2, 3])
 
 
 def train_slowly(texts, vocab_size, pattern, counts=None):
-    """Byte-pair encoding as one would explain it: tokens in the order in which they are learnt.
+    """Byte-pair encoding as one would explain it: tokens in the order in which they are learned.
 
     Every merge counts all pairs anew and takes the most frequent one, of several the one whose first id is
     lowest, then whose second is. Ends early where every word is one token. `counts` says how often each word

@@ -221,7 +221,7 @@ def test_every_character_in_every_place(pattern):
 
 @each_pattern
 def test_ids_are_tiktokens_on_any_unicode(pattern):
-    """Ranks that were learnt and ranks that no text would teach."""
+    """Ranks that were learned and ranks that no text would teach."""
     learner = rustbpe.Tokenizer()
     strange = ["".join(kind) * 2 for kind in KINDS.values()]  # which have merges then, too
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")

@@ -180,6 +180,25 @@ def test_a_failing_evaluation_costs_a_line_and_the_exit_code_but_not_the_run(bas
     assert (folder / "step_000008" / "model.safetensors").read_bytes() == before
 
 
+def test_core_is_measured_while_training(base_dir, pipeline, hub):
+    command = [*BASE, f"--source={pipeline[1]}", "--num-iterations=2", "--core-metric-every=1", "--core-metric-max-per-task=3", "--model-tag=c"]
+    run("base_train", *command)
+    lines = [json.loads(line) for line in (base_dir / "base_checkpoints/c/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "core" in line] == [1, 2] and all(-1 <= line["core"] <= 1 for line in lines if "core" in line)
+
+
+def test_a_wandb_run_continues_after_a_resume(base_dir, pipeline, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    command = [*BASE, f"--source={pipeline[1]}", "--model-tag=w", "--run=name", "--save-every=1"]
+    run("base_train", *command, "--num-iterations=2")
+    folder = base_dir / "base_checkpoints/w"
+    first = json.loads((folder / "step_000002/meta.json").read_text())["loop_state"]["wandb_id"]
+    run("base_train", *command, "--num-iterations=4", "--resume-from-step=latest")
+    assert json.loads((folder / "step_000004/meta.json").read_text())["loop_state"]["wandb_id"] == first
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))) >= 1
+
+
 def test_the_device_batch_size_changes_neither_data_nor_horizon(base_dir, pipeline):
     """Also on resume: the first half with micro-batches of 4 rows, the second with the automatic size (8 rows on a CPU)."""
     folder = base_dir / "base_checkpoints" / "d2"

@@ -1,4 +1,4 @@
-"""dev/setup.sh with a stand-in for uv that writes down what it is asked to install."""
+"""dev/setup.sh with a fake for uv that writes down what it is asked to install."""
 
 import os
 import shutil

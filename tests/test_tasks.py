@@ -1,4 +1,4 @@
-"""Tasks: views and mixtures, the real data sets through the stand-in hub, and what counts as right."""
+"""Tasks: views and mixtures, the real data sets through the fake hub, and what counts as right."""
 
 import json
 from collections import Counter

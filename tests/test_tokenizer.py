@@ -42,7 +42,7 @@ texts = st.one_of(
 
 
 def slow_encode(ranks, text):
-    """Byte-pair encoding as one would explain it: in each word join, again and again, the pair learnt first."""
+    """Byte-pair encoding as one would explain it: in each word join, again and again, the pair learned first."""
     ids = []
     for word in regex.findall(SPLIT_PATTERN, text):
         parts = [bytes([byte]) for byte in word.encode()]
@@ -85,9 +85,9 @@ def test_every_merge_learnt_is_a_most_frequent_pair(tokenizer):
     for token in sorted(tokenizer.ranks, key=tokenizer.ranks.get)[256:]:
         pairs = count_pairs(words)
         most = max(pairs.values())
-        learnt = [pair for pair, count in pairs.items() if count == most and pair[0] + pair[1] == token]
-        assert learnt, f"{token} is not a most frequent pair"
-        join_pair(words, learnt[0])
+        learned = [pair for pair, count in pairs.items() if count == most and pair[0] + pair[1] == token]
+        assert learned, f"{token} is not a most frequent pair"
+        join_pair(words, learned[0])
 
 
 def test_vocabulary_is_bytes_then_merges_then_specials(tokenizer):
@@ -369,11 +369,11 @@ def test_conversations_through_the_real_tokenizer(tokenizer):
     ids, mask = tokenizer.render_conversation(conversation)
     special = {name: tokenizer.encode_special(f"<|{name}|>") for name in ("bos", "assistant_start", "assistant_end")}
     assert ids.count(special["bos"]) == 1, "a user cannot write a control token"
-    learnt = [id for id, m in zip(ids, mask) if m]
-    assert learnt == [*tokenizer.encode("the"), special["assistant_end"]]
+    learned = [id for id, m in zip(ids, mask) if m]
+    assert learned == [*tokenizer.encode("the"), special["assistant_end"]]
     prompt = tokenizer.render_for_completion(conversation)
     assert prompt[-1] == special["assistant_start"]
-    assert prompt + learnt == ids
+    assert prompt + learned == ids
     assert len(tokenizer.render_conversation(conversation, max_tokens=3)[0]) == 3
 
     shown = tokenizer.visualize_tokenization(ids, mask)

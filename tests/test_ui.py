@@ -664,7 +664,7 @@ def test_a_busy_server_is_asked_again_once(page, stub):
     say(page, "And now?")
     page.get_by_role("button", name="Retry now").click()
     retry = page.get_by_role("button", name="Retry", exact=True)
-    expect(retry).to_be_visible()  # twice in vain: now the user decides
+    expect(retry).to_be_visible()  # two failures: now the user decides
     assert stub.asked() == stub.asked() and stub.requests.empty()
     expect(replies(page).last).to_contain_text("The server is busy")
     stub.say(busy)

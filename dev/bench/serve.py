@@ -1,17 +1,15 @@
-"""The web server as its clients see it: speed, clients that leave, requests that make no sense.
+"""The web server as its clients see it: speed, disconnecting clients, malformed requests.
 
-    python -m dev.bench.serve                     # all of it; about four minutes on two cores
+    python -m dev.bench.serve                     # all of it
     python -m dev.bench.serve streams --seconds 20
-    python -m dev.bench.serve leave bad --source mid
+    python -m dev.bench.serve leave bad -i mid
 
-    cost      processor time per token without a model: an engine that writes 16 streams at 130 tokens/s each
-    streams   1, 4, 16, 64 clients that ask again and again: speed, fairness, time to the first token, /health
-    leave     500 requests, half of which leave at a random moment: is everything freed, are the others' answers right?
-    bad       2,000 malformed bodies and schemathesis: is each refused with a clear 4xx?
+    streams   1, 4, 16, 64 clients that send requests all the time: tok/s, fairness, time to first token, /health
+    leave     500 requests, half of which disconnect at a random moment: is everything freed, are the other replies right?
+    bad       2,000 malformed bodies: is each refused with a clear 4xx?
 
-The one idea to know: the server is a process of its own, `scripts.chat_web` with the newest model of the base
-folder on a free port, and this one only drives it, through plain sockets, because the cores are shared.
-Exits 1 if `leave` or `bad` find anything wrong. What is random follows from --seed.
+The server is a process of its own, `scripts.chat_web` with the newest model of the base folder on a free port; the
+clients use plain sockets, since they share the cores with the model. Exits 1 if `leave` or `bad` find anything wrong.
 """
 
 from __future__ import annotations
@@ -20,18 +18,13 @@ import argparse
 import asyncio
 import json
 import random
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 
 from dev.bench.serve_client import Reply, Server, ask, freed, get, post, send, stats
 
-TOKENS = 200  # the longest answer; the highest temperature makes most of them as long
+TOKENS = 200  # maximum length; at the highest temperature most replies reach it
 LONG = {"max_tokens": TOKENS, "temperature": 2.0, "top_k": 200}
 THINGS = "a dog,the sea,winter,bread,the moon,an old clock,numbers,a river,the king,a garden,iron,music,a bridge,rain".split(",")
 
@@ -41,82 +34,20 @@ def question(rng: random.Random) -> str:
 
 
 # -----------------------------------------------------------------------------
-# cost
-
-
-def serve_without_model() -> None:
-    """A server whose engine does nothing but write the letter a, 130 times a second for every row."""
-    from nanochat.serving import EngineThread, Workers
-    from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
-    from scripts.chat_web import listen, make_app, make_server
-
-    bytewise = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
-
-    @dataclass(eq=False)
-    class Row:
-        left: int
-        finish_reason: str | None = None
-
-    class Metronome:
-        tokenizer, context, max_sequences, terminal_tokens = bytewise, 4096, 64, frozenset()
-        generated_tokens = prefill_tokens = cached_tokens = num_running = num_waiting = 0
-
-        def __init__(self):
-            self.rows, self.next_step = [], 0.0
-
-        def submit(self, tokens, max_tokens, **_):
-            self.rows.append(Row(max_tokens))
-            return self.rows[-1]
-
-        def cancel(self, row):
-            self.rows = [other for other in self.rows if other is not row]
-
-        def step(self):
-            time.sleep(max(0, self.next_step - time.perf_counter()))
-            self.next_step = max(self.next_step, time.perf_counter() - 0.1) + 1 / 130
-            events = [(row, ord("a"), 1) for row in self.rows]
-            for row in self.rows:
-                row.left -= 1
-                row.finish_reason = None if row.left else "length"
-            self.rows = [row for row in self.rows if row.left]
-            return events
-
-    workers, sock = Workers([EngineThread(Metronome)]), listen("127.0.0.1", 0)
-    workers.start()
-    try:
-        make_server(make_app(workers, "metronome"), workers, sock).run(sockets=[sock])
-    finally:
-        workers.stop()
-
-
-async def cost(args) -> None:
-    rows, tokens = 16, 1000
-    print(f"\n{rows} streams of 130 tokens/s without a model\n{'route':22s} {'tok/s':>7s} {'us of server per token':>23s} {'tokens per read':>16s}")
-    with Server("dev.bench.serve", "metronome") as server:
-        for path in ("/chat/completions", "/v1/chat/completions"):
-            await send(server.port, ask("warm up", path, stream=True, max_tokens=10))
-            before, started = server.usage()[0], time.perf_counter()
-            replies = await asyncio.gather(*(send(server.port, ask("hello", path, stream=True, max_tokens=tokens)) for _ in range(rows)))
-            seconds, processor = time.perf_counter() - started, server.usage()[0] - before
-            reads = sum(reply.reads for reply in replies)
-            print(f"{path:22s} {rows * tokens / seconds:7,.0f} {processor / rows / tokens * 1e6:23.0f} {rows * tokens / reads:16.1f}")
-
-
-# -----------------------------------------------------------------------------
 # streams
 
 
 async def level(server: Server, clients: int, seconds: float, rng: random.Random) -> dict:
-    """`clients` that ask one question after the other for so long, while /health is asked, too."""
+    """`clients` that each send one request after the other for so many seconds, while /health is polled."""
     replies: list[Reply] = []
     health: list[float] = []
 
-    # They look at the clock themselves: before Python 3.12 `wait_for` may swallow that its task is cancelled.
+    # Clients check the time themselves: before Python 3.12 `wait_for` may swallow a cancellation
     async def client():
         while time.perf_counter() < ends:
             replies.append(await send(server.port, ask(question(rng), seed=rng.getrandbits(30), **LONG)))
 
-    async def patient():
+    async def poll_health():
         while time.perf_counter() < ends:
             health.append(-time.perf_counter())
             await send(server.port, get("/health"))
@@ -125,7 +56,7 @@ async def level(server: Server, clients: int, seconds: float, rng: random.Random
 
     before, started = await stats(server.port), time.perf_counter()
     ends = started + seconds
-    tasks = [asyncio.create_task(work) for work in (*(client() for _ in range(clients)), patient())]
+    tasks = [asyncio.create_task(work) for work in (*(client() for _ in range(clients)), poll_health())]
     await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
     after, elapsed = await stats(server.port), time.perf_counter() - started
     for task in tasks:
@@ -162,7 +93,7 @@ async def streams(server: Server, args) -> None:
 
 
 async def leave(server: Server, args) -> list[str]:
-    """Half of many requests leave; returns what went wrong."""
+    """Half of many clients disconnect; returns what went wrong."""
     rng, port = random.Random(args.seed), server.port
     kinds = [{"path": "/chat/completions", "temperature": 0}, {"path": "/chat/completions", "temperature": 1.5, "top_k": 50},
              {"path": "/v1/chat/completions", "temperature": 1.0, "stream": True}, {"path": "/v1/chat/completions", "temperature": 1.0}]
@@ -185,9 +116,9 @@ async def leave(server: Server, args) -> list[str]:
     counts = {key: after[key] - before[key] for key in ("requests", "completed", "cancelled", "failed", "rejected")}
     print(f"\n500 requests, 32 at a time: {sum(reply.left for _, reply in replies)} left, {len(stayed)} were to stay\n"
           f"  the server counted     {', '.join(f'{count} {key}' for key, count in counts.items())}\n"
-          f"  rows leaked            {leaked}\n  of those that stayed   {failed} failed, {other} differ from the answer given alone\n"
+          f"  sequences leaked       {leaked}\n  of those that stayed   {failed} failed, {other} differ from the answer given alone\n"
           f"  memory                 {memory:.0f} MB before, {grown:+.0f} MB")
-    return [f"{leaked} rows leaked"] * bool(leaked) + [f"{failed} requests failed"] * bool(failed) + [f"{other} answers differ"] * bool(other)
+    return [f"{leaked} sequences leaked"] * bool(leaked) + [f"{failed} requests failed"] * bool(failed) + [f"{other} answers differ"] * bool(other)
 
 
 # -----------------------------------------------------------------------------
@@ -202,7 +133,7 @@ TYPES = ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-
 
 
 def malformed(rng: random.Random) -> tuple[str, bytes]:
-    """(what is wrong, a request). A few turn out to be sound after all."""
+    """(what is wrong, a request). A few are valid after all."""
     path = rng.choice(["/chat/completions", "/v1/chat/completions"])
     sound = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
     body, kind = json.dumps(sound).encode(), rng.choice(["cut", "bytes", "value", "value", "inner value", "type", "top", "encoding", "size"])
@@ -227,7 +158,7 @@ def malformed(rng: random.Random) -> tuple[str, bytes]:
 
 
 async def bad(server: Server, args) -> list[str]:
-    """Requests that make no sense; returns what went wrong."""
+    """Malformed requests; returns what went wrong."""
     rng, gate, wrong = random.Random(args.seed), asyncio.Semaphore(16), []
     table: dict[str, Counter] = {}
 
@@ -246,34 +177,21 @@ async def bad(server: Server, args) -> list[str]:
     for kind, counts in sorted(table.items()):
         print(f"{kind:12s}" + "".join(f"{counts[status]:6d}" for status in statuses))
 
-    with tempfile.TemporaryDirectory() as folder:  # where it leaves its reports
-        Path(folder, "schemathesis.toml").write_text("[checks.negative_data_rejection]\nexpected-statuses = [400, 404, 405, 413]\n")
-        command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{server.port}/openapi.json",
-                   "--max-examples=200", f"--seed={args.seed}", "--phases=coverage,fuzzing", "--request-timeout=20", "--continue-on-failure", "--no-color",
-                   "--exclude-checks=positive_data_acceptance"]  # a schema cannot say that roles take turns
-        run = await asyncio.create_subprocess_exec(*command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        output = (await asyncio.wait_for(run.communicate(), 300))[0].decode()
-    print(f"schemathesis: exit {run.returncode}; {' '.join(re.findall(r'^ *(?:[0-9]+ generated.*|[0-9]+ failures?.*)$', output, re.M))}")
-    wrong += [f"schemathesis:\n{output}"] * bool(run.returncode)
     return wrong + ["there is a traceback in the server's log"] * ("Traceback" in server.output())
 
 
 def main(argv=None):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description="The web server as its clients see it.", formatter_class=formatter)
-    parser.add_argument("parts", nargs="*", default=["cost", "streams", "leave", "bad"], help="cost, streams, leave, bad")
-    parser.add_argument("--source", default="sft", help="which model serves: mid, sft or rl")
+    parser.add_argument("parts", nargs="*", default=["streams", "leave", "bad"], help="streams, leave, bad")
+    parser.add_argument("-i", "--stage", default="sft", help="stage of the model: mid, sft or rl")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
     parser.add_argument("--seconds", type=float, default=15, help="how long each number of clients asks")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     args = parser.parse_args(argv)
-    if args.parts == ["metronome"]:
-        return serve_without_model()
-    if "cost" in args.parts:
-        asyncio.run(cost(args))
     wrong = []
     if {"streams", "leave", "bad"} & set(args.parts):
-        with Server("scripts.chat_web", "-p", "0", "-i", args.source, "--device-type", args.device_type) as server:
+        with Server("scripts.chat_web", "-p", "0", "-i", args.stage, "--device-type", args.device_type) as server:
             if "streams" in args.parts:
                 asyncio.run(streams(server, args))
             for part in (leave, bad):
