@@ -137,19 +137,24 @@ def update_meta(directory: Path, step: int, **values) -> None:
     _write_meta(step_folder(directory, step), {**verify(directory, step, names=[]), **values})
 
 
-def set_aside(directory: Path) -> Path | None:
-    """Move everything that an earlier run left in its folder (except the lock) to TAG.old; None if there was nothing.
+def set_aside(directory: Path, after: int | None = None) -> Path | None:
+    """Move everything in a run's folder (except the lock) to TAG.old, whose former content is deleted.
 
-    An older TAG.old is replaced.
+    With `after`, move only the checkpoints of later steps, and leave what else is in TAG.old. Returns TAG.old, or None if
+    there was nothing to move.
     """
     present = [path for path in directory.iterdir() if path.name != ".lock"] if directory.is_dir() else []
+    if after is not None:
+        present = [step_folder(directory, step) for step in list_steps(directory) if step > after]
     if not present:
         return None
     old = directory.with_name(f"{directory.name}.old")
-    if old.exists():
+    if old.exists() and after is None:
         _remove(old)
-    old.mkdir()
+    old.mkdir(exist_ok=True)
     for path in present:
+        if (old / path.name).exists():
+            _remove(old / path.name)
         path.rename(old / path.name)
     return old
 

@@ -61,19 +61,20 @@ def count_right(
     top_k: int | None = 50,
     name: str | None = None,
     progress: bool = True,
-) -> torch.Tensor:
-    """Measure `model` on the first `max_problems` problems of `task` (all of them if None or if it has fewer).
+    stop: Callable[[], bool] | None = None,
+) -> torch.Tensor | None:
+    """Evaluate `model` on the first `max_problems` problems of `task` (None: all of them). Every rank must call this.
 
-    Returns how many answers to each problem are right, (n,) int64, the same on every rank; every rank must call.
-    `batch_size` problems share a forward pass where answers are letters; `num_samples` answers
-    are written where they are words. `name` is what bar and messages call the task. A prompt that does not
-    fit the context loses its beginning, and a line says how many did. Raises UserError when the
-    task has no problem to ask or cannot be evaluated.
+    Returns the number of right answers to each problem, (n,) int64, the same on every rank. `batch_size` problems share
+    a forward pass of a categorical task; a generative one gets `num_samples` samples. `name` is shown in the progress bar
+    and messages. A prompt that exceeds the context loses its beginning, and a line says how many did. `stop` is polled
+    between problems; if it returns True on any rank, the result is None. Raises UserError if the task has no problems or
+    cannot be evaluated.
     """
     n = len(task) if max_problems is None else min(max_problems, len(task))
     name = name or type(task).__name__
     if n < 1:
-        raise UserError(f"{name} has no problem to ask ({len(task)} in the task, at most {max_problems} wanted)")
+        raise UserError(f"{name} has no problem to ask ({len(task)} in the task, limit {max_problems})")
     if task.eval_type == "categorical":
         blocks = _blocks(n, 4 * batch_size, compute)
         outcomes = _categorical(task, model, tokenizer, blocks, batch_size)
@@ -84,14 +85,16 @@ def count_right(
             task, model, tokenizer, engine, compute, indices, num_samples, max_new_tokens, temperature, top_k
         )
     else:
-        raise UserError(f"{name} is for training only; it has no way to check an answer")
+        raise UserError(f"{name} is for training only; it cannot grade answers")
     mine = sum(len(block) for block in blocks)
-    counts = _tally(outcomes, n, mine, name, compute, show=progress and compute.is_main)
+    counts = _tally(outcomes, n, mine, name, compute, progress and compute.is_main, stop)
+    if stop and compute.sum(torch.tensor(int(stop()))) > 0:
+        return None
     right, asked, cropped = compute.sum(counts.to(compute.device)).cpu()
     assert (asked == 1).all(), f"{(asked == 1).sum()} of {n} problems were asked"
     if cropped.any():
         context = model.config.sequence_len
-        print0(f"{name}: {cropped.sum()} of {n} prompts did not fit the context of {context} tokens and lost their beginning")
+        print0(f"{name}: {cropped.sum()} of {n} prompts exceeded the context of {context} tokens and lost their beginning")
     return right
 
 
@@ -101,8 +104,8 @@ def _blocks(n: int, size: int, compute: Compute) -> list[range]:
     return [blocks[i] for i in compute.shard(len(blocks))]
 
 
-def _tally(outcomes, n: int, mine: int, name: str, compute: Compute, show: bool) -> torch.Tensor:
-    """(3, n) of each problem: right answers, whether it was asked here, whether its prompt was cropped. With a bar."""
+def _tally(outcomes, n: int, mine: int, name: str, compute: Compute, show: bool, stop: Callable | None) -> torch.Tensor:
+    """(3, n) per problem: right answers, whether it was asked on this rank, whether its prompt was cropped."""
     from tqdm import tqdm
 
     counts = torch.zeros(3, n, dtype=torch.long)
@@ -114,6 +117,8 @@ def _tally(outcomes, n: int, mine: int, name: str, compute: Compute, show: bool)
             bar.set_postfix_str(f"{solved}/{asked} = {100 * solved / asked:.1f}%", refresh=False)
             bar.update()
             compute.heartbeat()
+            if stop and stop():
+                break
     return counts
 
 

@@ -325,7 +325,8 @@ def step_to_resume(directory: Path, requested: str, restarted: bool) -> int | No
     """The step to resume from, or None for a new run. The only place that decides this.
 
     `requested` is --resume-from-step. A job that torchrun or Slurm has restarted continues from the newest checkpoint.
-    A new run first moves what an earlier run under this tag left behind to TAG.old, so that their steps never mix.
+    A new run first moves what an earlier run under this tag left behind to TAG.old, and resuming from an explicit step
+    moves the later checkpoints there, so that "latest" always belongs to this run.
     """
     if requested not in ("-1", "latest") and not requested.isdigit():
         raise UserError(f"--resume-from-step {requested!r} is neither a step nor 'latest'")
@@ -335,7 +336,12 @@ def step_to_resume(directory: Path, requested: str, restarted: bool) -> int | No
         if earlier := set_aside(directory):
             print0(f"moved the earlier run under this tag to {earlier}")
         return None
-    return find_last_step(directory) if requested == "latest" else int(requested)
+    if requested == "latest":
+        return find_last_step(directory)
+    verify(directory, int(requested), names=[])  # it exists
+    if later := set_aside(directory, after=int(requested)):
+        print0(f"moved the checkpoints of later steps to {later}")
+    return int(requested)
 
 
 def resume_training(saver: Saver, settings: Namespace, model, optimizer, tokenizer, compute: Compute) -> dict | None:

@@ -121,10 +121,16 @@ def main(argv=None):
     def evaluate():
         """{"accuracy" of greedy answers, "pass@k" of samples} on held-out questions, each with half its 95% interval."""
         common = (held_out, sampler, tokenizer, engine, compute, args.eval_examples)
-        right = count_right(*common, max_new_tokens=args.max_new_tokens, temperature=0.0, name=args.task)
+        received = lambda: stop.received  # of this rank
+        right = count_right(*common, max_new_tokens=args.max_new_tokens, temperature=0.0, name=args.task, stop=received)
+        if right is None:
+            return None
         values = {"accuracy": pass_at_k(right, 1, 1)}
-        if args.eval_samples and held_out.eval_type == "generative" and not stop.requested():
-            right = count_right(*common, num_samples=args.eval_samples, **sampling, name=f"{args.task} pass@{args.eval_samples}")
+        if args.eval_samples and held_out.eval_type == "generative":
+            name = f"{args.task} pass@{args.eval_samples}"
+            right = count_right(*common, num_samples=args.eval_samples, **sampling, name=name, stop=received)
+            if right is None:
+                return None
             powers = [2**i for i in range(args.eval_samples.bit_length()) if 2**i < args.eval_samples]
             values |= {f"pass@{k}": pass_at_k(right, args.eval_samples, k) for k in (*powers, args.eval_samples)}
         return values
@@ -150,11 +156,13 @@ def main(argv=None):
 
         sync_weights(engine, model)
         if due(step, args.eval_every, last) or (step == 0 and args.eval_every != 0):
-            scores = guarded(f"evaluating {args.task}", evaluate, failures) or {}
-            meter.log(step, **{name: value for name, (value, _) in scores.items()}, **{f"{name}_ci": ci for name, (_, ci) in scores.items()})
-            line = " | ".join(f"{name} {100 * value:.1f}% +- {100 * ci:.1f}" for name, (value, ci) in scores.items())
-            print0(f"step {step:05d} | {args.task}: {line}")
+            measured = guarded(f"evaluating {args.task}", evaluate, failures)
             engine.reset()
+            if measured is not None:
+                scores = measured
+                meter.log(step, **{name: value for name, (value, _) in scores.items()}, **{f"{name}_ci": ci for name, (_, ci) in scores.items()})
+                line = " | ".join(f"{name} {100 * value:.1f}% +- {100 * ci:.1f}" for name, (value, ci) in scores.items())
+                print0(f"step {step:05d} | {args.task}: {line}")
         if last:
             break
         if stop.requested():

@@ -165,6 +165,28 @@ def test_sigterm_during_an_evaluation_saves_and_resumes_exactly(base_dir, pipeli
     assert losses(folder) == losses(pipeline[0] / FOLDERS[stage] / "d2")
 
 
+def test_sigterm_during_the_evaluation_of_reinforcement_learning(base_dir, pipeline, monkeypatch, capsys):
+    folder = base_dir / FOLDERS["rl"] / "d2"
+    shutil.rmtree(folder)
+    command = [*stage_command("rl", pipeline[1]), "--save-every=-1"]
+    with monkeypatch.context() as patch:
+        render = task_eval.render_prompts
+
+        def raise_at_the_second_evaluation(*args):
+            calls.append(args)
+            if len(calls) > 2:  # two per evaluation: greedy and sampled
+                signal.raise_signal(signal.SIGTERM)
+            return render(*args)
+
+        calls = []
+        patch.setattr(task_eval, "render_prompts", raise_at_the_second_evaluation)
+        run(*command)
+    assert "stopped after step 4" in capsys.readouterr().out
+    assert [path.name for path in folder.glob("step_*")] == ["step_000004"]
+    run(*command, "--resume-from-step=latest")
+    assert losses(folder) == losses(pipeline[0] / FOLDERS["rl"] / "d2")
+
+
 @pytest.mark.parametrize("stage", ["base", "mid", "rl"])
 def test_a_failing_evaluation_costs_a_line_and_the_exit_code_but_not_the_run(base_dir, pipeline, stage, monkeypatch, capsys):
     def fail(*args, **kwargs):

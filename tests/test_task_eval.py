@@ -135,7 +135,7 @@ def test_a_prompt_that_does_not_fit_loses_its_beginning_and_a_line_says_so(model
     }})  # fmt: skip
     measure(task, model)
     assert task.said == by_hand(task, model)
-    assert "Long: 1 of 3 prompts did not fit the context of 256 tokens" in capsys.readouterr().out
+    assert "Long: 1 of 3 prompts exceeded the context of 256 tokens" in capsys.readouterr().out
 
 
 # -----------------------------------------------------------------------------

@@ -297,14 +297,16 @@ def test_where_to_resume(tmp_path, capsys):
     save_step(directory, 20)
     save_step(directory, 10)
     assert step_to_resume(directory, "latest", restarted=False) == 20
-    assert step_to_resume(directory, "10", restarted=False) == 10
     assert [step_to_resume(directory, wanted, restarted=True) for wanted in ("-1", "latest", "10")] == [20] * 3
     with pytest.raises(UserError, match="neither a step nor"):
         step_to_resume(directory, "newest", restarted=False)
+    # Resuming from an explicit step sets later ones aside, which belong to another course of the run
+    assert step_to_resume(directory, "10", restarted=False) == 10
+    assert "later steps to" in capsys.readouterr().out and step_to_resume(directory, "latest", restarted=False) == 10
     # A new run never mixes with what an earlier one left under its tag
     assert step_to_resume(directory, "-1", restarted=False) is None
     assert "d4.old" in capsys.readouterr().out and not list(directory.glob("step_*"))
-    assert len(list((tmp_path / "d4.old").glob("step_*"))) == 2
+    assert [path.name for path in (tmp_path / "d4.old").glob("step_*")] == ["step_000010"]
     assert step_to_resume(directory, "-1", restarted=True) is None
     with pytest.raises(UserError):
         step_to_resume(directory, "latest", restarted=False)
