@@ -102,7 +102,7 @@ def _try_all(device, dtype, heads, use):
 
 @lru_cache(maxsize=None)
 def _load(name: str, device: torch.device):
-    """The function of that name or, so that nobody asks twice, what it raised."""
+    """The function of that name, or the exception of its import; cached."""
     try:
         return attention_backends.BACKENDS[name](device)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, as far as a model like ours has something to say to them.
+"""OpenAI's chat completions API, as far as a model like ours supports it.
 
 The one idea to know: it is a translation. A request becomes a prompt and settings for the engine, and what
 is written becomes the objects that OpenAI's clients read. Fields that mean nothing here are ignored.
@@ -63,14 +63,14 @@ class CompletionRequest(RequestModel):
 
 
 def add_routes(app: FastAPI, workers: Workers, name: str, defaults: dict) -> None:
-    """`name` is the model's, as in "sft d4 step 60"; `defaults` are what a request gets that does not say."""
+    """`name` is the model's, as in "sft d4 step 60"; `defaults` are the settings that a request may omit."""
     model_id = name.replace(" ", "-")
     card = {"id": model_id, "object": "model", "created": int(time.time()), "owned_by": "nanochat"}
 
     def check_model(asked: str | None) -> None:
-        """Any leading part of our name will do: "sft", "sft-d4"; so will "nanochat"."""
+        """Any prefix of our name is accepted ("sft", "sft-d4"), and "nanochat"."""
         if asked and asked not in ("nanochat", name) and not f"{model_id}-".startswith(f"{asked}-"):
-            message = f"there is no model {asked[:100]!r} here; ask for {model_id!r}, or leave it away"
+            message = f"the model {asked[:100]!r} does not exist; use {model_id!r}, or omit `model`"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     @app.get("/v1/models", responses=ERRORS)
@@ -87,7 +87,7 @@ def add_routes(app: FastAPI, workers: Workers, name: str, defaults: dict) -> Non
         check_model(body.model)
         messages = [message.plain() for message in body.messages]
         if messages[-1]["role"] != "user":
-            raise ApiError(400, "the last message must be of the user", param=f"messages[{len(messages) - 1}].role")
+            raise ApiError(400, "the last message must have the role 'user'", param=f"messages[{len(messages) - 1}].role")
         prompt = await asyncio.to_thread(render_for_completion, workers.tokenizer, {"messages": messages})
         if len(prompt) >= workers.context:
             message = f"the messages have {len(prompt)} tokens, and the model's context of {workers.context} must hold them and the answer"
@@ -122,7 +122,7 @@ def add_routes(app: FastAPI, workers: Workers, name: str, defaults: dict) -> Non
 
 
 async def texts_of(answer: Answer, workers: Workers, stop: list[str]):
-    """Yields lists of (choice, text) as the answer is written, leaving out what is no text and what a stop string cuts off."""
+    """Yields lists of (choice, text) as the reply is generated, without tool calls and without stop strings and what follows them."""
     rows = [Pieces(workers.tokenizer, stop) for _ in range(answer.n)]
     while news := await answer.take():
         texts = []
@@ -135,7 +135,7 @@ async def texts_of(answer: Answer, workers: Workers, stop: list[str]):
 
 
 async def chunks(answer: Answer, texts, head: dict, include_usage: bool):
-    """The events of a stream. Most differ in their text alone, so the JSON around it is made once."""
+    """The events of a stream. Most differ in their text only, so the JSON around it is built once."""
     usage = {"usage": None} if include_usage else {}
 
     def event(**fields) -> str:
@@ -160,5 +160,5 @@ async def chunks(answer: Answer, texts, head: dict, include_usage: bool):
 
 
 def choice(index: int, finish_reason: str | None, **said) -> dict:
-    """One of the `n` answers: whole (`message=`) or the next bit of it (`delta=`)."""
+    """One of the `n` choices: complete (`message=`) or a delta (`delta=`)."""
     return {"index": index, **said, "logprobs": None, "finish_reason": finish_reason}

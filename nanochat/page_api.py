@@ -1,4 +1,4 @@
-"""What the page on / talks to: POST /chat/completions.
+"""The route of the page: POST /chat/completions.
 
 The one idea to know: the page always sends the whole conversation, and the server keeps none. What no longer
 fits the model's context is forgotten from the front, exchange by exchange, and the page is told how many.
@@ -45,14 +45,14 @@ class ChatRequest(RequestModel):
 
 
 def add_routes(app: FastAPI, workers: Workers, defaults: dict) -> None:
-    """`defaults`: temperature, top_k and max_tokens of requests that do not name them."""
+    """`defaults`: temperature, top_k and max_tokens of requests that omit them."""
 
     @app.post("/chat/completions", response_class=Response, responses=EVENTS | ERRORS)
     async def chat(body: ChatRequest):
         settings = defaults | body.model_dump(include={"temperature", "top_k", "max_tokens"}, exclude_none=True)
         messages = body.model_dump()["messages"]
         if messages[-1]["role"] != "user":
-            raise ApiError(400, "the last message must be of the user", param=f"messages[{len(messages) - 1}].role")
+            raise ApiError(400, "the last message must have the role 'user'", param=f"messages[{len(messages) - 1}].role")
         check_lengths(messages)
         prompt, forgotten = await asyncio.to_thread(fit, workers.tokenizer, messages, workers.context, settings["max_tokens"])
         answer = workers.submit(
@@ -80,7 +80,7 @@ def check_lengths(messages: list[dict]) -> None:
 
 
 def fit(tokenizer, messages: list[dict], context: int, max_tokens: int) -> tuple[list[int], int]:
-    """(prompt, exchanges forgotten): as much of the end of a conversation as leaves room for an answer.
+    """(prompt, number of dropped exchanges): the longest end of a conversation that leaves room for a reply.
 
     An exchange is a user message and its answer; the system message is always kept.
     """
@@ -101,7 +101,7 @@ def fit(tokenizer, messages: list[dict], context: int, max_tokens: int) -> tuple
 
 
 async def events(answer: Answer, workers: Workers, forgotten: int):
-    """The reply as server-sent events; those that are ready at the same time go out together."""
+    """The reply as server-sent events; those that are ready at the same time are sent together."""
     pieces = Pieces(workers.tokenizer)
     try:
         while news := await answer.take():

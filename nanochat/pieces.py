@@ -1,4 +1,4 @@
-"""The tokens of a reply as pieces of text that can be shown.
+"""The tokens of a reply as segments of text for display.
 
 The one idea to know: a reply is a row of parts (conversation.py), and the special tokens say where each
 begins. So a token is either text of the part that is being written, or it says which kind comes next.
@@ -20,7 +20,7 @@ def kinds_after(tokenizer) -> dict[int, str]:
 
 
 class Pieces:
-    """The tokens of a row as pieces (kind, text) of whole characters: ("text", "It is "), ("python", "6*7"), ...
+    """The tokens of a sequence as segments (kind, text) of whole characters: ("text", "It is "), ("python", "6*7"), ...
 
     Where `stop` strings are given, the text ends before the first of them, and what may become one is held
     back until it is known not to.
@@ -42,7 +42,7 @@ class Pieces:
         return pieces
 
     def finish(self) -> list[tuple[str, str]]:
-        """What was held back and is complete now that the row has ended."""
+        """The held-back text at the end of the sequence."""
         pieces = self._shown(self._decoder.finish())
         held, self._held = self._held, ""
         return [*pieces, ("text", held)] if held else pieces

@@ -1,4 +1,4 @@
-"""Many requests, one engine: a thread that steps it, and what the event loop sees of that.
+"""Many requests, one engine: the thread that steps it, and its interface to the event loop.
 
 The one idea to know: an engine belongs to its thread (`EngineThread`), a request to the event loop. Two
 things pass between them: orders (begin this request, drop that one), which the thread carries out between
@@ -33,7 +33,7 @@ REMEMBERED = 4096  # conversations of which it is known which worker has read th
 
 
 class Refused(Exception):
-    """No request is taken now, but may be in `retry_after` seconds."""
+    """The queue is full; try again after `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: int):
         super().__init__(message)
@@ -41,7 +41,7 @@ class Refused(Exception):
 
 
 class EngineFailure(Exception):
-    """The engine failed while it wrote. The log has the cause, which is no business of the client's."""
+    """The engine failed during generation. The cause is in the log and not shown to the client."""
 
 
 # -----------------------------------------------------------------------------
@@ -49,7 +49,7 @@ class EngineFailure(Exception):
 
 
 class Answer:
-    """What is written for one request: `n` rows, whose tokens the event loop gets from `take`.
+    """The reply to one request: `n` sequences, whose tokens the event loop gets from `take`.
 
     Tokens that come faster than they are taken gather, so a slow client holds up nobody.
     """
@@ -68,7 +68,7 @@ class Answer:
         self._waiter: asyncio.Future | None = None
 
     async def take(self) -> list[tuple[int, int | None]]:
-        """What was written since the last time, at least something: (row, token) in order, (row, None) where it ended.
+        """The new tokens, at least one: (sequence, token) in order, (sequence, None) when one has finished.
 
         [] once all rows have ended. Raises EngineFailure, or what the engine had against the request.
         """
@@ -81,13 +81,13 @@ class Answer:
         return news
 
     def cancel(self) -> None:
-        """Nobody wants the answer any more. Nothing happens if it is complete."""
+        """Cancel the reply; no effect if it is complete."""
         if self.open:
             self.cancelled = True
             self._leave("cancelled")
 
     def finish(self, index: int) -> None:
-        """One row has said all that is wanted of it."""
+        """Finish one sequence early."""
         if index in self.open:
             self._ended(index, "stop")
             self.worker.order(partial(self.worker.drop, self, [index]))
@@ -114,7 +114,7 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": self.written, "total_tokens": prompt + self.written}
 
     def log(self) -> None:
-        """One line without a word of the conversation; with the whole of it where the worker was reported."""
+        """One log line without any of the conversation, or with all of it if the worker logs conversations."""
         reasons, seconds = ", ".join(self.finish_reasons), time.monotonic() - self.began
         log.info("%s: read %d tokens, wrote %d in %.2f s (%s)", self.worker.device, len(self.prompt), self.written, seconds, reasons)
         if self.worker.log_content:
@@ -143,7 +143,7 @@ class Answer:
 
 
 class EngineThread:
-    """An engine, the thread that it belongs to, and the line in front of it.
+    """An engine, its thread, and the queue in front of it.
 
     `make_engine` is called in that thread, and should do there all that is to be done with the model, loading
     included: a second thread that uses torch gets worker threads of its own, and when there are more of them
@@ -168,12 +168,12 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, args=[make_engine], name=f"engine {device}", daemon=False)
 
     def start(self) -> None:
-        """Begin, and wait until the engine is there. Raises what making it raised."""
+        """Start the thread and wait for the engine; raises what its construction raised."""
         self._thread.start()
         self.engine = self._made.result()
 
     def stop(self) -> None:
-        """End the thread after the step it is in."""
+        """End the thread after its current step."""
         self._inbox.put(None)
         if self._thread.ident:
             self._thread.join()
@@ -194,7 +194,7 @@ class EngineThread:
         return self.failures >= FAILING
 
     def submit(self, prompt: list[int], n: int = 1, **settings) -> Answer:
-        """Have `n` answers to a prompt written; `settings` are those of `Engine.submit`. Refused when the line is full."""
+        """Request `n` replies to a prompt; `settings` are those of `Engine.submit`. Raises Refused if the queue is full."""
         if self.full:
             rounds = (self.waiting + n) / self.engine.max_sequences  # in which everybody before this request is done
             raise Refused("the server is busy; try again a little later", min(60, max(1, math.ceil(rounds * self.seconds))))
@@ -207,7 +207,7 @@ class EngineThread:
         return answer
 
     def order(self, work: Callable[[], None]) -> None:
-        """Have the thread do something between two steps."""
+        """Send the thread a command, executed between two steps."""
         self._inbox.put(work)
 
     def note_end(self, answer: Answer, outcome: str) -> None:
@@ -239,7 +239,7 @@ class EngineThread:
                 self._step()
 
     def _obey(self) -> bool:
-        """Carry out the orders that have come, waiting for one where nothing is being written. False: that was the last."""
+        """Execute the pending commands, waiting for one if the engine is idle. Returns False after the last one."""
         while True:
             try:
                 work = self._inbox.get(block=not self._writing)
@@ -295,7 +295,7 @@ class EngineThread:
 
 
 class Workers:
-    """All engines together: who gets the next request, and the end of it all."""
+    """All engines: routing of requests, start and shutdown."""
 
     def __init__(self, threads: Sequence[EngineThread]):
         self.threads = list(threads)
@@ -304,7 +304,7 @@ class Workers:
         self._home: OrderedDict[int, EngineThread] = OrderedDict()  # conversation's hash -> who has it in its cache
 
     def start(self) -> None:
-        """One after the other, so that no two models are in the machine's memory on their way to a GPU."""
+        """One after the other, so that only one model at a time is in host memory on its way to a GPU."""
         for thread in self.threads:
             thread.start()
 
@@ -317,7 +317,7 @@ class Workers:
         return self.threads[0].engine.context
 
     def submit(self, conversation: str, prompt: list[int], n: int = 1, **settings) -> Answer:
-        """See EngineThread.submit. `conversation` is the same for all turns of one, and so is the worker, if it can be."""
+        """See EngineThread.submit. Requests with the same `conversation` go to the same worker if possible."""
         try:
             if self.closing:
                 raise Refused("the server is shutting down; try again when it is back", 10)
@@ -342,7 +342,7 @@ class Workers:
         return sum((thread.counts for thread in self.threads), Counter())
 
     async def drain(self, grace: float, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Take nothing new, and wait until all answers are complete. After `grace` seconds they fail."""
+        """Accept no new requests and wait until all replies are complete; after `grace` seconds they fail."""
         self.closing = True
         deadline = time.monotonic() + grace
         while any(thread.answers for thread in self.threads) and time.monotonic() < deadline and not hurry():

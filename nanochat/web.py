@@ -1,4 +1,4 @@
-"""What all routes of the web server share: how errors look, what a body may be, how events are sent.
+"""What all routes of the web server share: the form of errors, limits of bodies, server-sent events.
 
 The one idea to know: whatever goes wrong, the client gets one sentence in one form, OpenAI's
 `{"error": {"message", "type", "param", "code"}}`, and never a trace of our insides.
@@ -60,7 +60,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorReply(BaseModel):
-    """How every error looks."""
+    """The form of every error."""
 
     error: ErrorDetail
 
@@ -69,7 +69,7 @@ ERRORS = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}  # for the
 
 
 class ApiError(HTTPException):
-    """What is wrong with a request, as its sender gets to read it."""
+    """An error of a request, as shown to the client."""
 
     def __init__(self, status: int, message: str, type: str = "invalid_request_error", param: str | None = None, code: str | None = None):
         super().__init__(status, message)
@@ -80,7 +80,7 @@ class ApiError(HTTPException):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """The error that a client gets to see for one of ours."""
+    """The error that a client sees for one of our exceptions."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Refused):
@@ -93,15 +93,15 @@ def as_api_error(error: Exception) -> ApiError:
         return invalid(max(error.errors(), key=lambda problem: len(problem["loc"])))
     if isinstance(error, AnyHTTPException):
         sentences = {404: "there is no such address here; GET /openapi.json tells what there is",
-                     405: "this address does not take that method", 400: "the body is no JSON that can be read"}
+                     405: "this method is not allowed for this URL", 400: "the request body could not be parsed as JSON"}
         return ApiError(error.status_code, sentences.get(error.status_code, error.detail))
     if isinstance(error, EngineFailure):
         return ApiError(500, str(error), "server_error")
-    return ApiError(500, "the server made a mistake; its log has the details", "server_error")
+    return ApiError(500, "the server had an internal error; its log has the details", "server_error")
 
 
 def invalid(problem: dict) -> ApiError:
-    """From what pydantic says about something it did not like.
+    """The error for a failed validation by pydantic.
 
     {"loc": ("body", "messages", 3, "content"), "msg": "Input should be ..."} -> "messages[3].content: it should be ..."
     """
@@ -126,7 +126,7 @@ async def send_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def error_event(error: Exception) -> str:
-    """For a stream that has begun: its last event."""
+    """The last event of a stream that fails after it has started."""
     if not isinstance(error, EngineFailure):  # which the engine's thread has logged
         log.error("a stream failed", exc_info=error)
     return f"data: {json.dumps(as_api_error(error).body())}\n\n"
@@ -142,13 +142,13 @@ def handle_errors(app: FastAPI) -> None:
 
 
 class RequestModel(BaseModel):
-    """Part of a request. Numbers are numbers and not words for them; NaN and infinity are none; unknown fields are ignored."""
+    """Part of a request. Numbers must be JSON numbers, without NaN and infinity; unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class BodyLimit:
-    """Around the whole app: bodies that are too large, or never end, are refused before they are read."""
+    """Middleware that refuses bodies that are too large or never end."""
 
     def __init__(self, app):
         self.app = app
@@ -166,11 +166,11 @@ class BodyLimit:
             try:
                 message = await asyncio.wait_for(receive(), BODY_WITHIN)
             except asyncio.TimeoutError:
-                raise ApiError(408, f"nothing more of the body came for {BODY_WITHIN} s") from None
+                raise ApiError(408, f"the request body was incomplete after {BODY_WITHIN} s") from None
             taken += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if taken > MAX_BODY:
-                raise ApiError(413, f"the body is larger than {MAX_BODY:,} bytes; send a shorter conversation")
+                raise ApiError(413, f"the request body is larger than {MAX_BODY:,} bytes; send a shorter conversation")
             return message
 
         await self.app(scope, limited, send)
@@ -178,7 +178,7 @@ class BodyLimit:
 
 @asynccontextmanager
 async def while_wanted(receive, answer: Answer):
-    """Cancels the answer as soon as the client has gone, and in any case in the end."""
+    """Cancels the reply when the client disconnects, and in any case at the end."""
 
     async def watch():
         while (await receive())["type"] != "http.disconnect":
@@ -199,7 +199,7 @@ async def while_wanted(receive, answer: Answer):
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events as an async iterator gives them, for as long as the client stays."""
+    """Server-sent events from an async iterator, while the client is connected."""
 
     media_type = "text/event-stream"
 
