@@ -75,7 +75,7 @@ def repositories() -> dict[str, dict[str, bytes]]:
         "openai/gsm8k": dataset({f"main/{split}": gsm for split in ("train", "test")}),
         "openai/openai_humaneval": dataset({"openai_humaneval/test": human}),
         "HuggingFaceTB/smol-smoltalk": dataset({f"default/{split}": smol for split in ("train", "test")}),
-        "fake/trouble": dataset({"default/test": smol}),  # for tests of faults, never in a cache
+        "fake/trouble": dataset({"default/test": [{"unique": 1}]}),  # for tests of faults; its content is in no cache
     }  # fmt: skip
 
 
@@ -115,7 +115,7 @@ class FakeHub(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.0"  # a connection per request, so that none outlives its server
 
     def log_message(self, *args):
         pass
