@@ -1,12 +1,12 @@
-"""Pictures of runs: loss curves, the miniseries, and a power law through it.
+"""Plots of runs: loss curves, and the miniseries with a power law fitted to it.
 
-    python -m dev.plot                       # every base model's run, and the miniseries
+    python -m dev.plot                       # the runs of all base models, and the miniseries
     python -m dev.plot d20 d22               # these runs, by tag or by the path of their metrics.jsonl
-    python -m dev.plot --add mini_d12        # one line on this run to miniseries.jsonl
+    python -m dev.plot --add mini_d12        # append a line on this run to miniseries.jsonl
 
-The one idea to know: it reads only the JSON lines that runs leave behind (metrics.jsonl of each, report.jsonl, and
-miniseries.jsonl, one line a model), so a picture can be made on any machine, at any time, of runs that still go on too.
-Pictures go to plots/ in the base folder; the fit, bpb = a + b * (C / C0)^-c with C the training FLOPs, is printed.
+Reads only JSON lines that runs have written (each run's metrics.jsonl, report.jsonl, and miniseries.jsonl with one line per
+model), so runs can be plotted anywhere and while they train. Plots go to plots/ in the base folder; the fit,
+bpb = a + b * (C / C0)^-c with C the training FLOPs, is printed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 from pathlib import Path
 
-from nanochat.common import UserError, base_dir_path, get_base_dir, run_script
+from nanochat.common import UserError, atomic, base_dir_path, get_base_dir, run_script
 from nanochat.report import read_jsonl, table
 
 GPT2_CORE = 0.2565  # of GPT-2 with 1.6 billion parameters
@@ -25,9 +25,9 @@ GPT2_CORE = 0.2565  # of GPT-2 with 1.6 billion parameters
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="tag of a base model, or path of a metrics.jsonl (default: all base models)")
-    parser.add_argument("--miniseries", type=Path, help="file of JSON lines, one a model (default: miniseries.jsonl in the base folder)")
-    parser.add_argument("--out", type=Path, help="folder for the pictures (default: plots in the base folder)")
-    parser.add_argument("--add", metavar="TAG", help="only add a line on this finished run to the miniseries")
+    parser.add_argument("--miniseries", type=Path, help="file of JSON lines, one per model (default: miniseries.jsonl in the base folder)")
+    parser.add_argument("--out", type=Path, help="folder for the plots (default: plots in the base folder)")
+    parser.add_argument("--add", metavar="TAG", help="only append a line on this finished run to the miniseries")
     args = parser.parse_args(argv)
 
     series_path = args.miniseries or base_dir_path() / "miniseries.jsonl"
@@ -36,7 +36,7 @@ def main(argv=None):
         return
     names = args.runs or sorted(path.parent.name for path in base_dir_path().glob("base_checkpoints/*/metrics.jsonl"))
     if not names and not series_path.exists():
-        raise UserError(f"nothing to draw: no run in {base_dir_path() / 'base_checkpoints'} and no {series_path}. Train something first")
+        raise UserError(f"nothing to plot: no run in {base_dir_path() / 'base_checkpoints'} and no {series_path}; train a model first")
     out = args.out or get_base_dir() / "plots"
     out.mkdir(parents=True, exist_ok=True)
     if names:
@@ -51,45 +51,45 @@ def main(argv=None):
 
 
 # -----------------------------------------------------------------------------
-# Reading
+# Input
 
 
 def load_lines(path: Path) -> list[dict]:
-    """The objects in a file of JSON lines; a torn line, or one that is no object, is left out. UserError where none is left."""
+    """The objects in a file of JSON lines, without incomplete lines. Raises UserError if there are none."""
     if not path.exists():
         raise UserError(f"there is no {path}")
     rows = [row for row in read_jsonl(path) if isinstance(row, dict)]
     if not rows:
-        raise UserError(f"{path} holds no line of JSON that could be drawn")
+        raise UserError(f"{path} holds no line of JSON that can be plotted")
     return rows
 
 
 def points(rows: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
-    """The values of two keys in those rows in which both are numbers."""
+    """The values of two keys, of the rows in which both are finite numbers."""
     pairs = [(row.get(x), row.get(y)) for row in rows]
     pairs = [pair for pair in pairs if all(isinstance(value, (int, float)) and math.isfinite(value) for value in pair)]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def finished_runs() -> dict[str, dict]:
-    """{tag: what base_train told the report when it ended}, the latest of each tag, from this report and those before it."""
+    """{tag: what base_train logged when it finished}, the latest of each tag, from this report and earlier ones."""
     entries = [row for path in base_dir_path().glob("report*/report.jsonl") for row in read_jsonl(path) if isinstance(row, dict)]
     entries = [row for row in entries if row.get("section") == "Base model training"]
     return {row["data"]["model tag"]: row["data"] for row in sorted(entries, key=lambda row: row["time"])}
 
 
 def load_run(name: str) -> dict:
-    """{"name", "rows" of metrics.jsonl, "flops" per step}; the last is None for a run that has not ended yet."""
+    """{"name", "rows" of metrics.jsonl, "flops" per step}; "flops" is None for a run that has not finished."""
     path = Path(name)
     if path.suffix != ".jsonl":
         path = base_dir_path() / "base_checkpoints" / name / "metrics.jsonl"
     tag = path.parent.name
-    told = finished_runs().get(tag)
-    return {"name": tag, "rows": load_lines(path), "flops": told["training FLOPs"] / told["steps"] if told else None}
+    entry = finished_runs().get(tag)
+    return {"name": tag, "rows": load_lines(path), "flops": entry["training FLOPs"] / entry["steps"] if entry else None}
 
 
 def load_series(path: Path) -> list[dict]:
-    """The miniseries by rising FLOPs."""
+    """The miniseries, sorted by FLOPs."""
     rows = [row for row in load_lines(path) if points([row], "training FLOPs", "val bpb")[0]]
     if not rows:
         raise UserError(f"no line of {path} has both \"training FLOPs\" and \"val bpb\"; python -m dev.plot --add TAG writes such lines")
@@ -97,18 +97,17 @@ def load_series(path: Path) -> list[dict]:
 
 
 def add_to_series(tag: str, path: Path) -> None:
-    """Put one line on a finished run into the miniseries, in place of an earlier one of this tag."""
-    told = finished_runs().get(tag)
-    if told is None:
-        raise UserError(f"no base model tagged {tag!r} has come to its end; its training tells the report in {base_dir_path()} when it has")
+    """Append a line on a finished run to the miniseries; it replaces an earlier one with this tag."""
+    entry = finished_runs().get(tag)
+    if entry is None:
+        raise UserError(f"no base model tagged {tag!r} has finished training, by the reports in {base_dir_path()}")
     core = points(load_run(tag)["rows"], "step", "core")[1]
-    kept = ("depth", "parameters", "scaling parameters", "training tokens", "training FLOPs", "training minutes")
-    line = {"tag": tag, **{key: told.get(key) for key in kept}, "val bpb": told["scores"]["val bpb"], "CORE": core[-1] if core else None}
+    copied = ("depth", "parameters", "scaling parameters", "training tokens", "training FLOPs", "training minutes")
+    line = {"tag": tag, **{key: entry.get(key) for key in copied}, "val bpb": entry["scores"]["val bpb"], "CORE": core[-1] if core else None}
     line["training FLOPs"] = float(line["training FLOPs"])
     others = [row for row in read_jsonl(path) if row.get("tag") != tag] if path.exists() else []
-    aside = path.with_suffix(".part")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in [*others, line]), encoding="utf-8")
-    aside.replace(path)
+    with atomic(path) as tmp:
+        tmp.write_text("".join(json.dumps(row) + "\n" for row in [*others, line]), encoding="utf-8")
     print(json.dumps(line))
 
 
@@ -119,8 +118,8 @@ def add_to_series(tag: str, path: Path) -> None:
 def fit_power_law(x: list[float], y: list[float]) -> dict | None:
     """y = a + b * (x / x0)^-c by least squares: {"a", "b", "c", "x0", "residuals"}; None for fewer than 4 different x.
 
-    x0 is the geometric mean of x. For a given c the best a and b solve a linear problem, so c alone is searched for,
-    on a grid that is made finer three times. a, the loss that no compute removes, is not let below 0.
+    x0 is the geometric mean of x. For a given c, a and b solve a linear problem, so only c is searched, on a grid that is
+    refined three times. a, the irreducible loss, is at least 0.
     """
     import numpy as np
 
@@ -147,11 +146,11 @@ def fit_power_law(x: list[float], y: list[float]) -> dict | None:
 
 
 def series_text(series: list[dict], fit: dict | None) -> str:
-    """The miniseries as a table, and the power law in words."""
+    """The miniseries as a table, and the power law."""
     columns = ("tag", "scaling parameters", "training tokens", "training FLOPs", "training minutes", "val bpb", "CORE")
     rows = [["-" if row.get(column) is None else row[column] for column in columns] for row in series]
     if fit is None:
-        return table([*columns], rows) + "A power law wants four models of different size.\n"
+        return table([*columns], rows) + "A power law needs four models of different sizes.\n"
     rows = [[*row, f"{residual:+.4f}"] for row, residual in zip(rows, fit["residuals"])]
     spread = math.sqrt(sum(residual**2 for residual in fit["residuals"]) / len(rows))
     return (
@@ -161,11 +160,11 @@ def series_text(series: list[dict], fit: dict | None) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Drawing
+# Plots
 
 
 def new_figure(width: float, height: float, rows: int, columns: int):
-    """(figure, axes): without pyplot, so without a window system or global state."""
+    """(figure, axes) without pyplot, which needs a window system and has global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -181,7 +180,7 @@ def draw_runs(runs: list[dict], path: Path) -> None:
     figure, axes = new_figure(12, 8, 2, 2)
     kinds = (("loss", "training loss (nats per token)"), ("val_bpb", "validation bits per byte"))
     for row, (key, label) in zip(axes, kinds):
-        settled, left = [], math.inf  # the values after the first tenth of each run: what comes before would flatten the rest
+        settled, left = [], math.inf  # the axis shows values after the first tenth of each run; earlier ones would flatten the rest
         for number, run in enumerate(runs):
             steps, values = points(run["rows"], "step", key)
             settled += [value for step, value in zip(steps, values) if step >= steps[-1] / 10]
@@ -226,7 +225,8 @@ def draw_series(series: list[dict], fit: dict | None, path: Path) -> None:
         left.legend(frameon=False)
     if points(series, "training FLOPs", "CORE")[0]:
         right.axhline(GPT2_CORE, color="gray", linewidth=1, linestyle="--")
-        right.annotate("GPT-2 (1.6B)", (0.01, GPT2_CORE), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", fontsize=8, color="gray")
+        style = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": 8, "color": "gray"}
+        right.annotate("GPT-2 (1.6B)", (0.01, GPT2_CORE), xycoords=("axes fraction", "data"), **style)
     figure.savefig(path, dpi=110)
 
 

@@ -353,15 +353,15 @@ def test_pictures_of_what_is_incomplete(base_dir, tmp_path, capsys):
     path = write_lines(tmp_path / "some_run" / "metrics.jsonl", [{"step": 1, "loss": float("nan")}, {"step": 2}, {"val_bpb": None}, 7])
     series = write_lines(tmp_path / "series.jsonl", [{"tag": "x", "training FLOPs": 1e18, "val bpb": 0.8}, {"tag": "y"}, 3], end='{"tag"')
     plot.main([str(path), "--miniseries", str(series), "--out", str(tmp_path / "out")])
-    assert "A power law wants four models" in capsys.readouterr().out
+    assert "A power law needs four models" in capsys.readouterr().out
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["miniseries.png", "runs.png"]
 
 
 def test_what_cannot_be_drawn_gets_one_clear_line(base_dir, tmp_path):
     for argv, message in (
-        ([], "nothing to draw"),
+        ([], "nothing to plot"),
         (["d99"], "there is no .*d99"),
-        (["--add", "d99"], "'d99' has come to its end"),
+        (["--add", "d99"], "'d99' has finished training"),
         ([str(write_lines(tmp_path / "r" / "a.jsonl", [], end="{torn"))], "no line of JSON"),
         (["--miniseries", str(write_lines(tmp_path / "b.jsonl", [{"tag": "x"}]))], 'both "training FLOPs" and'),
     ):

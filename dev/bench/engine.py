@@ -1,15 +1,15 @@
-"""Speed of reading and writing on this machine, against the naive loop and Hugging Face's `generate`, in one run.
+"""Speed of prefill and decoding, against the naive loop and Hugging Face's `generate`, in one run.
 
-    python -m dev.bench.engine                          # depth 4, vocabulary 32768, batches of 1, 4, 16, 64
+    python -m dev.bench.engine                      # depth 4, vocabulary 32768, batches of 1, 4, 16, 64
     python -m dev.bench.engine --depth 12 --batch 1 --batch 16
 
-Reading is tokens of prompts per second, writing tokens of all rows per second, from prompts of
-`--prompt` tokens on. Weights are random; prompts differ, so that nothing is read by looking it up.
-    ours       Engine.submit and Engine.step
-    naive      GPT.generate: the whole sequence anew for every token
-    hf         GPT-2 of transformers with the same width, depth, heads and vocabulary, float32, its own cache
-The floor is memory: a round reads every matrix once, and the keys and values that its rows see. Their bytes
-per second are compared with those of summing a large tensor here.
+    ours     Engine.submit and Engine.step
+    naive    GPT.generate, which computes the whole sequence again for every token
+    hf       GPT-2 of transformers with the same width, depth, heads and vocabulary, in float32, with its own cache
+
+Greedy decoding with random weights; all prompts differ, so the prefix cache does not help. The memory floor of a decoding
+step is the time to read every weight once, and of each sequence the keys and values its layers attend to, at the bandwidth
+measured by summing a large tensor. Each figure is the best of the repetitions.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import argparse
 import random
 import time
 
-from dev.bench.model import build
+from dev.bench.train import build
 
 
 class NoTokenizer:
-    """What the engine asks of a tokenizer; its special tokens are outside the vocabulary, so rows end at their limit."""
+    """Special tokens outside the vocabulary, so sequences end at their limit only."""
 
     def encode_special(self, name):
         return -1
@@ -36,141 +36,125 @@ def prompts(n: int, length: int, vocab_size: int, seed: int = 0) -> list[list[in
     return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(n)]
 
 
-def best_of(repeats: int, measure) -> float:
-    """The largest of so many measurements: neighbours on the machine only ever make it slower."""
-    return max(measure(seed) for seed in range(repeats))
-
-
-def read_ours(model, length: int, seed: int) -> float:
-    """Tokens per second of one prompt until it joins those that write."""
+def prefill_rate(model, length: int, seed: int) -> float:
+    """Tokens per second of one prompt until its first token is sampled."""
     from nanochat.engine import Engine
 
     engine = Engine(model, NoTokenizer(), max_sequences=1)
-    (prompt,) = prompts(1, length, model.config.vocab_size, seed)
-    engine.submit(prompt[:2], max_tokens=1)
-    engine.step()  # memory is taken now
-    row = engine.submit(prompt, max_tokens=1)
-    started = time.perf_counter()
-    while row.finish_reason is None:
-        engine.step()
-    return length / (time.perf_counter() - started)
+    warmup, prompt = prompts(2, length, model.config.vocab_size, seed)  # the first allocates the cache
+    for tokens in (warmup, prompt):
+        sequence = engine.submit(tokens, max_tokens=1)
+        start = time.perf_counter()
+        while sequence.finish_reason is None:
+            engine.step()
+    return length / (time.perf_counter() - start)
 
 
-def write_ours(model, batch: int, length: int, tokens: int, temperature: float, seed: int) -> float:
-    """Tokens per second of all rows once every one of them writes."""
+def decode_rate(model, batch: int, length: int, steps: int, seed: int, temperature: float = 0.0) -> float:
+    """Tokens per second of `batch` sequences, once all of them decode."""
     from nanochat.engine import Engine
 
     engine = Engine(model, NoTokenizer(), max_sequences=batch)
     for i, prompt in enumerate(prompts(batch, length, model.config.vocab_size, seed)):
         engine.submit(prompt, temperature=temperature, top_k=50, seed=i)
-    while len(engine.step()) < batch:
-        pass
-    started = time.perf_counter()
-    for _ in range(tokens):
+    while engine.num_running < batch:
+        engine.step()
+    for _ in range(3):  # on a GPU, graphs are captured
+        engine.step()
+    start = time.perf_counter()
+    for _ in range(steps):
         assert len(engine.step()) == batch
-    return batch * tokens / (time.perf_counter() - started)
+    return batch * steps / (time.perf_counter() - start)
 
 
-def naive(model, length: int, tokens: int, seed: int) -> float:
+def naive_rate(model, length: int, steps: int, seed: int) -> float:
     (prompt,) = prompts(1, length, model.config.vocab_size, seed)
-    started = time.perf_counter()
-    assert len(list(model.generate(prompt, max_tokens=tokens, temperature=0.0))) == tokens
-    return tokens / (time.perf_counter() - started)
+    start = time.perf_counter()
+    assert len(list(model.generate(prompt, max_tokens=steps, temperature=0.0))) == steps
+    return steps / (time.perf_counter() - start)
 
 
-def build_peer(config, device: str):
-    """GPT-2 with the same products per token."""
+def build_hf(config, device):
+    """A GPT-2 with the same matrix products per token."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    peer = GPT2Config(
+    gpt2 = GPT2Config(
         vocab_size=config.vocab_size, n_positions=config.sequence_len, n_embd=config.n_embd, n_layer=config.n_layer,
         n_head=config.n_head, bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    return GPT2LMHeadModel(peer).eval().to(device)
+    return GPT2LMHeadModel(gpt2).eval().to(device)
 
 
-def peer_speeds(peer, batch: int, length: int, tokens: int, temperature: float, seed: int) -> tuple[float, float]:
-    """(reading, writing) tokens per second: `generate` of one token, and of `tokens` more."""
+def hf_rates(hf, batch: int, length: int, steps: int, seed: int) -> tuple[float, float]:
+    """(prefill, decoding) tokens per second, from the times for 1 and for 1 + `steps` new tokens."""
     import torch
 
-    ids = torch.tensor(prompts(batch, length, peer.config.vocab_size, seed), device=peer.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature else {"do_sample": False}
+    ids = torch.tensor(prompts(batch, length, hf.config.vocab_size, seed), device=hf.device)
 
     def seconds(n):
-        started = time.perf_counter()
-        peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, **sampling)
-        return time.perf_counter() - started
+        start = time.perf_counter()
+        hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
+        return time.perf_counter() - start
 
     first = min(seconds(1), seconds(1))
-    return batch * length / first, batch * tokens / (seconds(1 + tokens) - first)
+    return batch * length / first, batch * steps / (seconds(1 + steps) - first)
 
 
-def bandwidth(device: str) -> float:
-    """Bytes per second of reading a tensor that no cache holds."""
+def bandwidth(device) -> float:
+    """Bytes per second of reading a tensor larger than any cache (512 MB)."""
     import torch
 
-    x = torch.ones(2**27, device=device)  # 512 MB
-    best = 0.0
+    x, best = torch.ones(2**27, device=device), 0.0
     for _ in range(5):
-        started = time.perf_counter()
+        start = time.perf_counter()
         x.sum().item()
-        best = max(best, x.nbytes / (time.perf_counter() - started))
+        best = max(best, x.nbytes / (time.perf_counter() - start))
     return best
 
 
-def bytes_per_round(model, batch: int, length: int) -> int:
-    """What a round has to read: every matrix once, and of each row the keys and values that its layers see."""
+def bytes_per_step(model, batch: int, length: int) -> int:
+    """Bytes that a decoding step must read: all matrices, and of each sequence the keys and values within each layer's window."""
     config = model.config
     weights = sum(p.nbytes for p in model.transformer.h.parameters()) + model.lm_head.weight.nbytes
-    seen = sum(min(window + 1, length) if window >= 0 else length for window in model.window_sizes)
-    return weights + batch * seen * 2 * config.n_kv_head * (config.n_embd // config.n_head) * model.lm_head.weight.itemsize
+    positions = sum(min(window + 1, length) if window >= 0 else length for window in model.window_sizes)
+    width = config.n_kv_head * (config.n_embd // config.n_head)
+    return weights + batch * positions * 2 * width * model.transformer.wte.weight.itemsize
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Engine speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--depth", type=int, default=4, help="layers")
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in the vocabulary")
-    parser.add_argument("--context", type=int, default=1024, help="the model's context")
-    parser.add_argument("--batch", type=int, action="append", help="rows at once; may be repeated; None: 1, 4, 16, 64")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt before writing")
-    parser.add_argument("--read", type=int, default=512, help="tokens of a prompt when reading is measured")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens that each row writes")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest; above: top-k 50")
-    parser.add_argument("--repeats", type=int, default=3, help="the best of so many")
+    parser.add_argument("--batch", type=int, action="append", help="sequences at once; may be repeated; None: 1, 4, 16, 64")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt before decoding")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt whose prefill is measured")
+    parser.add_argument("--steps", type=int, default=64, help="decoding steps")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions of each measurement")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--skip-peers", action="store_true", help="ours alone")
     args = parser.parse_args(argv)
 
     from nanochat.common import compute_init
-
-    compute_init(args.device)
     from nanochat.device import prepare_for_inference
 
-    model = prepare_for_inference(build(args.depth, args.context, args.vocab_size, args.device, noise=True).eval())
-    peer = None if args.skip_peers else build_peer(model.config, args.device)
-    speed = bandwidth(args.device)
-    print(f"depth {args.depth}, width {model.config.n_embd}, vocabulary {args.vocab_size}, {args.device}, memory {speed / 1e9:.1f} GB/s")
-    read = best_of(args.repeats, lambda seed: read_ours(model, args.read, seed))
-    line = f"reading {args.read} tokens: ours {read:,.0f} tok/s"
-    if peer:
-        theirs = best_of(args.repeats, lambda seed: peer_speeds(peer, 1, args.read, 1, 0.0, seed)[0])
-        line += f", hf {theirs:,.0f} ({read / theirs:.2f}x)"
-    print(line)
-    print(f"{'rows':>4s} {'ours tok/s':>11s} {'ms/round':>9s} {'memory':>7s} {'hf tok/s':>9s} {'x hf':>6s} {'naive':>7s} {'x naive':>8s}")
+    compute_init(args.device)
+    model = prepare_for_inference(build(args.depth, 1024, args.vocab_size, args.device, noise=True).eval())
+    hf, memory = build_hf(model.config, args.device), bandwidth(args.device)
+    best = lambda measure: max(measure(seed) for seed in range(args.repeats))
+    ours = best(lambda seed: prefill_rate(model, args.prefill, seed))
+    theirs = best(lambda seed: hf_rates(hf, 1, args.prefill, 1, seed)[0])
+    naive = best(lambda seed: naive_rate(model, args.prompt, args.steps, seed))
+    print(f"depth {args.depth}, width {model.config.n_embd}, vocabulary {args.vocab_size}, {args.device}, memory {memory / 1e9:.1f} GB/s; "
+          f"naive loop {naive:.0f} tok/s")
+    print(f"{'':12s}{'tok/s':>8s}{'ms/step':>9s}{'of floor':>10s}{'hf tok/s':>10s}{'x hf':>7s}{'x naive':>9s}")
+    print(f"prefill {args.prefill:<4d}{ours:8,.0f}{'':19s}{theirs:10,.0f}{ours / theirs:7.2f}")
     for batch in args.batch or [1, 4, 16, 64]:
-        size = (batch, args.prompt, args.tokens, args.temperature)
-        ours = best_of(args.repeats, lambda seed: write_ours(model, *size, seed))
-        share = bytes_per_round(model, batch, args.prompt + args.tokens // 2) * ours / batch / speed
-        line = f"{batch:4d} {ours:11,.0f} {1e3 * batch / ours:9.2f} {share:7.0%}"
-        if peer:
-            theirs = best_of(args.repeats, lambda seed: peer_speeds(peer, *size, seed)[1])
-            line += f" {theirs:9,.0f} {ours / theirs:6.2f}"
-        if peer and batch == 1:
-            slow = best_of(args.repeats, lambda seed: naive(model, args.prompt, args.tokens, seed))
-            line += f" {slow:7,.0f} {ours / slow:8.1f}"
-        print(line, flush=True)
+        ours = best(lambda seed: decode_rate(model, batch, args.prompt, args.steps, seed))
+        theirs = best(lambda seed: hf_rates(hf, batch, args.prompt, args.steps, seed)[1])
+        floor = bytes_per_step(model, batch, args.prompt + args.steps // 2) / memory  # seconds
+        print(f"decode {batch:<5d}{ours:8,.0f}{1e3 * batch / ours:9.2f}{floor * ours / batch:10.0%}{theirs:10,.0f}{ours / theirs:7.2f}"
+              f"{ours / naive:9.1f}", flush=True)
 
 
 if __name__ == "__main__":

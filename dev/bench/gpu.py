@@ -1,64 +1,57 @@
-"""One GPU, checked and measured in one command of under nine minutes.
+"""One GPU, checked and measured in one command of a few minutes.
 
-    python -m dev.bench.gpu --out gpu.json              # on a Hopper GPU
-    python -m dev.bench.gpu --device cpu --tiny         # the same code in a minute, so that it cannot rot
+    python -m dev.bench.gpu --out gpu.json              # on a GPU
+    python -m dev.bench.gpu --device cpu --tiny         # every line at toy size on a CPU
+    python -m dev.bench.gpu --only attention            # sections whose names contain a word
 
-First whether it computes what it should (attention, loss, compiled step, float8 and engine against slower
-and more exact ways), then how fast: the chip's two ceilings, attention by backend, training by depth, reading
-and writing, and a short race to a low loss. Every section is tried by itself: one that fails is told of and the
-others go on. The table comes last, and everything stands in the JSON file.
+    ceilings    memory bandwidth and matmul rate of the device
+    attention   each back end: error against float64, FLOP rate
+    step        the compiled step against an eager one without the chunked loss; the engine against the naive loop
+    float8      the loss after some steps, in float8 and in the compute dtype
+    training    tokens per second, MFU and memory by depth, in both
+    loader      tokens per second of the document loader
+    engine      prefill and decoding: tokens per second, share of the bandwidth
 
-Text is the built-in corpus, two bytes a token, so no tokenizer is needed and bits per byte are exact. Weights are
-random. Times are medians of repeated runs after warm-up, taken by CUDA's own events on a GPU. MFU counts as PaLM does
-(GPT.estimate_flops) against the bf16 peak of the data sheet; bandwidth is of bytes that must move at least.
+A section that fails is reported and the others run. The table comes last.
+
+Text is the built-in corpus with two bytes per token, so no tokenizer is needed; weights are random. Times are medians after
+warm-up, taken by CUDA events on a GPU. MFU uses GPT.estimate_flops and the bf16 peak of the data sheet.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import time
 from pathlib import Path
 
-from dev.bench.model import build
+from dev.bench.engine import NoTokenizer, bytes_per_step, decode_rate, prefill_rate
+from dev.bench.train import build, loader_rate
 
 VOCAB = 65536  # pairs of bytes
 
 
-class Text:
-    """The built-in corpus as rows of tokens, in a fixed random order; the last hundredth is for validation."""
+def rows_of_text(context: int, characters: int, device):
+    """The built-in corpus in a fixed random order: int32 token ids (rows, context + 1)."""
+    import numpy as np
+    import torch
 
-    def __init__(self, context: int, characters: int, device):
-        import numpy as np
-        import torch
+    from nanochat.sample_world import documents
 
-        from nanochat.sample_world import documents
-
-        data = "\n\n".join(documents(size=characters)).encode()
-        pairs = np.frombuffer(data[: len(data) // 2 * 2], dtype="<u2").astype(np.int32)
-        rows = torch.from_numpy(pairs[: len(pairs) // (context + 1) * (context + 1)]).view(-1, context + 1)
-        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))].to(device)
-        held = max(1, len(rows) // 100)
-        self.train, self.val, self.place = rows[:-held], rows[-held:], 0
-
-    def batch(self, rows: int):
-        index = [(self.place + i) % len(self.train) for i in range(rows)]
-        self.place += rows
-        taken = self.train[index]
-        return taken[:, :-1].contiguous(), taken[:, 1:].long()
+    data = "\n\n".join(documents(size=characters)).encode()
+    tokens = np.frombuffer(data[: len(data) // 2 * 2], dtype="<u2").astype(np.int32)
+    rows = torch.from_numpy(tokens[: len(tokens) // (context + 1) * (context + 1)]).view(-1, context + 1)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))].to(device)
 
 
 def seconds_of(work, device, repeats: int = 10, warmup: int = 3) -> float:
     """Median seconds of one call of `work`."""
     import torch
 
-    for _ in range(warmup):
-        work()
     times = []
-    for _ in range(repeats):
+    for i in range(warmup + repeats):
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -67,359 +60,224 @@ def seconds_of(work, device, repeats: int = 10, warmup: int = 3) -> float:
             end.synchronize()
             times.append(begin.elapsed_time(end) / 1e3)
         else:
-            started = time.perf_counter()
+            start = time.perf_counter()
             work()
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[warmup:])
 
 
-def error(found, expected) -> float:
+def error(actual, expected) -> float:
     """Relative error in the Frobenius norm."""
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-# -----------------------------------------------------------------------------
-# Is it right?
-
-
-def check_attention(args, device, dtype) -> dict:
-    """Forward and gradients of what each backend makes of windows and grouped heads, against float64."""
-    import torch
-
-    found = {}
-    T, window = (256, 128) if args.tiny else (2048, 512)
-    torch.manual_seed(1)
-    shapes = [(2, T, heads, 128) for heads in (4, 2, 2)]
-    leaves = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-    weight = torch.randn(shapes[0], device=device).to(dtype)
-    exact = [x.double().requires_grad_() for x in leaves]
-    for left in (window, -1):
-        expected = exact_attention(*exact, left)
-        gradients = torch.autograd.grad((expected * weight.double()).sum(), exact)
-        for name, attend in backends(device, dtype, left).items():
-            inputs = [x.clone().requires_grad_() for x in leaves]
-            y = attend(*inputs, left)
-            ours = torch.autograd.grad((y * weight).sum(), inputs)
-            errors = [error(y, expected), *map(error, ours, gradients)]
-            found[f"{name} {'full' if left < 0 else 'window'}"] = require(max(errors), 2e-2 if dtype == torch.bfloat16 else 1e-4)
-    return found
-
-
-def backends(device, dtype, left: int) -> dict:
-    """name -> function (q, k, v, left) of every way to attend that runs and is right on this machine; says why others do not."""
-    from nanochat import flash_attention
-    from nanochat.attention_backends import order
-    from nanochat.common import UserError
-
-    found = {}
-    for name in ("sdpa", *(order(device) if device.type == "cuda" else ())):
-        flash_attention._override_impl = name
-        try:
-            flash_attention.choose(device, dtype, 4, 2, 128, left)
-            found[name] = attend_by(name)
-        except UserError as reason:
-            print(f"  {reason}")
-        finally:
-            flash_attention._override_impl = None
-    return found
-
-
-def attend_by(name: str):
-    from nanochat import flash_attention
-
-    def attend(q, k, v, left):
-        flash_attention._override_impl = name
-        try:
-            return flash_attention.flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
-        finally:
-            flash_attention._override_impl = None
-
-    return attend
-
-
-def exact_attention(q, k, v, left: int):
-    import torch
-
-    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.size(-1))
-    i, j = torch.arange(q.size(1), device=q.device)[:, None], torch.arange(q.size(1), device=q.device)
-    hidden = (j > i) | ((j < i - left) if left >= 0 else False)
-    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, -math.inf).softmax(-1), v)
-
-
-def require(value: float, most: float) -> float:
-    if not value <= most:  # NaN is not
-        raise AssertionError(f"an error of {value:.3g} where {most:.3g} is allowed")
+def require(value: float, limit: float) -> float:
+    if not value <= limit:  # true for NaN
+        raise AssertionError(f"an error of {value:.3g}, more than {limit:.3g}")
     return value
 
 
-def check_loss(args, device, dtype) -> dict:
-    """The chunked loss and its gradients, plain and compiled, against float64 on whole logits."""
-    import torch
-    import torch.nn.functional as F
-
-    from nanochat.cross_entropy import SOFTCAP, linear_cross_entropy
-
-    N, d, V = (512, 64, 512) if args.tiny else (16384, 1280, 32768)
-    torch.manual_seed(2)
-    hidden, weight = torch.randn(N, d, device=device).to(dtype), torch.randn(V, d, device=device) * 0.05
-    targets = torch.randint(-1, V, (N,), device=device)
-    # float64 logits are large, so they are made for a part of the tokens at a time
-    loss, d_hidden, d_weight = 0.0, [], torch.zeros(V, d, device=device, dtype=torch.float64)
-    for h, t in zip(hidden.split(2048), targets.split(2048)):
-        h, w = h.double().requires_grad_(), weight.to(dtype).double().requires_grad_()
-        part = F.cross_entropy(SOFTCAP * torch.tanh(h @ w.T / SOFTCAP), t, ignore_index=-1, reduction="sum")
-        part.backward()
-        loss, d_weight = loss + part.item(), d_weight + w.grad
-        d_hidden.append(h.grad)
-    found = {}
-    for name, function in {"eager": linear_cross_entropy, "compiled": torch.compile(linear_cross_entropy, dynamic=False)}.items():
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        ours = function(h, w, targets)
-        ours.backward()
-        errors = [abs(ours.item() / loss - 1), error(h.grad, torch.cat(d_hidden)), error(w.grad, d_weight)]
-        found[name] = require(max(errors), 1e-2 if dtype == torch.bfloat16 else 1e-4)
-    return found
-
-
-def check_step(args, device, dtype) -> dict:
-    """Loss and gradients of a compiled model against the same model uncompiled, and the engine's answer against the naive one."""
-    import torch
-
-    from dev.bench.engine import NoTokenizer
-    from nanochat.device import prepare_for_inference
-    from nanochat.engine import Engine
-
-    depth, T = (2, 128) if args.tiny else (8, 1024)
-    model = build(depth, T, VOCAB, device, dtype, noise=True)
-    x, y = Text(T, 200_000, device).batch(4)
-    losses, gradients = [], []
-    for run in (model, torch.compile(model, dynamic=False)):
-        model.zero_grad()
-        losses.append(run(x, y))
-        losses[-1].backward()
-        gradients.append(torch.cat([p.grad.flatten().double() for p in model.parameters()]))
-    found = {"compiled loss": require(abs(losses[1].item() / losses[0].item() - 1), 1e-3),
-             "compiled gradients": require(error(gradients[1], gradients[0]), 5e-2 if dtype == torch.bfloat16 else 1e-3)}  # fmt: skip
-    exact = build(depth, T, VOCAB, device, torch.float32, noise=True)  # in bfloat16 equally likely tokens may change places
-    prompt, precision = x[0, : T // 4].tolist(), torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    naive = list(exact.generate(prompt, 16, temperature=0.0))
-    (row,), _ = Engine(exact, NoTokenizer()).generate_batch(prompt, max_tokens=16, temperature=0.0)
-    torch.set_float32_matmul_precision(precision)
-    if row[len(prompt) :] != naive:
-        raise AssertionError(f"the engine says {row[len(prompt):]}, the model {naive}")
-    return {**found, "engine": "says what the model says"}
-
-
-def check_float8(args, device, dtype) -> dict:
-    """The loss after some steps in float8 and in the compute dtype, on the same text."""
-    losses = {}
-    for name in ("bf16", "fp8"):
-        run = Training(args, 2 if args.tiny else 8, 4, device, dtype, float8=name == "fp8", context=128 if args.tiny else 1024)
-        losses[name] = statistics.mean([run.step() for _ in range(10 if args.tiny else 60)][-5:])
-    require(abs(losses["fp8"] / losses["bf16"] - 1), 0.02)
-    return losses
-
-
-# -----------------------------------------------------------------------------
-# How fast?
-
-
-def measure_ceilings(args, device, dtype) -> dict:
-    """What the chip itself gives: bytes per second of a copy, read and written, and FLOP/s of a large product."""
+def ceilings(args, device, dtype) -> dict:
+    """Bytes per second of a copy, read and written, and FLOP/s of a large product."""
     import torch
 
     n = 512 if args.tiny else 8192
     source = torch.randn(2**20 if args.tiny else 2**30, device=device)
-    target = torch.empty_like(source)
-    copy = seconds_of(lambda: target.copy_(source), device)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    product = seconds_of(lambda: a @ b, device)
-    return {"copy GB/s": 2 * source.nbytes / copy / 1e9, "product TFLOP/s": 2 * n**3 / product / 1e12}
+    target, a, b = torch.empty_like(source), *(torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return {"copy GB/s": 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device) / 1e9,
+            "matmul TFLOP/s": 2 * n**3 / seconds_of(lambda: a @ b, device) / 1e12}  # fmt: skip
 
 
-def measure_attention(args, device, dtype) -> dict:
-    """TFLOP/s, forward and forward with backward, of each backend; the positions that are seen are what is counted."""
+def attention_backends(device, dtype, left: int) -> dict:
+    """{name: function (q, k, v)} of every back end that works here for windows of `left`; prints why others do not."""
+    from nanochat import flash_attention
+    from nanochat.attention_backends import order
+    from nanochat.common import UserError
+
+    def forced(name, function, *args):
+        flash_attention._override_impl = name
+        try:
+            return function(*args)
+        finally:
+            flash_attention._override_impl = None
+
+    functions = {}
+    for name in ("sdpa", *(order(device) if device.type == "cuda" else ())):
+        try:
+            forced(name, flash_attention.choose, device, dtype, 4, 2, 128, left)
+        except UserError as reason:
+            print(f"  {reason}")
+        else:
+            functions[name] = lambda q, k, v, name=name: forced(name, flash_attention.flash_attn_func, q, k, v, True, (left, 0))
+    return functions
+
+
+def attention(args, device, dtype) -> dict:
+    """Each back end with grouped heads: error of output and gradients against float64, TFLOP/s forward and with backward.
+
+    The FLOP rate counts unmasked positions only.
+    """
     import torch
+    import torch.nn.functional as F
 
     B, T, heads, window = (1, 256, 2, 128) if args.tiny else (16, 2048, 10, 512)
-    found = {}
-    q, k, v = (torch.randn(B, T, heads, 128, device=device).to(dtype).requires_grad_() for _ in range(3))
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(B, T, h, 128, device=device).to(dtype).requires_grad_() for h in (heads, heads // 2, heads // 2))
+    i, j = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)
+    results = {}
     for left in (window, -1):
-        seen = T * (T + 1) / 2 if left < 0 else T * (left + 1) - left * (left + 1) / 2
-        flops = 4 * B * heads * 128 * seen
-        for name, attend in backends(device, dtype, left).items():
-            forward = seconds_of(lambda: attend(q, k, v, left), device)
-            both = seconds_of(lambda: torch.autograd.grad(attend(q, k, v, left).sum(), (q, k, v)), device)
-            rates = {"forward TFLOP/s": flops / forward / 1e12, "both TFLOP/s": 3.5 * flops / both / 1e12}
-            found[f"{name} {'full' if left < 0 else 'window'}"] = rates
-    return found
+        positions = T * (T + 1) / 2 if left < 0 else T * (left + 1) - left * (left + 1) / 2
+        flops = 4 * B * heads * 128 * positions
+        first = [x[:1].detach().double().requires_grad_() for x in (q, k, v)]
+        visible = (j <= i) & (j >= i - (left if left >= 0 else T))  # (T, T)
+        expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in first), attn_mask=visible, enable_gqa=True).transpose(1, 2)
+        gradients = torch.autograd.grad(expected.square().sum(), first)
+        for name, attend in attention_backends(device, dtype, left).items():
+            y = attend(q, k, v)
+            actual = torch.autograd.grad(y.float().square().sum(), (q, k, v))
+            worst = max(error(y[:1], expected), *(error(g[:1], exact) for g, exact in zip(actual, gradients)))
+            forward = seconds_of(lambda: attend(q, k, v), device)
+            both = seconds_of(lambda: torch.autograd.grad(attend(q, k, v).sum(), (q, k, v)), device)
+            results[f"{name} {'full' if left < 0 else 'window'}"] = {
+                "error": require(worst, 3e-2 if dtype == torch.bfloat16 else 1e-4),
+                "forward TFLOP/s": flops / forward / 1e12, "with backward": 3.5 * flops / both / 1e12,
+            }  # fmt: skip
+    return results
+
+
+def step(args, device, dtype) -> dict:
+    """Loss and gradients of the compiled model against the eager one with all logits at once; the engine against the naive loop."""
+    import torch
+    import torch.nn.functional as F
+
+    from nanochat.engine import Engine
+
+    depth, T = (2, 128) if args.tiny else (8, 1024)
+    model, rows = build(depth, T, VOCAB, device, dtype, noise=True), rows_of_text(T, 200_000, device)[:4]
+    inputs, targets, compiled = rows[:, :-1].contiguous(), rows[:, 1:].long(), torch.compile(model, dynamic=False)
+    losses, gradients = [], []
+    for loss in (lambda: F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten()), lambda: compiled(inputs, targets)):
+        model.zero_grad()
+        losses.append(loss())
+        losses[-1].backward()
+        gradients.append(torch.cat([p.grad.flatten().double() for p in model.parameters()]))
+    loss_error, gradient_error = abs(losses[1].item() / losses[0].item() - 1), error(gradients[1], gradients[0])
+
+    # In full float32: in bfloat16 the order of nearly equal logits may change
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    exact, prompt = build(depth, T, VOCAB, device, torch.float32, noise=True), inputs[0, : T // 4].tolist()
+    naive = list(exact.generate(prompt, 16, temperature=0.0))
+    (tokens,), _ = Engine(exact, NoTokenizer()).generate_batch(prompt, max_tokens=16, temperature=0.0)
+    torch.set_float32_matmul_precision(precision)
+    if tokens[len(prompt) :] != naive:
+        raise AssertionError(f"the engine generates {tokens[len(prompt):]}, the naive loop {naive}")
+    return {"loss": require(loss_error, 1e-3), "gradients": require(gradient_error, 5e-2 if dtype == torch.bfloat16 else 1e-3),
+            "engine": "equal to the naive loop"}  # fmt: skip
 
 
 class Training:
-    """What base_train does in a step, on one device: compiled model, optimizer, real text."""
+    """A compiled model, its optimizer and text, as base_train uses them. `step()` returns the loss as a tensor."""
 
-    def __init__(self, args, depth: int, rows: int, device, dtype, float8: bool = False, context: int = 2048, **rates):
-        import torch
-
+    def __init__(self, args, depth: int, rows: int, context: int, device, dtype, fp8: bool):
         from nanochat.common import Compute
         from nanochat.optim import MuonAdamW
         from nanochat.device import compile_model
-        from nanochat.training import freeze_garbage
 
-        torch.manual_seed(0)
-        self.compute, self.rows, self.context = Compute(device, dtype), rows, context
-        self.model = build(depth, context, VOCAB, device, dtype)
-        if float8:
-            from nanochat import fp8
+        self.model, self.rows, self.steps = build(depth, context, VOCAB, device, dtype), rows, 0
+        if fp8:
+            from nanochat.fp8 import convert
 
-            fp8.convert(self.model)
-        self.optimizer = MuonAdamW(self.model.param_groups(**rates))
-        self.compiled = compile_model(self.model, self.compute, rows)
-        self.text = Text(context, 300_000 if args.tiny else 30_000_000, device)
-        freeze_garbage()
+            convert(self.model)
+        self.optimizer = MuonAdamW(self.model.param_groups())
+        self.compiled = compile_model(self.model, Compute(device, dtype), rows)
+        self.text = rows_of_text(context, 300_000 if args.tiny else 10_000_000, device)
 
-    def step(self, read: bool = True):
-        from nanochat.training import train_step
+    def step(self):
+        rows = self.text[[(self.steps * self.rows + i) % len(self.text) for i in range(self.rows)]]
+        loss = self.compiled(rows[:, :-1].contiguous(), rows[:, 1:].long())
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        return loss.detach()
 
-        loss = train_step(self.compiled, self.optimizer, [self.text.batch(self.rows)], self.compute, count=self.rows * self.context)
-        return loss.item() if read else loss
+
+def float8(args, device, dtype) -> dict:
+    """The loss after some steps in float8 and in the compute dtype, on the same text."""
+    losses = {}
+    for name in ("bf16", "fp8"):
+        run = Training(args, *((2, 4, 128) if args.tiny else (8, 4, 1024)), device, dtype, name == "fp8")
+        steps = [run.step().item() for _ in range(10 if args.tiny else 60)]
+        losses[name] = require(statistics.mean(steps[-5:]), steps[0])
+    require(abs(losses["fp8"] / losses["bf16"] - 1), 0.02)
+    return losses
 
 
-def measure_training(args, device, dtype) -> dict:
-    """Tokens per second, MFU, memory and the optimizer's share, by depth, in bf16 and float8, at the most rows that fit."""
+def training(args, device, dtype) -> dict:
+    """Tokens per second, MFU, peak memory and the optimizer's share, by depth, in bf16 and float8, at the most rows that fit."""
     import torch
 
     from nanochat.device import peak_flops
 
-    found = {}
-    for depth, rows in ((2, 4),) if args.tiny else ((12, 32), (20, 32), (24, 32)):
-        for float8 in (False, True):
-            name = f"d{depth} {'fp8' if float8 else 'bf16'}"
-            while rows:
+    results, peak = {}, peak_flops(device)
+    for depth, rows, context in ((2, 4, 128),) if args.tiny else ((12, 32, 2048), (20, 32, 2048), (24, 32, 2048)):
+        for fp8 in (False, True):
+            run = seconds = None
+            while seconds is None:
                 try:
-                    if device.type == "cuda":
-                        torch.cuda.reset_peak_memory_stats(device)
-                    run = Training(args, depth, rows, device, dtype, float8, 128 if args.tiny else 2048)
-                    seconds = seconds_of(lambda: run.step(read=False), device, repeats=3 if args.tiny else 8)
-                    break
+                    run = Training(args, depth, rows, context, device, dtype, fp8)
+                    seconds = seconds_of(run.step, device, repeats=3 if args.tiny else 8)
                 except torch.OutOfMemoryError:
-                    rows //= 2
-                run = None
-                torch.cuda.empty_cache()
-            gradients = [torch.randn_like(p) for p in run.model.parameters()]
-
-            def update():
-                for p, gradient in zip(run.model.parameters(), gradients):
-                    p.grad = gradient
-                run.optimizer.step()
-
-            optimizer = seconds_of(update, device, repeats=3 if args.tiny else 8)
-            rate, peak = rows * run.context / seconds, peak_flops(device)
-            found[name] = {
-                "rows": rows, "computes again": run.model.recompute, "tok/s": rate, "MFU": peak and rate * run.model.estimate_flops() / peak,
-                "optimizer of a 2^19-token step": optimizer / (optimizer + (seconds - optimizer) * 2**19 / (rows * run.context)),
-                "peak GB": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+                    run, rows = None, rows // 2
+                    torch.cuda.empty_cache()
+            for p in run.model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer, rate = seconds_of(run.optimizer.step, device, repeats=3 if args.tiny else 8), rows * context / seconds
+            name = f"d{depth} {'fp8' if fp8 else 'bf16'}"
+            results[name] = {
+                "rows": rows, "recompute": run.model.recompute, "tok/s": rate, "MFU": peak and rate * run.model.estimate_flops() / peak,
+                "optimizer of a 2^19-token step": optimizer / (optimizer + (seconds - optimizer) * 2**19 / (rows * context)),
             }  # fmt: skip
-            del run, gradients
             if device.type == "cuda":
+                results[name]["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+                torch.cuda.reset_peak_memory_stats(device)
                 torch._dynamo.reset()
-                torch.cuda.empty_cache()
-    return found
+    return results
 
 
-def measure_loader(args, device, dtype) -> dict:
-    """Tokens per second that the data loader can make, tokenizer and packing included, as far as there is a tokenizer."""
-    import tempfile
-
-    from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit
-    from nanochat.sample_world import documents, write_shards
-    from nanochat.tokenizer import RustBPETokenizer
-
-    tokenizer = RustBPETokenizer.train_from_iterator(documents(size=1_000_000), 2048 if args.tiny else 8192)
-    with tempfile.TemporaryDirectory() as folder:
-        write_shards(folder, size=1_000_000 if args.tiny else 10_000_000)
-        B, T = (4, 128) if args.tiny else (32, 2048)
-        batches = tokenizing_distributed_data_loader_bos_bestfit(tokenizer, B, T, "train", device=device, source=folder)
-        n = 20 if args.tiny else 60
-        for _ in range(n // 3):
-            next(batches)
-        started = time.perf_counter()
-        for _ in range(n):
-            next(batches)
-        rate = n * B * T / (time.perf_counter() - started)
-        batches.close()
-    return {"tok/s": rate}
+def loader(args, device, dtype) -> dict:
+    """Tokens per second of the document loader."""
+    return {"tok/s": loader_rate(4, 128, device, 2048, 1, 20) if args.tiny else loader_rate(32, 2048, device)}
 
 
-def measure_engine(args, device, dtype) -> dict:
-    """Reading and writing of a d20: tokens per second, and the share of the copy's bandwidth that must be moved at least."""
-    import torch
-
-    from dev.bench.engine import NoTokenizer, prompts, read_ours, write_ours
+def engine(args, device, dtype) -> dict:
+    """Prefill and decoding of a d20: tokens per second, and the bytes that must be read as a share of the copy's bandwidth."""
+    depth, context, vocab_size, length, steps = (2, 256, 512, 64, 16) if args.tiny else (20, 2048, 32768, 512, 128)
     from nanochat.device import prepare_for_inference
-    from nanochat.engine import Engine
 
-    depth, length = (2, 64) if args.tiny else (20, 512)
-    model = build(depth, 256 if args.tiny else 2048, 512 if args.tiny else 32768, device, dtype, noise=True).eval()
-    model = prepare_for_inference(model)
-    read_ours(model, length, 0)  # kernels are loaded
-    found = {"reading tok/s": max(read_ours(model, length, seed) for seed in range(3))}
-    ceiling = measure_ceilings(args, device, dtype)["copy GB/s"]
-    weights = sum(p.nbytes for name, p in model.named_parameters() if "embed" not in name and "wte" not in name)
-    config, tokens = model.config, 16 if args.tiny else 128
+    model = prepare_for_inference(build(depth, context, vocab_size, device, dtype, noise=True).eval())
+    bandwidth = ceilings(args, device, dtype)["copy GB/s"] * 1e9
+    results = {"prefill": {"tok/s": max(prefill_rate(model, length, seed) for seed in range(3))}}
     for batch in (1, 2) if args.tiny else (1, 8, 32, 128):
-        engine = Engine(model, NoTokenizer(), max_sequences=batch)
-        if engine.max_sequences < batch:
-            found[f"writing {batch}"] = f"there is room for {engine.max_sequences} rows only"
-            break
-        for prompt in prompts(batch, length, config.vocab_size):
-            engine.submit(prompt, max_tokens=tokens + 40, temperature=0.0)
-        while engine.num_running < batch:
-            engine.step()
-        for _ in range(5):  # graphs are captured
-            engine.step()
-        started = time.perf_counter()
-        for _ in range(tokens):
-            engine.step()
-        seconds = (time.perf_counter() - started) / tokens
-        span = sum(min(w, length) if w >= 0 else length for w in model.window_sizes)
-        moved = weights + batch * span * 2 * config.n_kv_head * 128 * model.transformer.wte.weight.element_size()
-        found[f"writing {batch}"] = {"tok/s": batch / seconds, "of bandwidth": moved / seconds / 1e9 / ceiling}
-        del engine
-    sampled = write_ours(model, 2 if args.tiny else 8, length, tokens, 0.8, 0)
-    return {**found, "writing 8, sampled tok/s": sampled}
+        rate = decode_rate(model, batch, length, steps, seed=0)
+        read = bytes_per_step(model, batch, length + steps // 2)
+        results[f"decode {batch}"] = {"tok/s": rate, "of bandwidth": read * rate / batch / bandwidth}
+    results["decode 8, sampled"] = {"tok/s": decode_rate(model, 8, length, steps, seed=0, temperature=0.8)}
+    return results
 
 
-def measure_race(args, device, dtype) -> dict:
-    """Bits per byte of a d8 on held-out text after --seconds of training, compilation left out."""
-    import torch
-
-    from nanochat.training import set_rates
-
-    context, rows = (128, 4) if args.tiny else (1024, 32)
-    run = Training(args, 2 if args.tiny else 8, rows, device, dtype, context=context)
-    run.step()  # compiles
-    started, steps, seconds = time.perf_counter(), 0, 3 if args.tiny else args.seconds
-    while (spent := time.perf_counter() - started) < seconds:
-        set_rates(run.optimizer, steps, spent / seconds, 20, 0.5, 0.05)
-        run.step()
-        steps += 1
-    with torch.no_grad():
-        parts = [run.model(val[:, :-1].contiguous(), val[:, 1:].long()).item() for val in run.text.val.split(8)]
-    return {"bits per byte": statistics.mean(parts) / math.log(2) / 2, "steps": steps, "tokens": steps * rows * context}
-
-
-# -----------------------------------------------------------------------------
+def show(value) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{key} {show(item)}" for key, item in value.items())
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="where")
-    parser.add_argument("--tiny", action="store_true", help="small sizes: does every line still run?")
-    parser.add_argument("--only", action="append", metavar="SECTION", help="sections whose names contain this; may be repeated")
-    parser.add_argument("--seconds", type=float, default=150, help="length of the race")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="device to measure")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that every line runs")
+    parser.add_argument("--only", action="append", metavar="WORD", help="sections whose names contain this; may be repeated")
     parser.add_argument("--out", help="write everything to this JSON file")
     args = parser.parse_args(argv)
 
@@ -427,19 +285,16 @@ def main(argv=None):
 
     from nanochat.common import compute_dtype, compute_init
 
-    device = compute_init(args.device).device
-    dtype = compute_dtype(args.device)
+    device, dtype = compute_init(args.device).device, compute_dtype(args.device)
     card = torch.cuda.get_device_name(device) if args.device == "cuda" else platform.processor() or "CPU"
     results = {"card": card, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(), "dtype": str(dtype)}
     print(results, flush=True)
-    sections = [check_attention, check_loss, check_step, check_float8, measure_ceilings, measure_attention, measure_training,
-                measure_loader, measure_engine, measure_race]  # fmt: skip
     failed = []
-    for section in sections:
-        name = section.__name__.replace("_", " ")
-        if args.only and not any(part in name for part in args.only):
+    for section in (ceilings, attention, step, float8, training, loader, engine):
+        name = section.__name__
+        if args.only and not any(word in name for word in args.only):
             continue
-        started = time.perf_counter()
+        start = time.perf_counter()
         try:
             results[name] = section(args, device, dtype)
         except Exception as fault:
@@ -447,20 +302,14 @@ def main(argv=None):
             failed.append(name)
         if args.device == "cuda":
             torch.cuda.empty_cache()
-        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
         if args.out:
             Path(args.out).write_text(json.dumps(results, indent=1, default=str) + "\n")
-    for name, found in results.items():
-        for what, value in found.items() if isinstance(found, dict) else [("", found)]:
-            print(f"{name:18s} {what:28s} {show(value)}")
+    for name, values in results.items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            print(f"{name:18s} {key:20s} {show(value)}")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
-
-
-def show(value) -> str:
-    if isinstance(value, dict):
-        return "  ".join(f"{key} {show(item)}" for key, item in value.items())
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

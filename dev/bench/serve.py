@@ -1,15 +1,14 @@
-"""The web server as its clients see it: speed, disconnecting clients, malformed requests.
+"""The web server as its clients see it: speed under load, disconnecting clients, malformed bodies.
 
-    python -m dev.bench.serve                     # all of it
-    python -m dev.bench.serve streams --seconds 20
-    python -m dev.bench.serve leave bad -i mid
+    python -m dev.bench.serve                       # all three, with the newest SFT model
+    python -m dev.bench.serve streams --seconds 20 -i mid
 
-    streams   1, 4, 16, 64 clients that send requests all the time: tok/s, fairness, time to first token, /health
-    leave     500 requests, half of which disconnect at a random moment: is everything freed, are the other replies right?
-    bad       2,000 malformed bodies: is each refused with a clear 4xx?
+    streams   1, 4, 16, 64 clients that each send one request after the other, while /health is polled
+    leave     400 requests, half of whose clients disconnect: sequences leaked, replies that differ from the one sent alone
+    bad       1,000 malformed bodies: each must be refused with a 4xx in the API's error form, or be valid after all
 
-The server is a process of its own, `scripts.chat_web` with the newest model of the base folder on a free port; the
-clients use plain sockets, since they share the cores with the model. Exits 1 if `leave` or `bad` find anything wrong.
+The server is a process of its own (scripts.chat_web on a free port); the clients are plain sockets, since they share
+the cores with the model. The exit code is 1 if `leave` or `bad` find a mistake.
 """
 
 from __future__ import annotations
@@ -18,186 +17,217 @@ import argparse
 import asyncio
 import json
 import random
+import re
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
 
-from dev.bench.serve_client import Reply, Server, ask, freed, get, post, send, stats
-
-TOKENS = 200  # maximum length; at the highest temperature most replies reach it
-LONG = {"max_tokens": TOKENS, "temperature": 2.0, "top_k": 200}
+ROOT = Path(__file__).resolve().parents[2]
+PATHS = ("/chat/completions", "/v1/chat/completions")
 THINGS = "a dog,the sea,winter,bread,the moon,an old clock,numbers,a river,the king,a garden,iron,music,a bridge,rain".split(",")
 
 
-def question(rng: random.Random) -> str:
-    return f"Tell me about {rng.choice(THINGS)} and {rng.choice(THINGS)} in {rng.randint(2, 99)} words."
+# -----------------------------------------------------------------------------
+# The server and a client
+
+
+@contextmanager
+def running_server(*flags: str):
+    """A running scripts.chat_web; yields its port and its log file."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        with open(log, "w") as output:
+            command = [sys.executable, "-m", "scripts.chat_web", "-p", "0", *flags]
+            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while not (ready := re.search(r"^ready on http://.*:(\d+)$", log.read_text(), re.M)):
+                if process.poll() is not None:
+                    sys.exit(f"the server did not start:\n{log.read_text()}")
+                time.sleep(0.1)
+            yield int(ready[1]), log
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+
+
+async def send(port: int, method: str, path: str, body: bytes = b"", leave_after: float | None = None) -> tuple[int, bytes, list[float]]:
+    """One request on its own connection: (status, body, times of the chunks after the request in seconds).
+
+    `leave_after`: disconnect after so many seconds. Status 0: disconnected before the reply was complete.
+    """
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    chunks, times, start = [], [], time.perf_counter()
+
+    async def read():
+        while chunk := await reader.read(1 << 16):
+            chunks.append(chunk)
+            if b"data: " in chunk:
+                times.append(time.perf_counter() - start)
+
+    try:
+        headers = {"Host": "bench", "Content-Type": "application/json", "Content-Length": len(body), "Connection": "close"}
+        head = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        writer.write("\r\n".join(head).encode() + body)
+        await asyncio.wait_for(read(), leave_after or 120)
+    except asyncio.TimeoutError:
+        return 0, b"", times
+    except ConnectionError:  # the server need not read the rest of a large body that it has refused
+        pass
+    finally:
+        writer.transport.abort()
+    head, _, content = b"".join(chunks).partition(b"\r\n\r\n")
+    return int(head.split(b" ")[1]), content, times
+
+
+async def stats(port: int) -> dict:
+    return json.loads((await send(port, "GET", "/stats"))[1])
+
+
+async def sequences_left(port: int) -> int:
+    """Sequences still running or waiting, once the server has had five seconds to free them."""
+    for _ in range(100):
+        left = sum(worker["running"] + worker["waiting"] for worker in (await stats(port))["workers"])
+        if left == 0:
+            break
+        await asyncio.sleep(0.05)
+    return left
+
+
+def request(rng: random.Random, **settings) -> bytes:
+    text = f"Tell me about {rng.choice(THINGS)} and {rng.choice(THINGS)} in {rng.randint(2, 99)} words."
+    return json.dumps({"messages": [{"role": "user", "content": text}], "seed": rng.getrandbits(30), **settings}).encode()
 
 
 # -----------------------------------------------------------------------------
-# streams
+# The three experiments
 
 
-async def level(server: Server, clients: int, seconds: float, rng: random.Random) -> dict:
-    """`clients` that each send one request after the other for so many seconds, while /health is polled."""
-    replies: list[Reply] = []
-    health: list[float] = []
-
-    # Clients check the time themselves: before Python 3.12 `wait_for` may swallow a cancellation
-    async def client():
-        while time.perf_counter() < ends:
-            replies.append(await send(server.port, ask(question(rng), seed=rng.getrandbits(30), **LONG)))
-
-    async def poll_health():
-        while time.perf_counter() < ends:
-            health.append(-time.perf_counter())
-            await send(server.port, get("/health"))
-            health[-1] += time.perf_counter()
-            await asyncio.sleep(0.05)
-
-    before, started = await stats(server.port), time.perf_counter()
-    ends = started + seconds
-    tasks = [asyncio.create_task(work) for work in (*(client() for _ in range(clients)), poll_health())]
-    await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
-    after, elapsed = await stats(server.port), time.perf_counter() - started
-    for task in tasks:
-        task.cancel()
-    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    for outcome in outcomes:
-        if outcome is not None and not isinstance(outcome, asyncio.CancelledError):
-            raise outcome
-    await freed(server.port)
-    written = [(reply, reply.events()[-1]["usage"]["completion_tokens"]) for reply in replies]
-    rates = [(count - 1) / (reply.last - reply.first) for reply, count in written if count >= TOKENS // 4]
-    firsts = sorted(reply.first - reply.asked for reply in replies if reply.first) or [float("nan")]
-    health = sorted(delay for delay in health if delay > 0)
-    return {"rate": (after["generated_tokens"] - before["generated_tokens"]) / elapsed, "replies": len(replies),
-            "fair": min(rates) / max(rates) if rates else float("nan"), "first": firsts[len(firsts) // 2], "worst": firsts[-1],
-            "health": health[int(len(health) * 0.99)] if health else float("nan")}
-
-
-async def streams(server: Server, args) -> None:
+async def streams(port: int, args) -> None:
+    """Rates and delays for a growing number of clients. At temperature 2 most replies reach their maximum length."""
     rng = random.Random(args.seed)
-    await level(server, 2, 2, rng)  # warm up
-    print(f"\n{'clients':>7s} {'tok/s':>7s} {'x one':>6s} {'slowest/fastest':>16s} {'first token p50':>16s} {'max':>8s} {'/health p99':>12s} "
-          f"{'answers':>8s}")
+    print(f"\n{'clients':>7s}{'tok/s':>8s}{'x one':>7s}{'slowest/fastest':>17s}{'first token p50':>17s}{'max':>9s}"
+          f"{'/health p99':>13s}{'replies':>9s}")
     single = None
-    for clients in (1, 4, 16, 64):
-        seen = await level(server, clients, args.seconds, rng)
-        single = single or seen["rate"]
-        print(f"{clients:7d} {seen['rate']:7.0f} {seen['rate'] / single:6.2f} {seen['fair']:16.2f} "
-              f"{seen['first'] * 1e3:13.0f} ms {seen['worst'] * 1e3:5.0f} ms {seen['health'] * 1e3:9.0f} ms {seen['replies']:8d}")
+    for clients in (2, 1, 4, 16, 64):  # the first is warm-up
+        replies, health = [], []
+        before, start = await stats(port), time.perf_counter()
+        end = start + (2 if clients == 2 else args.seconds)
+
+        async def client():
+            while time.perf_counter() < end:
+                _, body, times = await send(port, "POST", PATHS[0], request(rng, max_tokens=200, temperature=2.0, top_k=200))
+                tokens = body.count(b'"token"')
+                replies.append((times[0], tokens / (times[-1] - times[0]) if tokens > 50 else None))
+
+        async def poll_health():
+            while time.perf_counter() < end:
+                health.append(-time.perf_counter())
+                await send(port, "GET", "/health")
+                health[-1] += time.perf_counter()
+                await asyncio.sleep(0.05)
+
+        await asyncio.gather(poll_health(), *(client() for _ in range(clients)))
+        rate = ((await stats(port))["generated_tokens"] - before["generated_tokens"]) / (time.perf_counter() - start)
+        if clients == 2:
+            continue
+        single = single or rate
+        firsts, rates = [first for first, _ in replies], [rate for _, rate in replies if rate] or [float("nan")]
+        print(f"{clients:7d}{rate:8.0f}{rate / single:7.2f}{min(rates) / max(rates):17.2f}{1e3 * median(firsts):14.0f} ms"
+              f"{1e3 * max(firsts):6.0f} ms{1e3 * sorted(health)[int(0.99 * len(health))]:10.0f} ms{len(replies):9d}", flush=True)
 
 
-# -----------------------------------------------------------------------------
-# leave
+async def leave(port: int, args) -> list[str]:
+    """Clients that disconnect at a random moment must free their sequences and not change the other replies."""
+    rng, gate = random.Random(args.seed), asyncio.Semaphore(32)
+    requests = [(rng.choice(PATHS), request(rng, max_tokens=64, temperature=rng.choice([0, 1.5]), stream=True)) for _ in range(24)]
+    text = lambda body: re.findall(rb'"(?:token|content)": ?("(?:[^"\\]|\\.)*")', body)
+    alone = [text((await send(port, "POST", *one))[1]) for one in requests]
+    assert all(alone), "a reply without text"
+    before = await stats(port)
 
-
-async def leave(server: Server, args) -> list[str]:
-    """Half of many clients disconnect; returns what went wrong."""
-    rng, port = random.Random(args.seed), server.port
-    kinds = [{"path": "/chat/completions", "temperature": 0}, {"path": "/chat/completions", "temperature": 1.5, "top_k": 50},
-             {"path": "/v1/chat/completions", "temperature": 1.0, "stream": True}, {"path": "/v1/chat/completions", "temperature": 1.0}]
-    requests = [ask(question(rng), **rng.choice(kinds), max_tokens=64, seed=rng.getrandbits(30)) for _ in range(24)]
-    alone = [(await send(port, request)).text() for request in requests]
-    await asyncio.gather(*(send(port, request) for request in requests + requests[:8]))  # the cache has its size now
-    gate, memory, before = asyncio.Semaphore(32), server.usage()[1], await stats(port)
-
-    async def one(index: int, leave_after: float | None) -> tuple[int, Reply]:
+    async def one(index: int, leave_after: float | None) -> str:
         async with gate:
-            return index, await send(port, requests[index], leave_after)
+            status, body, _ = await send(port, "POST", *requests[index], leave_after=leave_after)
+        return "left" if status == 0 else "failed" if status != 200 else "same" if text(body) == alone[index] else "different"
 
-    plan = [(rng.randrange(len(requests)), rng.uniform(0, 0.5) if i % 2 else None) for i in range(500)]
-    replies = await asyncio.gather(*(one(*item) for item in plan))
-    leaked, after = await freed(port), await stats(port)
-    stayed = [(index, reply) for (index, leave_after), (_, reply) in zip(plan, replies) if leave_after is None]
-    failed = sum(reply.status != 200 for _, reply in stayed)
-    other = sum(reply.status == 200 and reply.text() != alone[index] for index, reply in stayed)
-    grown = server.usage()[1] - memory
-    counts = {key: after[key] - before[key] for key in ("requests", "completed", "cancelled", "failed", "rejected")}
-    print(f"\n500 requests, 32 at a time: {sum(reply.left for _, reply in replies)} left, {len(stayed)} were to stay\n"
-          f"  the server counted     {', '.join(f'{count} {key}' for key, count in counts.items())}\n"
-          f"  sequences leaked       {leaked}\n  of those that stayed   {failed} failed, {other} differ from the answer given alone\n"
-          f"  memory                 {memory:.0f} MB before, {grown:+.0f} MB")
-    return [f"{leaked} sequences leaked"] * bool(leaked) + [f"{failed} requests failed"] * bool(failed) + [f"{other} answers differ"] * bool(other)
+    plan = [(rng.randrange(len(requests)), rng.uniform(0.001, 0.5) if i % 2 else None) for i in range(400)]
+    outcomes = Counter(await asyncio.gather(*(one(*item) for item in plan)))
+    leaked, after = await sequences_left(port), await stats(port)
+    print("\n400 requests, 32 at a time")
+    print("clients: " + ", ".join(f"{outcomes[name]} {name}" for name in ("left", "same", "different", "failed")))
+    print(f"server:  {after['completed'] - before['completed']} completed, {after['cancelled'] - before['cancelled']} cancelled, "
+          f"{leaked} sequences leaked")
+    mistakes = {"sequences leaked": leaked, "replies differ from the one sent alone": outcomes["different"], "requests failed": outcomes["failed"]}
+    return [f"{count} {what}" for what, count in mistakes.items() if count]
 
 
-# -----------------------------------------------------------------------------
-# bad
-
-FIELDS = "messages role content type text temperature top_k top_p max_tokens max_completion_tokens seed n stop stream stream_options model".split()
-VALUES = ["NaN", "Infinity", "-Infinity", "1e999", "-1", "0.5", "1e308", "9" * 400, "9" * 5000, "null", "true", "undefined", "'x'", '""', '"x"',
-          '"\\ud800"', '"\\u0000"', "[]", "[[]]", "[NaN]", "{}", '{"a": 1}', "[" * 900 + "]" * 900, "[" * 20000 + "]" * 20000,
-          json.dumps("x" * 9000), json.dumps(["x"] * 600)]
-TYPES = ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "application/xml",
-         "application/json; charset=utf-7", "\"", "json"]
+FIELDS = "messages role content temperature top_k top_p max_tokens max_completion_tokens seed n stop stream model".split()
+VALUES = ["NaN", "-Infinity", "1e999", "-1", "0.5", "9" * 400, "null", "true", "undefined", '""', '"\\ud800"', '"\\u0000"',
+          "[]", "[[]]", "{}", '{"a": 1}', "[" * 20000 + "]" * 20000, json.dumps("x" * 9000), json.dumps(["x"] * 600), json.dumps("x" * 1_100_000)]  # fmt: skip
 
 
 def malformed(rng: random.Random) -> tuple[str, bytes]:
-    """(what is wrong, a request). A few are valid after all."""
-    path = rng.choice(["/chat/completions", "/v1/chat/completions"])
-    sound = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-    body, kind = json.dumps(sound).encode(), rng.choice(["cut", "bytes", "value", "value", "inner value", "type", "top", "encoding", "size"])
+    """(what is wrong, body). A few are valid after all."""
+    valid = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    body, kind = json.dumps(valid).encode(), rng.choice(["cut", "bytes", "field", "field", "message", "body", "encoding"])
     if kind == "cut":
         body = body[: rng.randrange(len(body))]
     elif kind == "bytes":
         body = bytes(rng.randrange(256) if rng.random() < 0.1 else byte for byte in body)
-    elif kind == "value":
-        body = json.dumps({**sound, rng.choice(FIELDS): "@"}).replace('"@"', rng.choice(VALUES)).encode()
-    elif kind == "inner value":
-        content = rng.choice(["hi", [{"type": "text", "text": "@"}], "@"])
-        message = {"role": rng.choice(["user", "assistant", "system", "tool"]), "content": content, rng.choice(FIELDS): "@"}
-        body = json.dumps({**sound, "messages": [message] * rng.choice([1, 2, 3])}).replace('"@"', rng.choice(VALUES)).encode()
-    elif kind == "top":
+    elif kind == "field":
+        body = json.dumps({**valid, rng.choice(FIELDS): "@"}).replace('"@"', rng.choice(VALUES)).encode()
+    elif kind == "message":
+        message = {"role": rng.choice(["user", "assistant", "system", "tool"]), "content": "hi", rng.choice(FIELDS): "@"}
+        body = json.dumps({**valid, "messages": [message] * rng.randint(1, 3)}).replace('"@"', rng.choice(VALUES)).encode()
+    elif kind == "body":
         body = rng.choice(VALUES).encode()
-    elif kind == "encoding":
-        encoded = body.decode().encode(rng.choice(["utf-16", "utf-32", "utf-8-sig", "utf-7"]))
-        body = rng.choice([encoded, rng.randbytes(rng.randrange(200))])
-    elif kind == "size":
-        body = json.dumps({**sound, rng.choice(FIELDS): "x" * rng.choice([900_000, 999_900, 1_100_000, 3_000_000])}).encode()
-    return kind, post(path, body, rng.choice(TYPES) if kind == "type" else "application/json")
+    else:
+        body = rng.choice([body.decode().encode(rng.choice(["utf-16", "utf-32", "utf-7"])), rng.randbytes(rng.randrange(200))])
+    return kind, body
 
 
-async def bad(server: Server, args) -> list[str]:
-    """Malformed requests; returns what went wrong."""
-    rng, gate, wrong = random.Random(args.seed), asyncio.Semaphore(16), []
-    table: dict[str, Counter] = {}
+async def bad(port: int, args) -> list[str]:
+    """Malformed bodies must get a clear 4xx."""
+    rng, gate, wrong, table = random.Random(args.seed), asyncio.Semaphore(16), [], {}
 
-    async def one(kind: str, request: bytes) -> None:
+    async def one(kind: str, body: bytes) -> None:
         async with gate:
-            reply = await send(server.port, request)
-        table.setdefault(kind, Counter())[reply.status] += 1
-        if reply.left or reply.status not in (200, 400, 404, 413) or b"Traceback" in reply.raw:
-            wrong.append(f"{kind}: status {reply.status} for {request[:300]!r}")
-        elif reply.status != 200 and not {"message", "type", "param", "code"} == json.loads(reply.body)["error"].keys():
-            wrong.append(f"{kind}: not an error in the agreed form: {reply.body[:300]!r}")
+            status, reply, _ = await send(port, "POST", rng.choice(PATHS), body)
+        table.setdefault(kind, Counter())[status] += 1
+        is_error = status in (400, 404, 413) and json.loads(reply)["error"].keys() == {"message", "type", "param", "code"}
+        if status != 200 and not is_error:
+            wrong.append(f"{kind}: status {status}, {reply[:200]!r} for {body[:200]!r}")
 
-    await asyncio.gather(*(one(*malformed(rng)) for _ in range(2000)))
+    await asyncio.gather(*(one(*malformed(rng)) for _ in range(1000)))
     statuses = sorted({status for counts in table.values() for status in counts})
     print(f"\n{'malformed':12s}" + "".join(f"{status:>6d}" for status in statuses))
     for kind, counts in sorted(table.items()):
         print(f"{kind:12s}" + "".join(f"{counts[status]:6d}" for status in statuses))
-
-    return wrong + ["there is a traceback in the server's log"] * ("Traceback" in server.output())
+    return wrong
 
 
 def main(argv=None):
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="The web server as its clients see it.", formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["streams", "leave", "bad"], help="streams, leave, bad")
     parser.add_argument("-i", "--stage", default="sft", help="stage of the model: mid, sft or rl")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
-    parser.add_argument("--seconds", type=float, default=15, help="how long each number of clients asks")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random")
+    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (empty: the best available)")
+    parser.add_argument("--seconds", type=float, default=15, help="duration for each number of clients")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the requests")
     args = parser.parse_args(argv)
     wrong = []
-    if {"streams", "leave", "bad"} & set(args.parts):
-        with Server("scripts.chat_web", "-p", "0", "-i", args.stage, "--device-type", args.device_type) as server:
-            if "streams" in args.parts:
-                asyncio.run(streams(server, args))
-            for part in (leave, bad):
-                if part.__name__ in args.parts:
-                    wrong += asyncio.run(part(server, args))
-    sys.exit("\n".join(["", "WRONG:", *wrong]) if wrong else 0)
+    with running_server("-i", args.stage, "--device-type", args.device_type) as (port, log):
+        for part in (streams, leave, bad):
+            if part.__name__ in args.parts:
+                wrong += asyncio.run(part(port, args)) or []
+        if "Traceback" in log.read_text():
+            wrong.append(f"the server's log holds a traceback:\n{log.read_text()[-3000:]}")
+    sys.exit("\n".join(["", "FAILED:", *wrong]) if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Speed of the tokenizer against its peers, on the same text in one run.
+"""Speed of our rustbpe against the published package of that name and tiktoken, on the same text in one run.
 
-    python -m dev.bench.tokenizer                              # 50 MB, 1 and 2 threads
-    python -m dev.bench.tokenizer --megabytes 5 --source sample
+    python -m dev.bench.tokenizer                                # 50 MB of climbmix
+    python -m dev.bench.tokenizer --source sample --megabytes 5
 
-    ours            rustbpe as installed, from a list of str and from arrow
-    rustbpe 0.1.0   the published package of the same name, kept in a folder of its own
-    tiktoken        OpenAI's, which cannot train
+    ours       trains and encodes, from a list of str (as its peers do) and from an arrow array (as nanochat does)
+    published  rustbpe 0.1.0, installed once into a folder of its own; it can only encode with what it has trained itself
+    tiktoken   encodes with our vocabulary; it cannot train
 
 Each measurement is a process of its own, and the contestants take turns, so that a busy neighbour slows all of them.
-Times are the fastest of the repetitions, without loading the text. Vocabularies and ids must be equal.
+Times are the fastest of the repetitions, without loading text. "x best peer" compares with the fastest of the others at as many
+threads. "same": the merges are the published package's, the ids tiktoken's; if not, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -28,126 +29,138 @@ from nanochat.common import UserError, get_base_dir, run_script
 from nanochat.tokenizer import SPLIT_PATTERN
 
 PUBLISHED = "rustbpe==0.1.0"
-CONTESTANTS = {"train": ("ours", "ours, arrow", "published"), "encode": ("ours", "ours, arrow", "published", "tiktoken")}
 
 
-def contestant(job: dict) -> dict:
-    """One measurement: {"seconds", "digest" of the merges or ids}."""
+def measure(job: dict) -> dict:
+    """{"seconds", "digest" of the merges or ids} of one contestant, in its own process."""
     import numpy as np
     import pyarrow as pa
 
-    with pa.OSFile(job["corpus"]) as file:
-        column = pa.ipc.open_file(file).read_all().column("text")
-    texts = column if job["who"] == "ours, arrow" else column.to_pylist()
-    threads = job["threads"]
+    import rustbpe
 
-    if job["who"] == "tiktoken":
+    with pa.OSFile(job["corpus"]) as file:
+        texts = pa.ipc.open_file(file).read_all().column("text")
+    if job["who"] != "ours, arrow":
+        texts = texts.to_pylist()
+    who, threads, tokenizer = job["who"], job["threads"], rustbpe.Tokenizer()
+    options = {} if who == "published" else {"threads": threads}  # the published one obeys RAYON_NUM_THREADS
+
+    def train():
+        tokenizer.train_from_iterator(texts.chunks if who == "ours, arrow" else texts, job["vocab_size"], pattern=SPLIT_PATTERN, **options)
+
+    if job["task"] == "train":
+        work = train
+    elif who == "published":
+        train()
+        work = lambda: tokenizer.batch_encode(texts)
+    elif who == "tiktoken":
         import tiktoken
 
         ranks = dict(pickle.loads(Path(job["vocabulary"]).read_bytes()))
         encoding = tiktoken.Encoding("bench", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
         work = lambda: encoding.encode_ordinary_batch(texts, num_threads=threads)
     else:
-        import rustbpe
+        ours = rustbpe.Tokenizer.from_ranks(dict(pickle.loads(Path(job["vocabulary"]).read_bytes())), SPLIT_PATTERN)
+        work = lambda: ours.encode_to_numpy(texts, threads=threads)[0]
 
-        tokenizer, options = rustbpe.Tokenizer(), {} if job["who"] == "published" else {"threads": threads}
-        train = lambda: tokenizer.train_from_iterator(texts.chunks if job["who"] == "ours, arrow" else texts, job["vocab"], pattern=SPLIT_PATTERN, **options)
-        if job["what"] == "train":
-            work = train
-        elif job["who"] == "published":  # it can only encode with a vocabulary that it has trained itself
-            train()
-            work = lambda: tokenizer.batch_encode(texts)
-        else:
-            ours = rustbpe.Tokenizer.from_ranks(dict(pickle.loads(Path(job["vocabulary"]).read_bytes())), SPLIT_PATTERN)
-            work = lambda: ours.encode_to_numpy(texts, threads=threads)
-
-    started = time.perf_counter()
+    start = time.perf_counter()
     result = work()
-    seconds = time.perf_counter() - started
-    if job["what"] == "train":
-        merges = [(bytes(token), id) for token, id in tokenizer.get_mergeable_ranks()]
-        if job["who"] == "ours":
-            Path(job["vocabulary"]).write_bytes(pickle.dumps(merges))
-        content = repr(merges).encode()
+    seconds = time.perf_counter() - start
+    if job["task"] == "train":
+        result = pickle.dumps([(bytes(token), id) for token, id in tokenizer.get_mergeable_ranks()])
+        if who == "ours":
+            Path(job["vocabulary"]).write_bytes(result)
     else:
-        ids = result[0].astype(np.uint32) if isinstance(result, tuple) else np.fromiter((id for row in result for id in row), np.uint32)
-        content = ids.tobytes()
-    return {"seconds": seconds, "digest": hashlib.sha256(content).hexdigest()}
+        rows = [result] if isinstance(result, np.ndarray) else result
+        result = np.concatenate([np.asarray(row, np.uint32) for row in rows]).tobytes()
+    return {"seconds": seconds, "digest": hashlib.sha256(result).hexdigest()}
 
 
-def published_folder() -> Path | None:
-    """The folder of the published package, downloaded once; None, with a line, if it cannot be had."""
+def in_process(job: dict, published: Path | None) -> dict:
+    """`measure` in a new process."""
+    path = os.pathsep.join(filter(None, [str(published) if job["who"] == "published" else "", os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "RAYON_NUM_THREADS": str(job["threads"]), "PYTHONPATH": path}
+    command = [sys.executable, "-m", "dev.bench.tokenizer", "--job", json.dumps(job)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{job['who']} failed to {job['task']}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def published_package() -> Path | None:
+    """The folder of the published package; None, with a line that says why, where it cannot be installed."""
     folder = get_base_dir() / "bench" / PUBLISHED.replace("==", "-")
     if not (folder / "rustbpe").is_dir():
-        command = [sys.executable, "-m", "uv", "pip", "install", "-q", "-p", sys.executable, "--target", str(folder), "--no-deps", PUBLISHED]
-        uv = subprocess.run(["uv", *command[3:]] if subprocess.run(["which", "uv"], capture_output=True).returncode == 0 else command, capture_output=True)
-        if uv.returncode:
-            print(f"without the published {PUBLISHED}, which could not be installed")
+        command = ["uv", "pip", "install", "-q", "-p", sys.executable, "--target", str(folder), "--no-deps", PUBLISHED]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"without the published {PUBLISHED}, which could not be installed: {getattr(error, 'stderr', None) or error}")
             return None
     return folder
 
 
-def write_corpus(source: str, megabytes: float, path: Path) -> float:
-    """Write the first megabytes of the training split as an arrow file; returns the millions of bytes."""
+def write_corpus(source: str, megabytes: float, path: Path) -> tuple[int, float]:
+    """The first megabytes of the training split as an arrow file in chunks of 1000; (documents, megabytes)."""
     import pyarrow as pa
 
     from nanochat.dataset import iter_documents
 
     texts, size = [], 0
     for text in iter_documents("train", source):
-        if size >= megabytes * 1e6:
-            break
         texts.append(text)
         size += len(text.encode())
+        if size >= megabytes * 1e6:
+            break
+    else:
+        raise UserError(f"the training shards of {source} hold only {size / 1e6:.1f} MB; fetch more, or ask for fewer --megabytes")
     table = pa.table({"text": texts})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=1000)  # chunks like the row groups of a shard
-    return size / 1e6
+        writer.write_table(table, max_chunksize=1000)
+    return len(texts), size / 1e6
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=50, help="text, in millions of bytes of UTF-8")
-    parser.add_argument("--vocab", type=int, default=32768, help="size of the vocabulary")
-    parser.add_argument("--source", default="climbmix", help="of the text, as in nanochat.dataset")
+    parser.add_argument("--megabytes", type=float, default=50, help="size of the text")
+    parser.add_argument("--source", default="climbmix", help="source of the text, as in nanochat.dataset")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in the vocabulary")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads")
     parser.add_argument("--repeats", type=int, default=3, help="processes per contestant and setting")
-    parser.add_argument("--job", help=argparse.SUPPRESS)  # be one contestant: print a JSON object
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # be one contestant and print JSON
     args = parser.parse_args(argv)
     if args.job:
-        print(json.dumps(contestant(json.loads(args.job))))
+        print(json.dumps(measure(json.loads(args.job))))
         return
 
     import rustbpe
 
     if not hasattr(rustbpe, "Counts"):
-        raise UserError("the published rustbpe is installed instead of ours: install Rust, then run `bash dev/setup.sh`")
-    published, wrong = published_folder(), []
+        raise UserError("the published rustbpe is installed, not ours: install Rust, then run `bash dev/setup.sh`")
+    published, mismatch = published_package(), False
     with tempfile.TemporaryDirectory(prefix="nanochat_bench_") as folder:
-        corpus, vocabulary = Path(folder) / "corpus.arrow", Path(folder) / "vocabulary.pickle"
-        megabytes = write_corpus(args.source, args.megabytes, corpus)
-        print(f"{megabytes:.1f} MB of {args.source}, vocabulary {args.vocab}, fastest of {args.repeats}")
-        print(f"{'':8s}{'threads':>8s}  {'':14s}{'s':>8s}{'MB/s':>8s}{'x published':>12s}{'x tiktoken':>11s}  equal")
-        for what, threads in [(what, threads) for what in CONTESTANTS for threads in (1, 2)]:
-            results: dict[str, list] = {who: [] for who in CONTESTANTS[what] if who != "published" or published}
-            for who in [*results] * args.repeats:
-                job = {"what": what, "who": who, "threads": threads, "vocab": args.vocab, "corpus": str(corpus), "vocabulary": str(vocabulary)}
-                env = {**os.environ, "RAYON_NUM_THREADS": str(threads)}
-                if who == "published":
-                    env["PYTHONPATH"] = os.pathsep.join([str(published), *filter(None, [os.environ.get("PYTHONPATH")])])
-                command = [sys.executable, "-m", "dev.bench.tokenizer", "--job", json.dumps(job)]
-                done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    sys.exit(f"{who} failed: {done.stderr.strip().splitlines()[-1]}")
-                results[who].append(json.loads(done.stdout.splitlines()[-1]))
-            best = {who: min(result["seconds"] for result in runs) for who, runs in results.items()}
-            reference = results["tiktoken" if what == "encode" else "ours"][0]["digest"]
-            for who, seconds in best.items():
-                equal = all(result["digest"] == reference for result in results[who])
-                wrong += [] if equal else [f"{who} ({what})"]
-                ratios = [best[peer] / seconds if peer in best else float("nan") for peer in ("published", "tiktoken")]
-                print(f"{what:8s}{threads:8d}  {who:14s}{seconds:8.2f}{megabytes / seconds:8.1f}{ratios[0]:12.2f}{ratios[1]:11.2f}  {equal}", flush=True)
-    if wrong:
-        sys.exit(f"not equal: {', '.join(wrong)}")
+        paths = {"corpus": f"{folder}/corpus.arrow", "vocabulary": f"{folder}/vocabulary.pickle"}
+        documents, megabytes = write_corpus(args.source, args.megabytes, Path(paths["corpus"]))
+        print(f"{documents} documents of {args.source}, {megabytes:.1f} MB; vocabulary {args.vocab_size}; {os.cpu_count()} cores")
+        print(f"{'':8s}{'threads':>8s}  {'':12s}{'s':>8s}{'MB/s':>8s}{'x best peer':>13s}{'same':>6s}")
+        for task, reference in (("train", "published"), ("encode", "tiktoken")):
+            contestants = ["ours", "ours, arrow", *["published"] * bool(published), *["tiktoken"] * (task == "encode")]
+            for threads in args.threads:
+                seen = {who: [] for who in contestants}
+                for _ in range(args.repeats):
+                    for who, results in seen.items():
+                        job = {"who": who, "task": task, "threads": threads, "vocab_size": args.vocab_size, **paths}
+                        results.append(in_process(job, published))
+                seconds = {who: min(result["seconds"] for result in results) for who, results in seen.items()}
+                peer = min((seconds[who] for who in seen if not who.startswith("ours")), default=float("nan"))
+                expected = seen.get(reference, seen["ours"])[0]["digest"]
+                for who, results in seen.items():
+                    same = all(result["digest"] == expected for result in results)
+                    mismatch |= not same
+                    print(f"{task:8s}{threads:8d}  {who:12s}{seconds[who]:8.2f}{megabytes / seconds[who]:8.1f}{peer / seconds[who]:13.2f}"
+                          f"{'yes' if same else 'NO':>6s}", flush=True)
+    if mismatch:
+        sys.exit("FAILED: merges or ids differ, see above")
 
 
 if __name__ == "__main__":

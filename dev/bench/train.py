@@ -1,26 +1,48 @@
-"""Training speed on this machine, against a peer and against the floor, in one run.
+"""Training speed on a CPU: where the time of a step goes, and what the compiler and the chunked loss gain.
 
-    python -m dev.bench.train                                    # depth 4, vocabulary 32768, 8 rows of 512 tokens
-    python -m dev.bench.train --depth 6 --vocab-size 8192
+    python -m dev.bench.train                       # depth 4, vocabulary 32768, 8 rows of 512 tokens
+    python -m dev.bench.train --depth 2 --vocab-size 2048 --sequence-len 128 --steps 2
 
-Each variant runs in a process of its own, so that its peak memory is its own:
-    ours       the training step as the scripts run it, compiled
-    eager      the same, uncompiled
-    peer       the same model and optimizer with the textbook loss: all logits at once, F.cross_entropy
-The floor is the time that the step's matrix products alone would take at the rate measured here for
-products whose operands stay in cache.
+    compiled   the model as the training scripts run it
+    eager      the same model uncompiled: the baseline of the ratios
+    textbook   uncompiled, with all logits at once and F.cross_entropy
+
+The variants take turns, so that a busy neighbour slows all of them; times are medians, after one step of warm-up.
+"of matmul" is the FLOP rate of the step (GPT.estimate_flops) divided by that of a matrix product whose operands stay
+in cache. The chunked loss computes its gradient in the forward pass. The loader works in the background while a model
+trains; its share is the time it takes to make the tokens of a step.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
+import tempfile
 import time
+from statistics import median
 
-from dev.bench.model import build
+
+def build(depth: int, context: int, vocab_size: int, device, dtype=None, noise: bool = False):
+    """A model with random weights and the shape that base_train gives to a depth.
+
+    `noise`: also where weights start at zero (the output projections), so that every layer affects the logits.
+    """
+    import torch
+
+    from nanochat.gpt import GPT, config_of_depth
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = GPT(config_of_depth(depth, vocab_size, context))
+    model.to_empty(device=device)
+    model.init_weights(dtype)
+    if noise:
+        width = model.config.n_embd
+        with torch.no_grad():
+            for block in model.transformer.h:
+                block.attn.c_proj.weight.normal_(std=width**-0.5)
+                block.mlp.c_proj.weight.normal_(std=width**-0.5 / 2)
+            model.lm_head.weight.normal_(std=0.02)
+    return model
 
 
 def build_with_optimizer(args):
@@ -30,84 +52,93 @@ def build_with_optimizer(args):
     return model, MuonAdamW(model.param_groups())
 
 
-def measure(args) -> dict:
-    """Median seconds per step and peak memory of one variant; random tokens cost what real ones do."""
-    import torch
-    import torch.nn.functional as F
-
-    from nanochat.common import Compute
-    from nanochat.device import compile_model
-    from nanochat.training import train_step
-
-    compute = Compute(torch.device("cpu"), torch.float32)
-    model, optimizer = build_with_optimizer(args)
-    step_model = compile_model(model, compute, args.rows) if args.variant == "ours" else model
-    if args.variant == "peer":
-
-        def step_model(x, y, loss_reduction):
-            return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction=loss_reduction)
-
-    tokens = torch.randint(0, args.vocab_size, (2, args.rows, args.sequence_len))
-    batch = [(tokens[0].int(), tokens[1])]
-    started = time.perf_counter()
-    train_step(step_model, optimizer, batch, compute)
-    first = time.perf_counter() - started
-    times = []
-    for _ in range(args.steps):
-        started = time.perf_counter()
-        loss = train_step(step_model, optimizer, batch, compute).item()
-        times.append(time.perf_counter() - started)
-    assert loss > 0
-    times.sort()
-    return {
-        "seconds": times[len(times) // 2], "best": times[0], "first": first, "flops_per_token": model.estimate_flops(),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-    }
+def timed_step(model, optimizer, inputs, targets) -> list[float]:
+    """Seconds of forward, backward and optimizer of one step."""
+    times = [time.perf_counter()]
+    loss = model(inputs, targets)
+    times.append(time.perf_counter())
+    loss.backward()
+    times.append(time.perf_counter())
+    optimizer.step()
+    optimizer.zero_grad()
+    times.append(time.perf_counter())
+    return [end - start for start, end in zip(times, times[1:])]
 
 
-def product_rate() -> float:
-    """FLOP/s of a matrix product with operands that stay in cache."""
+def matmul_rate() -> float:
+    """FLOP/s of a matrix product whose operands stay in cache."""
     import torch
 
-    a, b = torch.randn(512, 1024), torch.randn(1024, 1024)
-    best = float("inf")
+    a, b, times = torch.randn(512, 1024), torch.randn(1024, 1024), []
     for _ in range(50):
-        started = time.perf_counter()
+        start = time.perf_counter()
         torch.mm(a, b)
-        best = min(best, time.perf_counter() - started)
-    return 2 * 512 * 1024 * 1024 / best
+        times.append(time.perf_counter() - start)
+    return 2 * 512 * 1024 * 1024 / min(times)
+
+
+def loader_rate(B: int, T: int, device, vocab_size: int = 4096, megabytes: int = 10, batches: int = 60) -> float:
+    """Tokens per second of the document loader on the built-in corpus: reading, tokenizing, packing and copying to `device`."""
+    from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit
+    from nanochat.sample_world import documents, write_shards
+    from nanochat.tokenizer import RustBPETokenizer
+
+    tokenizer = RustBPETokenizer.train_from_iterator(documents(size=1_000_000), vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(folder, size=megabytes * 1_000_000)
+        loader = tokenizing_distributed_data_loader_bos_bestfit(tokenizer, B, T, "train", device=device, source=folder)
+        for _ in range(batches // 3):  # more than are prefetched
+            next(loader)
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(loader)
+        rate = batches * B * T / (time.perf_counter() - start)
+        loader.close()
+    return rate
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Training speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--depth", type=int, default=4, help="layers")
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in the vocabulary")
     parser.add_argument("--sequence-len", type=int, default=512, help="tokens per row")
     parser.add_argument("--rows", type=int, default=8, help="rows per step")
-    parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
-    parser.add_argument("--variant", choices=["ours", "eager", "peer"], help="measure this one here and print JSON")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps per variant")
     args = parser.parse_args(argv)
-    if args.variant:
-        print(json.dumps(measure(args)))
-        return
 
-    results = {}
-    for variant in ("ours", "eager", "peer"):
-        command = [sys.executable, "-m", "dev.bench.train", "--variant", variant]
-        for name in ("depth", "vocab_size", "sequence_len", "rows", "steps"):
-            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            sys.exit(f"{variant} failed:\n{run.stderr}")
-        results[variant] = json.loads(run.stdout.splitlines()[-1])
-    tokens, rate = args.rows * args.sequence_len, product_rate()
-    floor = tokens * results["ours"]["flops_per_token"] / rate
-    print(f"products in cache: {rate / 1e9:.0f} GFLOP/s; floor {floor:.2f} s per step of {tokens} tokens = {tokens / floor:,.0f} tok/s")
-    print(f"{'variant':8s} {'s/step':>7s} {'tok/s':>7s} {'x peer':>7s} {'of floor':>9s} {'peak GB':>8s} {'first step s':>13s}")
-    for variant, r in results.items():
-        seconds = r["seconds"]
-        print(f"{variant:8s} {seconds:7.2f} {tokens / seconds:7,.0f} {results['peer']['seconds'] / seconds:7.2f} "
-              f"{floor / seconds:9.0%} {r['peak_gb']:8.2f} {r['first']:13.1f}")
+    import torch
+    import torch.nn.functional as F
+
+    from nanochat.common import compute_init
+    from nanochat.device import compile_model
+
+    compute = compute_init("cpu")
+    model, optimizer = build_with_optimizer(args)
+
+    def textbook(inputs, targets):
+        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+    variants = {"compiled": compile_model(model, compute, args.rows), "eager": model, "textbook": textbook}
+    inputs, targets = torch.randint(0, args.vocab_size, (2, args.rows, args.sequence_len))  # random tokens cost what text does
+    times = {name: [] for name in variants}
+    for step in range(args.steps + 1):
+        for name, variant in variants.items():
+            seconds = timed_step(variant, optimizer, inputs.int(), targets)
+            if step > 0:
+                times[name].append(seconds)
+
+    tokens, matmul, loader = args.rows * args.sequence_len, matmul_rate(), loader_rate(32, 2048, "cpu")
+    seconds = {name: median(map(sum, steps)) for name, steps in times.items()}
+    print(f"depth {args.depth}, vocabulary {args.vocab_size}, {tokens} tokens per step, {torch.get_num_threads()} threads; "
+          f"matrix product {matmul / 1e9:.0f} GFLOP/s")
+    print(f"{'':10s}{'s/step':>8s}{'tok/s':>9s}{'x eager':>9s}{'of matmul':>11s}"
+          f"{'forward':>9s}{'backward':>10s}{'optimizer':>11s}{'loader':>8s}")
+    for name, steps in times.items():
+        rate = tokens / seconds[name]
+        shares = [median(stage) / seconds[name] for stage in zip(*steps)]
+        print(f"{name:10s}{seconds[name]:8.3f}{rate:9,.0f}{seconds['eager'] / seconds[name]:9.2f}"
+              f"{rate * model.estimate_flops() / matmul:11.0%}{shares[0]:9.0%}{shares[1]:10.0%}{shares[2]:11.0%}{rate / loader:8.2%}")
+    print(f"loader, 32 rows of 2048 tokens: {loader / 1e6:.1f}M tok/s")
 
 
 if __name__ == "__main__":
