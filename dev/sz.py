@@ -13,11 +13,11 @@ import tokenize
 from collections import defaultdict
 from pathlib import Path
 
-PRODUCT, TESTS = 19_000, 14_350  # lines: everything but the tests; the tests. To shrink to 12,500 and 7,000
+PRODUCT, TESTS = 18_700, 14_000  # lines: everything but the tests; the tests. To shrink to 12,500 and 7,000
 FILE = 500  # lines of one file
 LARGER = {  # files that may be larger for now
-    "nanochat/ui.html": 1274, "nanochat/sandbox.py": 568, "nanochat/engine.py": 505, "tests/test_ui.py": 831,
-    "tests/test_sandbox.py": 677, "tests/test_engine.py": 624,
+    "nanochat/ui.html": 1274, "nanochat/sandbox.py": 568, "tests/test_ui.py": 831,
+    "tests/test_sandbox.py": 677,
 }  # fmt: skip
 TOKENS_PER_LINE = 11.1  # of Python code
 SOURCE = {".py", ".rs", ".sh", ".html", ".toml"}

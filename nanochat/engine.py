@@ -13,9 +13,8 @@ An engine must be used by one thread at a time.
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 
@@ -88,11 +87,7 @@ def cache_dtype(model) -> torch.dtype:
 
 
 def sample(
-    logits: torch.Tensor,
-    temperatures: list[float],
-    top_ks: list[int | None],
-    top_ps: list[float],
-    uniform_samples: list[float],
+    logits: torch.Tensor, temperatures: list[float], top_ks: list[int | None], top_ps: list[float], uniform_samples: list[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per sequence from logits (B, V), with settings and a uniform sample in [0, 1) for each.
 
@@ -103,20 +98,23 @@ def sample(
     """
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     log_probs = torch.zeros(len(logits), device=logits.device)
-    groups: dict[int, list[int]] = {}  # number of candidates to sort (0: all, unsorted) -> sequences
-    for seq, temperature in enumerate(temperatures):
-        k = min(top_ks[seq] or logits.size(-1), logits.size(-1))
-        ordered = k < logits.size(-1) or top_ps[seq] < 1
+
+    # Rows that need equally many candidates are sampled together: 1 if greedy, 0 for the whole vocabulary, unsorted
+    groups: dict[int, list[int]] = {}  # candidates -> rows of the logits
+    for row, temperature in enumerate(temperatures):
+        k = min(top_ks[row] or logits.size(-1), logits.size(-1))
+        ordered = k < logits.size(-1) or top_ps[row] < 1
         width = 1 if temperature == 0 else 1 << (k - 1).bit_length() if ordered else 0
-        groups.setdefault(width, []).append(seq)
-    for width, seqs in groups.items():
+        groups.setdefault(width, []).append(row)
+
+    for width, rows in groups.items():
 
         def column(values):
-            return torch.tensor([values[seq] for seq in seqs], device=logits.device)[:, None]
+            return torch.tensor([values[row] for row in rows], device=logits.device)[:, None]  # (R, 1)
 
-        scores = logits if len(seqs) == len(logits) else logits[seqs]
+        scores = logits if len(rows) == len(logits) else logits[rows]  # (R, V)
         if width == 1:
-            tokens[seqs] = scores.argmax(dim=-1)
+            tokens[rows] = scores.argmax(dim=-1)
             continue
         if width:
             scores, candidates = scores.topk(min(width, logits.size(-1)), dim=-1)  # (R, width), most likely first
@@ -131,8 +129,8 @@ def sample(
             kept = (cumulative - weights < column(top_ps) * total).sum(dim=-1, keepdim=True)
             total = torch.where(column(top_ps) < 1, cumulative.gather(1, kept.clamp(min=1) - 1), total)
         choice = torch.searchsorted(cumulative, column(uniform_samples) * total, right=True)  # (R, 1)
-        tokens[seqs] = (candidates.gather(1, choice) if width else choice)[:, 0]
-        log_probs[seqs] = (weights.gather(1, choice) / total).log()[:, 0]
+        tokens[rows] = (candidates.gather(1, choice) if width else choice)[:, 0]
+        log_probs[rows] = (weights.gather(1, choice) / total).log()[:, 0]
     return tokens, log_probs
 
 
@@ -170,16 +168,9 @@ class Engine:
     # Sequences that join and leave
 
     def submit(
-        self,
-        tokens: list[int],
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int = 42,
-        stop: list[str] = (),
-        sample_index: int = 0,
-    ) -> Sequence:
+        self, tokens: list[int], max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float = 1.0, seed: int = 42, stop: list[str] = (), sample_index: int = 0,
+    ) -> Sequence:  # fmt: skip
         """Add a prompt, which `step` continues. The tokens depend on these arguments only.
 
         The sequence ends with a terminal token (assistant_end or bos), after `max_tokens`, when the context is
@@ -237,21 +228,14 @@ class Engine:
     # One prompt
 
     def generate(
-        self,
-        tokens: list[int],
-        num_samples: int = 1,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 42,
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        """Continue one prompt `num_samples` times, yielding one token per sample at each step.
+        self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
+        top_k: int | None = None, seed: int = 42,
+    ) -> Iterator[tuple[list[int], list[int]]]:  # fmt: skip
+        """Continue one prompt `num_samples` times: yields (token_column, token_masks) with one entry per sample.
 
-        Yields (token_column, token_masks), one entry per sample: mask 1 if the token was sampled, 0 if a tool forced
-        it. A sample ends with a terminal token (assistant_end or bos), which is yielded, and repeated with mask 0
-        while others continue. Without `max_tokens` the context is the limit. The generator's return value (of
-        `yield from`) lists the finish reasons: "stop", "length" or "context".
-
+        A mask is 1 if the token was sampled, 0 if a tool forced it. A sample ends with a terminal token (assistant_end
+        or bos), which is yielded, then repeated with mask 0 while others continue. Without `max_tokens` the context is
+        the limit. The generator returns the finish reasons ("stop", "length" or "context") of the samples.
         Raises UserError for invalid arguments, at the call and not at the first step.
         """
         if num_samples < 1:
@@ -260,22 +244,17 @@ class Engine:
         return self._columns(seqs)
 
     def generate_batch(
-        self,
-        tokens: list[int],
-        num_samples: int = 1,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int = 42,
-    ) -> tuple[list[list[int]], list[list[int]]]:
+        self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
+        top_k: int | None = None, seed: int = 42,
+    ) -> tuple[list[list[int]], list[list[int]]]:  # fmt: skip
         """Like `generate`, without streaming: (sequences, masks) with the prompt (mask 0) and without the terminal token."""
         sequences = [list(tokens) for _ in range(num_samples)]
         masks = [[0] * len(tokens) for _ in range(num_samples)]
         for column, column_masks in self.generate(tokens, num_samples, max_tokens, temperature, top_k, seed):
-            for seq, (token, mask) in enumerate(zip(column, column_masks)):
+            for i, (token, mask) in enumerate(zip(column, column_masks)):
                 if token not in self.terminal_tokens:
-                    sequences[seq].append(token)
-                    masks[seq].append(mask)
+                    sequences[i].append(token)
+                    masks[i].append(mask)
         return sequences, masks
 
     def _columns(self, seqs: list[Sequence]):
@@ -283,16 +262,13 @@ class Engine:
         for seq in seqs:
             self.scheduler.add(seq)
         try:
-            column = 0
-            while any(seq.finish_reason is None or column < len(seq.masks) for seq in seqs):
+            for column in count():
                 while any(seq.finish_reason is None and column == len(seq.masks) for seq in seqs):
                     self.step()
-                if any(column < len(seq.masks) for seq in seqs):
-                    over = [column >= len(seq.masks) for seq in seqs]
-                    tokens = [seq.tokens[-1] if done else seq.tokens[seq.prompt_length + column] for seq, done in zip(seqs, over)]
-                    yield tokens, [0 if done else seq.masks[column] for seq, done in zip(seqs, over)]
-                column += 1
-            return [seq.finish_reason for seq in seqs]
+                if all(column >= len(seq.masks) for seq in seqs):
+                    return [seq.finish_reason for seq in seqs]
+                tokens = [seq.tokens[min(seq.prompt_length + column, len(seq.tokens) - 1)] for seq in seqs]
+                yield tokens, [seq.masks[column] if column < len(seq.masks) else 0 for seq in seqs]
         finally:
             for seq in seqs:
                 self.cancel(seq)
@@ -301,22 +277,18 @@ class Engine:
     # Inside a step
 
     def _make_sequence(self, tokens, max_tokens, temperature, top_k, top_p, seed, stop, sample_index) -> Sequence:
-        if not tokens:
-            raise UserError("The prompt is empty; it must contain at least bos")
-        if len(tokens) >= self.context:
-            raise UserError(
-                f"The prompt has {len(tokens)} tokens and the model's context is {self.context}, "
-                "which leaves no room for a reply; shorten the prompt"
-            )
-        if max_tokens is not None and max_tokens < 1:
-            raise UserError(f"max_tokens is {max_tokens}; it must be 1 or more, or None for as many as fit")
-        if not 0 <= temperature < float("inf"):
-            raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
-        if top_k is not None and top_k < 1:
-            raise UserError(f"top_k is {top_k}; it must be 1 or more, or None for all tokens")
-        if not 0 < top_p <= 1:
-            raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1 (all tokens)")
         room = self.context - len(tokens)
+        for valid, message in (
+            (tokens, "The prompt is empty; it must contain at least bos"),
+            (room > 0, f"The prompt has {len(tokens)} tokens and the model's context is {self.context}, "
+                       "which leaves no room for a reply; shorten the prompt"),
+            (max_tokens is None or max_tokens > 0, f"max_tokens is {max_tokens}; it must be 1 or more, or None for as many as fit"),
+            (0 <= temperature < float("inf"), f"temperature is {temperature}; it must be 0 (greedy) or more"),
+            (top_k is None or top_k > 0, f"top_k is {top_k}; it must be 1 or more, or None for all tokens"),
+            (0 < top_p <= 1, f"top_p is {top_p}; it must be above 0 and at most 1 (all tokens)"),
+        ):  # fmt: skip
+            if not valid:
+                raise UserError(message)
         budget = room if max_tokens is None else min(max_tokens, room)
         return Sequence(
             tokens=list(tokens),
@@ -376,7 +348,10 @@ class Engine:
         before = [seq.tokens[-2] if len(seq.tokens) > 1 else -1 for seq in seqs]
         batch = torch.tensor([slots, lengths, before, newest], dtype=torch.int32)  # (4, B)
         if self.device.type == "cuda":
-            return self._graph(len(seqs)).run(batch)
+            size = 1 << (len(seqs) - 1).bit_length()  # one graph for each power of two
+            if size not in self.graphs:
+                self.graphs[size] = DecodingGraph(self.model, self.cache, size)
+            return self.graphs[size].run(batch)
         return decode(self.model, self.cache, batch.to(self.device))
 
     def _accept(self, seq: Sequence, token: int, log_prob: float) -> tuple[int, int]:
@@ -417,18 +392,6 @@ class Engine:
     # -------------------------------------------------------------------------
     # Memory
 
-    def _make_cache(self, batch_size: int, seq_len: int) -> KVCache:
-        config = self.model.config
-        return KVCache(
-            batch_size=batch_size,
-            num_heads=config.n_kv_head,
-            seq_len=seq_len,
-            head_dim=config.n_embd // config.n_head,
-            num_layers=config.n_layer,
-            device=self.device,
-            dtype=cache_dtype(self.model),
-        )
-
     def _sequences_that_fit(self) -> int:
         """The number of sequences that fit into half of the free memory, at least one."""
         if self.device.type == "cuda":
@@ -448,19 +411,14 @@ class Engine:
         before = 0 if self.cache is None else self.cache.k_cache.size(1) - spare
         if num_sequences <= before:
             return
-        cache = self._make_cache(min(max(num_sequences, 2 * before), self.scheduler.max_sequences) + spare, self.context)
+        size, config = min(max(num_sequences, 2 * before), self.max_sequences) + spare, self.model.config
+        head_dim, dtype = config.n_embd // config.n_head, cache_dtype(self.model)
+        cache = KVCache(size, config.n_kv_head, self.context, head_dim, config.n_layer, self.device, dtype)
         if self.cache is not None:
             cache.k_cache[:, :before] = self.cache.k_cache[:, :before]
             cache.v_cache[:, :before] = self.cache.v_cache[:, :before]
         self.cache = cache
         self.graphs.clear()  # they hold the old cache's addresses
-
-    def _graph(self, batch_size: int) -> DecodingGraph:
-        """The graph for batches up to the next power of two."""
-        size = 1 << (batch_size - 1).bit_length()
-        if size not in self.graphs:
-            self.graphs[size] = DecodingGraph(self.model, self.cache, size)
-        return self.graphs[size]
 
 
 def uniform_sample(rng: random.Random) -> float:

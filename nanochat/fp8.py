@@ -1,27 +1,24 @@
-"""Float8 matrix products in training, for Hopper and later: half the bytes and twice the peak of bfloat16.
+"""Float8 matrix products in training, for Hopper and later: half the bytes and twice the peak rate of bfloat16.
 
-A float8 number has few bits for its size and fewer for its digits, so a tensor is first divided by one
-number, its scale, that puts its largest element at the end of the range ("tensorwise"); a product is
-multiplied by the two scales again. There are two kinds (arXiv:2209.05433): e4m3, 3 bits of mantissa, up
-to 448, for weights and activations, and e5m2, 2 bits, up to 57344, for gradients, which spread wider.
-Scales are taken anew from each tensor, so nothing is kept between steps and nothing can go stale.
+A float8 number has a small range and few digits, so a tensor is first divided by one number, its scale, that maps its
+largest element to the end of the range ("tensorwise" scaling); a product is multiplied by both scales. There are two
+formats (arXiv:2209.05433): e4m3, 3 bits of mantissa, up to 448, for weights and activations, and e5m2, 2 bits, up to
+57344, for gradients, which have a wider range. Scales are computed from each tensor, so no state is kept between steps.
 
->>> if (why := unsupported_reason(device, dtype)) is None:
+>>> if (reason := unsupported_reason(device, dtype)) is None:
 ...     convert(model)
 
-swaps the class of the Linears in the blocks whose two sizes are multiples of 16 and at least MIN_WIDTH, and leaves
-alone what they hold: parameters, optimizer groups and checkpoints are the same. The head stays as it is, inside its
-loss. Float8 is for gradients: while they are off, evaluation and sampling run as in a model that was never converted,
-to the bit. Inputs and outputs are of any compute dtype. With float16 the loss scale is absorbed by the tensors' scales,
-and an overflow comes out as nan for it to see.
+swaps the class of the eligible Linears in the blocks: sizes that are multiples of 16 and at least MIN_WIDTH. Parameters,
+optimizer groups and checkpoints stay the same. The head is not converted, since it is part of its loss. While gradients
+are off, a converted model computes exactly what it did before. Inputs and outputs may have any compute dtype. With
+float16 the scales absorb the loss scale, and an overflow becomes nan, which the loss scale detects.
 
-Casts are plain operations in an autograd.Function and no custom op: the compiler sees through it, takes the
-largest element while it writes a norm or a ReLU, casts once what q, k and v all read, and keeps for the backward
-pass only the scales of what it can cast again. Weights are cast from float32 in every pass. At d24 that moves some
-9 GB, 3 ms on an H100, while a pass of 32 rows takes some 400: a copy for all passes of a step is not worth its upkeep.
+Casts are plain operations in an autograd.Function, not a custom op, so the compiler can fuse the maximum into the norm
+or ReLU before it, cast the common input of q, k and v once, and recompute casts in the backward pass. Weights are cast
+from float32 in every pass. At d24 that moves about 9 GB, 3 ms on an H100, while a pass of 32 rows takes about 400 ms.
 
-What is to be gained, by arithmetic for an H100 (not measured): a square product of width d saves 6 d^2 FLOP at 700
-against 1200 TFLOP/s per token, and moves 13 d bytes more at 3.3 TB/s. Even at d = 1100; the wider, the better.
+Expected gain, computed for an H100 and not measured: a square product of width d saves 6 d^2 FLOP per token at 700
+against 1200 TFLOP/s, and moves 13 d more bytes at 3.3 TB/s. Both are equal at d = 1100; wider products gain.
 """
 
 from __future__ import annotations
@@ -31,30 +28,30 @@ import torch
 from nanochat.gpt import GPT, Linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-MIN_WIDTH = 128  # a narrower product is never worth the casts
-MIN_AMAX = 1e-30  # for tensors of zeros; divided by 57344 it is still a normal float32, which no GPU takes for zero
+MIN_WIDTH = 128  # narrower products never gain
+MIN_AMAX = 1e-30  # for tensors of zeros; divided by 57344 it is still a normal float32, which GPUs do not flush to zero
 
 
 def to_float8(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x as (float8 numbers of x's shape, float32 scale of shape ()): x is about the one times the other.
+    """(float8 tensor of x's shape, float32 scale of shape ()), whose product is about x.
 
-    Nothing finite leaves the range, so there is nothing to clamp. What is not finite comes out as nan, to be seen.
+    Finite values stay within the range, so nothing is clamped. Values that are not finite become nan.
     """
     scale = x.abs().amax().float().clamp(min=MIN_AMAX) / torch.finfo(dtype).max
     return (x.float() / scale).to(dtype), scale
 
 
 def product(a: torch.Tensor, scale_a: torch.Tensor, b: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """a (M, K) times the transpose of b (N, K): (M, N), summed up in float32.
+    """a (M, K) times the transpose of b (N, K): (M, N), accumulated in float32.
 
-    Hopper's float8 units want both with K innermost; who passes a transposed view pays for a copy of one byte
-    per element. K and N must be multiples of 16. `use_fast_accum` would drop bits of the sums (arXiv:2412.19437, 3.3.2).
+    Hopper's float8 units need K innermost in both; a transposed view is copied. K and N must be multiples of 16.
+    `use_fast_accum` would drop bits of the sums (arXiv:2412.19437, section 3.3.2).
     """
     return torch._scaled_mm(a.contiguous(), b.contiguous().t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=False)
 
 
 class Float8Product(torch.autograd.Function):
-    """x (M, K), weight (N, K) -> (M, N) in the dtype of x. What waits for the backward pass is float8 as well."""
+    """x (M, K), weight (N, K) -> (M, N) in the dtype of x. The tensors saved for the backward pass are float8, too."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -68,7 +65,7 @@ class Float8Product(torch.autograd.Function):
         x8, scale_x, w8, scale_w = ctx.saved_tensors
         g8, scale_g = to_float8(grad, E5M2)  # (M, N)
         d_x = product(g8, scale_g, w8.t(), scale_w, grad.dtype)  # (M, K)
-        d_weight = product(g8.t(), scale_g, x8.t(), scale_x, torch.float32)  # (N, K), not rounded on its way to the master
+        d_weight = product(g8.t(), scale_g, x8.t(), scale_x, torch.float32)  # (N, K), as precise as the weight
         return d_x, d_weight
 
 
@@ -82,21 +79,21 @@ class Float8Linear(Linear):
         return Float8Product.apply(x.reshape(rows, -1), self.weight).view(*x.shape[:-1], -1)
 
 
-def pays(linear: Linear) -> bool:
-    """Whether float8 is possible (multiples of 16) and large enough to gain from."""
+def eligible(linear: Linear) -> bool:
+    """Whether both sizes are multiples of 16, as float8 products require, and at least MIN_WIDTH."""
     return all(size % 16 == 0 and size >= MIN_WIDTH for size in linear.weight.shape)
 
 
 def convert(model: GPT) -> int:
-    """Make the large Linears of the model's blocks, and no other, float8; returns how many."""
-    linears = [linear for linear in model.transformer.h.modules() if isinstance(linear, Linear) and pays(linear)]
+    """Make the eligible Linears of the model's blocks float8; returns their number."""
+    linears = [linear for linear in model.transformer.h.modules() if isinstance(linear, Linear) and eligible(linear)]
     for linear in linears:
         linear.__class__ = Float8Linear
     return len(linears)
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why there can be no float8 products of `dtype` on `device`; None where some were tried and came out right."""
+    """Why float8 products of `dtype` do not work on `device`; None if a self test passes."""
     needs = "float8 needs an NVIDIA GPU of compute capability 8.9 or more (such as H100, H200, L40S)"
     if device.type != "cuda":
         return f"{needs}, and this is a {device.type}"
@@ -104,16 +101,16 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if capability < (8, 9):
         return f"{needs}; {torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
     try:
-        error = trial(device, dtype)
-    except Exception as problem:  # torch._scaled_mm is not public: whatever it says is to be shown, not to end the run
+        error = self_test(device, dtype)
+    except Exception as problem:  # torch._scaled_mm is not public and may fail in any way; the run can do without it
         return f"float8 products fail here: {type(problem).__name__}: {problem}".splitlines()[0]
     return None if error < 0.1 else f"float8 products are wrong here, by {error:.0%}"
 
 
 @torch.enable_grad()
-def trial(device: torch.device, dtype: torch.dtype) -> float:
-    """The worst relative error of a small product and its two gradients against float64; some 6% are float8's own."""
-    rng = torch.Generator(device).manual_seed(0)  # of its own: a run draws the same numbers with and without float8
+def self_test(device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative error of a small product and its two gradients against float64; about 6% is normal."""
+    rng = torch.Generator(device).manual_seed(0)  # a separate one, so that the run's random numbers do not change
     sizes = (64, 128), (256, 128), (64, 256)
     x, weight, grad = (torch.randn(*size, dtype=torch.float64, device=device, generator=rng) for size in sizes)
     low_x, low_weight = x.to(dtype).requires_grad_(), weight.float().requires_grad_()

@@ -76,7 +76,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """An embedding that is initialised by `init_weights` only; PyTorch's own initialisation on the meta device imports its compiler (3 s)."""
+    """Initialised by `init_weights` only: PyTorch's own initialisation imports its compiler on the meta device (3 s)."""
 
     def reset_parameters(self):
         pass

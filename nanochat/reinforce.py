@@ -2,19 +2,18 @@
 
 With the rewards r_i of the answers a_i to a question, the loss of a step is
 
-    L = -1/N * sum over questions, answers i, sampled tokens t of (r_i - mean(r)) * log pi(a_it | what stands before it)
+    L = -1/N * sum over questions, answers i, sampled tokens t of (r_i - mean(r)) * log pi(a_it | the tokens before it)
 
-whose gradient is that of REINFORCE (Williams 1992) with the group's mean as its baseline. N counts the sampled tokens of
-all answers of the step, so each token weighs the same, however long its answer is (DAPO, arXiv:2503.14476, section 3.3),
-and advantages are not divided by their deviation, which would favour questions that are nearly always or nearly never
-solved (arXiv:2503.20783, section 3.1).
+whose gradient is that of REINFORCE (Williams 1992) with the group's mean as its baseline. N is the number of sampled
+tokens in all answers of the step, so each token has the same weight, however long its answer is (DAPO, arXiv:2503.14476,
+section 3.3). Advantages are not divided by their deviation, which would favour questions that are nearly always or
+nearly never solved (arXiv:2503.20783, section 3.1).
 
-pi is the distribution that was sampled from, temperature and top-k included, and answers are used once, by the
-weights that sampled them. So there is no ratio to correct for, nothing to clip, and no KL term. What remains is rounding,
-which is measured: the engine keeps the log-probability of each token that it samples.
+pi is the distribution that was sampled from, temperature and top-k included, and each answer is used once, with the
+weights that sampled it. So there is no importance ratio, no clipping and no KL term. What remains is a difference by
+rounding, which is measured (`sampler_gap`), since the engine keeps the log-probability of each token that it samples.
 
-An answer that was cut off is worth 0, whatever its text so far could pass for: within the tokens it was given it did not
-come to an end, and it takes part in its group's mean as what it is. It is counted apart (`truncated`).
+A truncated answer gets reward 0, whatever its text, and takes part in its group's mean.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Group:
 
 
 def sync_weights(engine, model) -> None:
-    """Give `engine` the present weights of `model`, which is its own model or has a copy in the compute dtype there."""
+    """Update `engine` to the present weights of `model`: its own model, or the one that its copy was made from."""
     if engine.model is model:
         prepare_for_inference(model)
     else:
@@ -61,9 +60,10 @@ def sync_weights(engine, model) -> None:
 
 
 def sample_groups(
-    engine, tokenizer, task, questions, compute: Compute, num_samples: int, max_new_tokens: int, temperature: float, top_k: int | None
-) -> list[Group]:
-    """`num_samples` graded answers to each of `questions`, pairs (index in the task, seed), all sampled in one batch."""
+    engine, tokenizer, task, questions: list[tuple[int, int]], compute: Compute, num_samples: int, max_new_tokens: int,
+    temperature: float, top_k: int | None,
+) -> list[Group]:  # fmt: skip
+    """`num_samples` graded answers to each of `questions`, all sampled in one batch; a question is (index in the task, seed)."""
     from tqdm import tqdm
 
     room = engine.context - min(max_new_tokens, engine.context // 4)  # at least a quarter of the context is left for the reply
@@ -83,18 +83,18 @@ def sample_groups(
 
 
 def policy_batches(groups: list[Group], max_tokens: int, device: torch.device) -> list[tuple[torch.Tensor, ...]]:
-    """Micro-batches of answers of similar length, up to `max_tokens` with the padding to the right.
+    """Micro-batches of answers of similar length, of up to `max_tokens` tokens, padded on the right.
 
-    Each is (inputs (B, T), targets (B, T), advantages (B, T), log_probs (B, T)). A target is -1 where nothing was sampled:
-    in the prompt, in what a tool said, and in the padding. log_probs are those at the time of sampling.
+    Each is (inputs, targets, advantages, log_probs), all (B, T). Targets are -1 where no token was sampled: in the
+    prompt, in a tool's output and in the padding. log_probs are those at the time of sampling.
     """
     answers = [pair for group in groups if group.has_nonzero_advantage for pair in zip(group.seqs, group.advantages)]
     answers.sort(key=lambda answer: -len(answer[0].tokens))
     batches = []
     while answers:
         longest = len(answers[0][0].tokens) - 1
-        seqs = max(1, max_tokens // longest)
-        batch, answers = answers[:seqs], answers[seqs:]
+        size = max(1, max_tokens // longest)
+        batch, answers = answers[:size], answers[size:]
         shape = len(batch), longest
         inputs, targets = torch.zeros(shape, dtype=torch.int32), torch.full(shape, -1)
         advantages, log_probs = torch.zeros(shape), torch.zeros(shape)
@@ -112,9 +112,9 @@ def policy_step(
     model, optimizer, groups: list[Group], compute: Compute, max_tokens: int, temperature: float, top_k: int | None,
     python_start: int, loss_scale: LossScale | None = None,
 ) -> tuple[torch.Tensor, int, dict[str, float]]:  # fmt: skip
-    """One update from this rank's groups and those of the other ranks: (loss, sampled tokens, metrics of the answers).
+    """One update from the groups of all ranks; returns (loss, sampled tokens, metrics of the answers).
 
-    If no group on any rank has a non-zero advantage, the step changes nothing and the loss is 0.
+    If no group on any rank has a non-zero advantage, the weights do not change and the loss is 0.
     """
     seqs = [seq for group in groups for seq in group.seqs]
     batches = policy_batches(groups, max_tokens, compute.device)
@@ -131,7 +131,7 @@ def policy_step(
         "supervised": sum(int((targets >= 0).sum()) for _, targets, _, _ in batches),
     }
     total = dict(zip(counts, compute.sum(torch.tensor([float(count) for count in counts.values()], dtype=torch.float64)).tolist()))
-    differences = [torch.zeros((), device=compute.device)]  # between the log-probabilities of learning and of sampling
+    differences = [torch.zeros((), device=compute.device)]  # between learner's and sampler's log-probabilities
 
     def losses():
         for inputs, targets, advantages, before in batches:
@@ -142,7 +142,7 @@ def policy_step(
 
     loss = backward_and_step(losses(), optimizer, compute, loss_scale) if total["nonzero_groups"] else torch.zeros(())
     values = {name: total[name] / total["answers"] for name in ("reward", "length", "truncated", "tool_calls")}
-    # On policy, the mean surprise at what was sampled estimates the entropy of the distribution it was sampled from.
+    # On policy, the mean negative log-probability of the sampled tokens estimates the entropy of the distribution
     values["entropy"] = total["neg_log_prob"] / total["sampled"]
     values["nonzero_groups"] = total["nonzero_groups"] / total["groups"]
     values["sampler_gap"] = compute.sum(sum(differences)).item() / max(1.0, total["supervised"])

@@ -18,7 +18,7 @@ def problem(N=37, d=16, V=50, seed=0, scale=1.0):
     return hidden, weight, targets
 
 
-def oracle(hidden, weight, targets, reduction="sum"):
+def reference(hidden, weight, targets, reduction="sum"):
     logits = 15 * torch.tanh(hidden.double() @ weight.double().T / 15)
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
 
@@ -32,14 +32,14 @@ def test_sum_and_gradients(monkeypatch, rows, scale):
     loss = linear_cross_entropy(h, w, targets)
     (3 * loss).backward()
     h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    expected = oracle(h64, w64, targets)
+    expected = reference(h64, w64, targets)
     (3 * expected).backward()
     assert torch.allclose(loss.double(), expected, rtol=1e-6)
     assert torch.allclose(h.grad.double(), h64.grad, atol=1e-4 * h64.grad.abs().max())
     assert torch.allclose(w.grad.double(), w64.grad, atol=1e-4 * w64.grad.abs().max())
 
 
-def test_no_target_at_all_is_zero_and_moves_nothing():
+def test_without_targets_loss_and_gradients_are_zero():
     hidden, weight, targets = problem()
     hidden.requires_grad_(), weight.requires_grad_()
     loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -1))
@@ -54,7 +54,7 @@ def test_per_token_losses_can_be_weighted():
     losses = token_losses(h, w, targets)
     (losses * advantage).sum().backward()
     h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    expected = oracle(h64, w64, targets, "none")
+    expected = reference(h64, w64, targets, "none")
     (expected * advantage).sum().backward()
     assert torch.allclose(losses.double(), expected, atol=1e-5)
     assert losses[targets < 0].eq(0).all()
@@ -63,7 +63,7 @@ def test_per_token_losses_can_be_weighted():
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, 5), (1.3, 1), (1.0, 1000)])
-def test_log_probabilities_of_a_sampling_distribution(monkeypatch, temperature, top_k):
+def test_log_probs_of_the_sampling_distribution(monkeypatch, temperature, top_k):
     monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda hidden, vocab: 8)
     hidden, weight, _ = problem()
     h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
@@ -81,20 +81,20 @@ def test_log_probabilities_of_a_sampling_distribution(monkeypatch, temperature, 
     assert torch.allclose(h.grad.double(), h64.grad, atol=1e-4) and torch.allclose(w.grad.double(), w64.grad, atol=1e-4)
 
 
-def test_a_token_that_rounding_puts_outside_of_the_top_k_counts_as_kept():
+def test_a_sampled_token_that_rounding_puts_outside_of_the_top_k_is_counted_in():
     hidden, weight, _ = problem(N=1)
     scores, order = softcapped_logits(hidden, weight)[0].sort(descending=True)
     found = sampling_log_probs(hidden, weight, order[3:4], top_k=3)
     assert found.item() == pytest.approx((scores[3] - scores[:4].logsumexp(0)).item(), abs=1e-5)
 
 
-def test_bfloat16_hidden_states_with_float32_weights():
+def test_bfloat16_activations_with_float32_weights():
     hidden, weight, targets = problem(N=64)
     h, w = hidden.bfloat16().requires_grad_(), weight.clone().requires_grad_()
     loss = linear_cross_entropy(h, w, targets)
     loss.backward()
     w64 = weight.double().requires_grad_()
-    expected = oracle(hidden.bfloat16(), w64, targets)
+    expected = reference(hidden.bfloat16(), w64, targets)
     expected.backward()
     assert loss.dtype == torch.float32 and w.grad.dtype == torch.float32 and h.grad.dtype == torch.bfloat16
     assert abs(loss.item() / expected.item() - 1) < 1e-2
@@ -109,8 +109,7 @@ def test_logits_stay_within_the_cap():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
-def test_compiled_inside_a_compiled_model():
-    """In one graph without a break, and the numbers of the uncompiled loss."""
+def test_compiled_loss_equals_the_uncompiled_one_without_a_graph_break():
     hidden, weight, targets = problem(N=200, V=64)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     model = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""The Transformer: its parts against a plain twin, its sizes by hand, its extras neutral when absent."""
+"""The Transformer against a slow reference implementation, its sizes against hand-computed ones."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def make(seed=0, noise=0.05, **changes) -> GPT:
     model.to_empty(device="cpu")
     torch.manual_seed(seed)
     model.init_weights(torch.float32)
-    with torch.no_grad():  # the projections start at zero; noise lets every path be seen
+    with torch.no_grad():  # the output projections are zero at first, which would hide everything before them
         for p in model.parameters():
             p += noise * torch.randn(p.shape)
     return model
@@ -25,8 +25,8 @@ def ids(B=2, T=64, vocab=100, seed=1):
     return torch.randint(0, vocab, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def twin(model: GPT, idx: torch.Tensor) -> torch.Tensor:
-    """The logits by the formulas, one position and one head at a time where it matters, in float64."""
+def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """The logits in float64, straight from the formulas; attention one position and one head at a time."""
     c, w = model.config, {name: p.detach().double() for name, p in model.state_dict().items()}
     rms = lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
     B, T = idx.shape
@@ -38,7 +38,7 @@ def twin(model: GPT, idx: torch.Tensor) -> torch.Tensor:
     x = x0 = x + w["smear_lambda"] * gate * left
     freqs = c.rotary_base ** (-torch.arange(D // 2, dtype=torch.float64) / (D // 2))
 
-    def rotate(v, t):  # (B, H, D) at position t, as complex numbers turned backwards
+    def rotate(v, t):  # (B, H, D) at position t, as complex numbers
         turned = torch.complex(v[..., : D // 2], v[..., D // 2 :]) * torch.polar(torch.ones_like(freqs), -t * freqs)
         return torch.cat([turned.real, turned.imag], -1)
 
@@ -66,22 +66,22 @@ def twin(model: GPT, idx: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_kv_head": 4, "n_layer": 4}, {"n_layer": 1}])
-def test_forward_is_the_formulas(changes):
+def test_forward_equals_the_reference(changes):
     model = make(**changes)
     logits = model(ids())
     assert logits.shape == (2, 64, 100) and logits.dtype == torch.float32
-    assert torch.allclose(logits.double(), twin(model, ids()), atol=2e-4)
+    assert torch.allclose(logits.double(), reference(model, ids()), atol=2e-4)
 
 
-def test_a_window_inside_a_longer_context():
+def test_a_window_shorter_than_the_context():
     model = make(sequence_len=300, window_pattern="QL", n_layer=2)
     assert model.window_sizes == [128, -1]
     x = ids(B=1, T=150)
-    assert torch.allclose(model(x).double(), twin(model, x), atol=2e-4)
+    assert torch.allclose(model(x).double(), reference(model, x), atol=2e-4)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_and_every_gradient(reduction):
+def test_loss_and_all_gradients(reduction):
     model, x, y = make(), ids(), ids(seed=2)
     y[0, :40] = -1
     model(x, y, loss_reduction=reduction).backward()
@@ -95,7 +95,7 @@ def test_loss_and_every_gradient(reduction):
         assert torch.allclose(got[name], p.grad, atol=1e-4 * p.grad.abs().max()), name
 
 
-def test_losses_of_single_tokens():
+def test_losses_per_token():
     model, x, y = make(), ids(), ids(seed=2)
     y[1, 5] = -1
     losses = model(x, y, loss_reduction="none")
@@ -103,14 +103,14 @@ def test_losses_of_single_tokens():
     assert torch.allclose(losses, expected, atol=1e-5) and losses[1, 5] == 0
 
 
-def test_no_target_gives_zero_not_nan():
+def test_a_batch_without_targets_has_zero_loss_and_gradients():
     model, x = make(), ids()
     loss = model(x, torch.full_like(x, -1))
     loss.backward()
     assert loss == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-def test_the_past_does_not_depend_on_the_future():
+def test_attention_is_causal():
     model, x = make(), ids(B=1)
     changed = x.clone()
     changed[0, 30:] = 7
@@ -159,7 +159,7 @@ def test_counts_and_flops():
     assert model.estimate_flops() == 6 * (4 * 12 * 256**2 + gates + 32768 * 256) + attention
 
 
-def test_every_parameter_is_in_one_group():
+def test_each_parameter_is_in_exactly_one_group():
     model = make()
     named = [name for group in model.param_groups() for name, _ in group["params"]]
     assert sorted(named) == sorted(name for name, _ in model.named_parameters())
@@ -168,8 +168,7 @@ def test_every_parameter_is_in_one_group():
     assert head["lr"] == pytest.approx(0.008 * (64 / 768) ** -0.5)
 
 
-def test_extras_that_an_older_checkpoint_lacks_are_neutral():
-    """Without them the model is the plain Transformer: its own weights with the extras switched off."""
+def test_missing_extras_of_an_older_checkpoint_are_neutral():
     model = make()
     extras = ("resid_lambdas", "x0_lambdas", "smear", "backout", "value_embeds")
     old = {n: t.clone() for n, t in model.state_dict().items() if not n.startswith(extras) and "ve_gate" not in n}
@@ -182,7 +181,7 @@ def test_extras_that_an_older_checkpoint_lacks_are_neutral():
     assert torch.allclose(loaded(ids()), model(ids()), atol=1e-5)
 
 
-def test_vocabulary_is_padded_inside_only():
+def test_padding_of_the_vocabulary_is_internal():
     model = make(vocab_size=101)
     assert model.lm_head.weight.shape[0] == 128
     assert model(ids()).shape[-1] == 101
@@ -190,7 +189,7 @@ def test_vocabulary_is_padded_inside_only():
     assert not model.lm_head.weight.grad[101:].any()
 
 
-def test_too_long_and_ill_shaped_are_refused():
+def test_invalid_lengths_and_shapes_are_refused():
     with pytest.raises(ValueError, match="context of 64"):
         make()(ids(T=65))
     with pytest.raises(ValueError, match="multiple"):
@@ -209,17 +208,15 @@ def test_generate():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lower_precision_follows_float32(dtype):
+def test_lower_precision_is_close_to_float32(dtype):
     full, low = make(), make()
     low.init_weights(dtype)
     low.load_state_dict(full.state_dict())
     assert low.transformer.wte.weight.dtype == dtype and low.lm_head.weight.dtype == torch.float32
-    difference = (full(ids()) - low(ids())).abs().max()
-    assert difference < 0.15, f"logits move by {difference}"
+    assert (full(ids()) - low(ids())).abs().max() < 0.15
 
 
-def test_the_training_step_is_one_graph():
-    """No graph break in forward or loss, and the same loss and gradients as without the compiler."""
+def test_training_compiles_without_a_graph_break_to_the_same_gradients():
     model, x, y = make(), ids(), ids(seed=2)
     model(x, y).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -230,10 +227,10 @@ def test_the_training_step_is_one_graph():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_computing_again_changes_nothing_but_the_memory(compiled):
-    """The same loss and gradients, in one graph, from three fifths of what is kept otherwise; without gradients nothing differs."""
+def test_recomputing_activations_changes_only_the_memory(compiled):
+    """The same loss and gradients, in one graph, with at most 65% of the saved activations."""
     x, y = ids(), ids(seed=2)
-    losses, gradients, kept = [], [], []
+    losses, gradients, saved = [], [], []
     for recompute in (False, True):
         torch._dynamo.reset()
         model = make(n_layer=4)
@@ -241,23 +238,23 @@ def test_computing_again_changes_nothing_but_the_memory(compiled):
         weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
         activations = {}
 
-        def note(tensor):
+        def record(tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 activations[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         run = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False) if compiled else model
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             losses.append(run(x, y))
         losses[-1].backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-        kept.append(sum(activations.values()))
+        saved.append(sum(activations.values()))
     assert torch.allclose(losses[0], losses[1])
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-5 * gradient.abs().max()), name
-    if compiled:  # what is kept uncompiled is not told to these hooks
-        assert kept[1] < 0.65 * kept[0]
+    if compiled:  # uncompiled, checkpoints save tensors without these hooks
+        assert saved[1] < 0.65 * saved[0]
     with torch.no_grad():
         cache = KVCache(2, 2, 64, 16, 4, "cpu", torch.float32)
         assert torch.equal(model.hidden(x, cache), model.hidden(x))
@@ -276,8 +273,8 @@ def test_last_only_equals_the_last_position(n_layer):
     model = make(n_layer=n_layer)
     cache = KVCache(2, 2, 64, 16, n_layer, "cpu", torch.float32)
     with torch.no_grad():
-        whole = model.hidden(ids())
+        expected = model.hidden(ids())
         for start, end in ((0, 20), (20, 21), (21, 60)):
             last = model.hidden(ids()[:, start:end], kv_cache=cache, last_only=True)
-            assert last.shape == (2, 1, 64) and torch.allclose(last, whole[:, end - 1 : end], atol=1e-5)
-        assert torch.allclose(model.hidden(ids()[:, 60:], kv_cache=cache), whole[:, 60:], atol=1e-5)
+            assert last.shape == (2, 1, 64) and torch.allclose(last, expected[:, end - 1 : end], atol=1e-5)
+        assert torch.allclose(model.hidden(ids()[:, 60:], kv_cache=cache), expected[:, 60:], atol=1e-5)

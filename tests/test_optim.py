@@ -1,4 +1,4 @@
-"""AdamW against `torch.optim.AdamW`; Muon's update against its singular values and a twin in float64; many ranks against one."""
+"""AdamW against `torch.optim.AdamW`; Muon against a float64 reference with an exact polar factor; many ranks against one."""
 
 import re
 from collections import Counter
@@ -25,7 +25,7 @@ def muon_group(named, **changes):
     return {"kind": "muon", "params": named, "lr": 0.02, "momentum": 0.95, "beta2": 0.9, "weight_decay": 0.0, **changes}
 
 
-def test_adamw_is_torch_adamw():
+def test_adamw_equals_torch_adamw():
     mine, theirs = parameter(5, 7), parameter(5, 7)
     optimizer = MuonAdamW([adamw_group([("w", mine)])])
     reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.8, 0.96), eps=1e-10, weight_decay=0.1)
@@ -39,7 +39,7 @@ def test_adamw_is_torch_adamw():
 
 
 @pytest.mark.parametrize("shape", [(48, 128), (128, 48), (96, 96)])
-def test_polar_express_flattens_the_singular_values(shape):
+def test_polar_express_makes_singular_values_about_equal(shape):
     """U S V^T -> U S' V^T with the same directions and S' near 1 for every value that is not tiny."""
     G = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     X = polar_express(G)
@@ -52,7 +52,7 @@ def test_polar_express_flattens_the_singular_values(shape):
     assert off_diagonal.abs().max() < 1e-3
 
 
-def muon_twin(grads, momentum, beta2):
+def muon_reference(grads, momentum, beta2):
     """The update of one matrix by its definition, with an exact polar factor in float64; yields one per gradient."""
     buffer, second = torch.zeros_like(grads[0]), None
     for grad in grads:
@@ -69,19 +69,19 @@ def muon_twin(grads, momentum, beta2):
 
 
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24)])
-def test_muon_update_points_where_its_definition_does(shape):
+def test_muon_update_is_close_to_the_reference(shape):
     g = torch.Generator().manual_seed(0)
     grads = [torch.randn(*shape, dtype=torch.float64, generator=g) for _ in range(5)]
     momentum_buffer = torch.zeros(1, *shape)
     second = torch.zeros(1, shape[0], 1) if shape[0] >= shape[1] else torch.zeros(1, 1, shape[1])
-    for grad, expected in zip(grads, muon_twin(grads, 0.9, 0.9)):
+    for grad, expected in zip(grads, muon_reference(grads, 0.9, 0.9)):
         update = muon_update(grad.float()[None], momentum_buffer, second, 0.9, 0.9)[0].double()
         cosine = (update * expected).sum() / update.norm() / expected.norm()
         assert cosine > 0.98, "only the five-step approximation may differ"
         assert update.norm().item() == pytest.approx(min(shape) ** 0.5, rel=1e-4)
 
 
-def test_matrices_of_one_shape_do_not_touch_each_other():
+def test_matrices_of_one_stack_are_independent():
     pair = MuonAdamW([muon_group([("a", a := parameter(8, 8, seed=1)), ("b", b := parameter(8, 8, seed=2))])])
     alone = MuonAdamW([muon_group([("b", only := parameter(8, 8, seed=2))])])
     for step in range(3):
@@ -92,7 +92,7 @@ def test_matrices_of_one_shape_do_not_touch_each_other():
 
 
 def test_weight_decay_is_cautious():
-    """Decay pulls a weight to zero only where the update moves it that way too."""
+    """Weights decay only where the update moves them towards zero, too."""
     start = parameter(16, 16).detach()
     moved = {}
     for decay in (0.0, 0.5):
@@ -129,15 +129,15 @@ def test_state_round_trip_continues_exactly():
     assert torch.equal(w1, w3) and torch.equal(e1, e3)
 
 
-def test_a_foreign_state_is_refused():
-    _, optimizer = parameter(2, 2), MuonAdamW([muon_group([("w", parameter(2, 2))])])
+def test_the_state_of_another_model_is_refused():
+    optimizer = MuonAdamW([muon_group([("w", parameter(2, 2))])])
     with pytest.raises(ValueError, match="another model"):
         optimizer.load_state_dict({"v.momentum": torch.zeros(2, 2)})
     with pytest.raises(ValueError, match="shape"):
         optimizer.load_state_dict({"w.momentum": torch.zeros(3, 2), "w.second_moment": torch.zeros(2, 1)})
 
 
-def test_bad_groups_are_refused():
+def test_invalid_groups_are_refused():
     with pytest.raises(ValueError, match="neither"):
         MuonAdamW([{"kind": "sgd", "params": [], "lr": 1.0, "weight_decay": 0.0}])
     with pytest.raises(ValueError, match="matrices"):
@@ -147,7 +147,7 @@ def test_bad_groups_are_refused():
 # -----------------------------------------------------------------------------
 # Many ranks
 
-# Nothing here divides by 2 or 3: not the sizes, not the number of matrices of a shape.
+# Neither sizes nor the number of matrices of a shape are divisible by 2 or 3
 MATRICES = [(6, 4)] * 5 + [(4, 6)] * 2 + [(7, 7)]
 OTHERS = {"table": (50, 7), "scalar": (1,), "line": (13,)}
 
@@ -168,30 +168,29 @@ def gradient(p, step, rank):
     return torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.dtype)
 
 
-def one_of_many(rank, world_size, folder):
-    """A rank: five steps with gradients of its own; saves its parameters, its state, and what it sent."""
+def run_rank(rank, world_size, folder):
+    """One rank: five steps with its own gradients; saves its parameters, its state and the number of bytes sent."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     torch.set_num_threads(1)
     sent = Counter()
 
     exchange, broadcast = dist.all_to_all_single, dist.broadcast
 
-    def counted_exchange(out, into, **kwargs):
+    def count_exchange(out, into, **kwargs):
         sent["reduce-scatter"] += into.nbytes * (world_size - 1) // world_size
         return exchange(out, into, **kwargs)
 
-    def counted_broadcast(tensor, src, **kwargs):
+    def count_broadcast(tensor, src, **kwargs):
         sent["all-gather"] += tensor.nbytes * (world_size - 1) * (src == rank)
         return broadcast(tensor, src, **kwargs)
 
-    dist.all_to_all_single, dist.broadcast = counted_exchange, counted_broadcast
+    dist.all_to_all_single, dist.broadcast = count_exchange, count_broadcast
     groups = many_parameters()
     optimizer = make_optimizer(*groups)
     everything = [pair for group in groups for pair in group]
     for step in range(5):
         for name, p in everything:
-            missing = name == "line" and rank == 1  # counts as zero
-            p.grad = None if missing else gradient(p, step, rank)
+            p.grad = None if name == "line" and rank == 1 else gradient(p, step, rank)  # None counts as zero
         optimizer.step()
         optimizer.zero_grad()
     torch.save({"parameters": dict(everything), "state": optimizer.state_dict(), "sent": dict(sent)}, f"{folder}/{rank}.pt")
@@ -201,26 +200,26 @@ def one_of_many(rank, world_size, folder):
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(one_of_many, (request.param, str(folder)), nprocs=request.param)
+    torch.multiprocessing.spawn(run_rank, (request.param, str(folder)), nprocs=request.param)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
 
 
-def test_many_ranks_do_what_one_does_with_the_sum_of_their_gradients(ranks):
+def test_many_ranks_equal_one_with_the_summed_gradients(ranks):
     groups = many_parameters()
     optimizer = make_optimizer(*groups)
     for step in range(5):
         for name, p in [pair for group in groups for pair in group]:
-            giving = [rank for rank in range(len(ranks)) if not (name == "line" and rank == 1)]
-            p.grad = torch.stack([gradient(p, step, rank).float() for rank in giving]).sum(0).to(p.dtype)
+            contributing = [rank for rank in range(len(ranks)) if not (name == "line" and rank == 1)]
+            p.grad = torch.stack([gradient(p, step, rank).float() for rank in contributing]).sum(0).to(p.dtype)
         optimizer.step()
     for name, p in [pair for group in groups for pair in group]:
         tolerance = {"rtol": 0.02, "atol": 0.02} if p.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
         for rank in ranks:
             assert torch.allclose(rank["parameters"][name], p, **tolerance), name
-            assert torch.equal(rank["parameters"][name], ranks[0]["parameters"][name]), "ranks must not drift apart"
+            assert torch.equal(rank["parameters"][name], ranks[0]["parameters"][name]), "all ranks have the same parameters"
 
 
-def test_every_number_of_the_state_is_on_one_rank(ranks):
+def test_each_element_of_the_state_is_on_exactly_one_rank(ranks):
     whole = make_optimizer(*many_parameters()).state_dict()
     covered = {name: torch.zeros(tensor.numel(), dtype=torch.int) for name, tensor in whole.items() if not name.endswith(".step")}
     for rank in ranks:
@@ -233,7 +232,7 @@ def test_every_number_of_the_state_is_on_one_rank(ranks):
     assert all((count == 1).all() for count in covered.values())
 
 
-def test_what_a_rank_keeps_and_sends_is_what_the_docstring_says(ranks):
+def test_state_and_traffic_per_rank_are_as_documented(ranks):
     """Chunks of 1/W of a bucket: 64 numbers more at most for AdamW, less than the largest matrix more for Muon."""
     W, (matrices, others, half) = len(ranks), many_parameters()
 
@@ -248,8 +247,8 @@ def test_what_a_rank_keeps_and_sends_is_what_the_docstring_says(ranks):
     for rank in ranks:
         assert 5 * least <= rank["sent"]["reduce-scatter"] <= 5 * sent
         assert rank["sent"]["all-gather"] == rank["sent"]["reduce-scatter"]
-        kept = sum(tensor.numel() for tensor in rank["state"].values())
-        assert kept <= muon_chunk + lines + 2 * sum(adamw_chunks) + len(rank["state"])
+        stored = sum(tensor.numel() for tensor in rank["state"].values())
+        assert stored <= muon_chunk + lines + 2 * sum(adamw_chunks) + len(rank["state"])
 
 
 @settings(max_examples=200, deadline=None)
@@ -262,7 +261,7 @@ def test_matrices_are_assigned_whole_and_evenly(sizes, world_size):
     assert chunk < sum(sizes) / world_size + max(sizes)
 
 
-def test_large_groups_are_cut_into_buckets(monkeypatch):
+def test_large_groups_are_split_into_buckets(monkeypatch):
     monkeypatch.setattr(optim, "BUCKET", 100)
     named = [("a", torch.empty(60)), ("b", torch.empty(40)), ("c", torch.empty(1)), ("d", torch.empty(500)), ("e", torch.empty(2).bfloat16())]
     assert [[name for name, _ in bucket] for bucket in optim._buckets(named)] == [["a", "b"], ["c"], ["d"], ["e"]]

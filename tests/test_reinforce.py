@@ -1,4 +1,4 @@
-"""The policy gradient against one derived by hand, and a model that learns a tiny task to near-perfection by it."""
+"""The policy gradient against one derived by hand; a model that learns a tiny task nearly perfectly."""
 
 import math
 import random
@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import recorder
 
 from nanochat.common import Compute
 from nanochat.cross_entropy import sampling_log_probs
@@ -48,7 +47,7 @@ TOKENIZER = LetterTokenizer()
 
 
 class NextLetter:
-    """Asked for a letter, the answer begins with the one after it."""
+    """The question is a letter, and the answer starts with the next one."""
 
     eval_type = "generative"
 
@@ -71,7 +70,7 @@ def make_model(seed=0):
     return model
 
 
-def test_a_tiny_task_is_learnt_to_near_perfection():
+def test_a_tiny_task_is_learned_nearly_perfectly():
     model = make_model()
     engine = Engine(model, TOKENIZER, max_sequences=128)
     optimizer = MuonAdamW(model.param_groups(embedding_lr=0.03, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.0, weight_decay=0.0))
@@ -82,8 +81,8 @@ def test_a_tiny_task_is_learnt_to_near_perfection():
         groups = sample_groups(engine, TOKENIZER, NextLetter(), questions, CPU, 32, max_new_tokens=4, temperature=1.0, top_k=None)
         _, _, values = policy_step(model, optimizer, groups, CPU, 1024, 1.0, None, engine.python_start)
         rewards.append(values["reward"])
-        assert values["sampler_gap"] < 1e-5, "what is learned from is the distribution that was sampled from"
-    assert rewards[0] < 0.2, "at first it guesses, and seldom comes to an end"
+        assert values["sampler_gap"] < 1e-5, "the learner's distribution is the one that was sampled from"
+    assert rewards[0] < 0.2, "at first answers are random, and most are truncated"
     assert sum(rewards[-5:]) / 5 > 0.95, rewards
 
 
@@ -92,19 +91,33 @@ def test_a_tiny_task_is_learnt_to_near_perfection():
 
 
 class Bigrams(torch.nn.Module):
-    """A policy without context: a table of raw logits, softcapped as every model's are."""
+    """A policy that sees one token: a table of logits before the softcap."""
 
     def __init__(self, vocab=7):
         super().__init__()
         self.table = torch.nn.Parameter(3 * torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(0)))
 
     def sampling_log_probs(self, idx, targets, temperature, top_k):
-        counted = targets >= 0
-        return sampling_log_probs(self.table[idx[counted].long()], torch.eye(len(self.table)), targets[counted], temperature, top_k)
+        valid = targets >= 0
+        return sampling_log_probs(self.table[idx[valid].long()], torch.eye(len(self.table)), targets[valid], temperature, top_k)
+
+
+class Recorder:
+    """An optimizer that records the gradient of each step."""
+
+    def __init__(self, model):
+        self.table, self.gradient = model.table, torch.zeros_like(model.table)
+        self.param_groups = [{"params": [model.table]}]
+
+    def step(self):
+        self.gradient = torch.zeros_like(self.table) if self.table.grad is None else self.table.grad.clone()
+
+    def zero_grad(self):
+        self.table.grad = None
 
 
 def random_groups(seed, temperature, top_k, table, num_groups=3, num_samples=4):
-    """Groups of seqs with rewards and tool output, whose log-probabilities are computed in plain Python."""
+    """Groups with rewards and tool output, whose log-probabilities are computed in plain Python."""
     rng = random.Random(seed)
     groups = []
     for _ in range(num_groups):
@@ -113,7 +126,7 @@ def random_groups(seed, temperature, top_k, table, num_groups=3, num_samples=4):
             seq = Sequence(tokens=list(prompt), limit=99, finish_reason="stop")
             for _ in range(rng.randint(1, 5)):
                 mask = int(rng.random() < 0.8)
-                p = by_hand(table[seq.tokens[-1]], temperature, top_k)
+                p = probabilities(table[seq.tokens[-1]], temperature, top_k)
                 token = rng.choices(range(7), p)[0] if mask else rng.randrange(7)
                 seq.tokens.append(token), seq.masks.append(mask), seq.log_probs.append(mask and math.log(p[token]))
             seqs.append(seq)
@@ -121,17 +134,17 @@ def random_groups(seed, temperature, top_k, table, num_groups=3, num_samples=4):
     return groups
 
 
-def by_hand(raw, temperature, top_k):
-    """Probabilities of the softcapped logits over the temperature, of which the k largest stay."""
+def probabilities(raw, temperature, top_k):
+    """Softmax of the k largest softcapped logits, divided by the temperature."""
     scores = [15 * math.tanh(z / 15) / temperature for z in raw]
-    kept = sorted(range(len(scores)), key=lambda v: -scores[v])[:top_k]
-    weights = [math.exp(scores[v]) if v in kept else 0.0 for v in range(len(scores))]
+    largest = sorted(range(len(scores)), key=lambda v: -scores[v])[:top_k]
+    weights = [math.exp(scores[v]) if v in largest else 0.0 for v in range(len(scores))]
     return [w / sum(weights) for w in weights]
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.5, 1.0, 1.7]), st.sampled_from([None, 1, 3, 7]), st.sampled_from([1, 20, 1000]))
-def test_the_gradient_is_the_one_derived_by_hand(seed, temperature, top_k, max_tokens):
+def test_the_gradient_equals_the_one_derived_by_hand(seed, temperature, top_k, max_tokens):
     """d log p(t) / d z_v = (1[v = t] - p(v)) / temperature, and the softcap's slope is 1 - (s / 15)^2 at s = 15 tanh(z / 15)."""
     model = Bigrams()
     table = model.table.tolist()
@@ -144,68 +157,66 @@ def test_the_gradient_is_the_one_derived_by_hand(seed, temperature, top_k, max_t
             for place, (token, mask) in enumerate(zip(seq.generated, seq.masks)):
                 if mask:
                     before = seq.tokens[seq.prompt_length + place - 1]
-                    p = by_hand(table[before], temperature, top_k)
+                    p = probabilities(table[before], temperature, top_k)
                     loss -= (reward - baseline) * math.log(p[token]) / count
                     for v in range(7):
                         slope = 1 - math.tanh(table[before][v] / 15) ** 2
                         expected[before][v] -= (reward - baseline) / count * ((v == token) - p[v]) / temperature * slope
-    optimizer = recorder(model)
-    optimizer.seen = torch.zeros(7, 7)
+    optimizer = Recorder(model)
     measured, tokens, values = policy_step(model, optimizer, groups, CPU, max_tokens, temperature, top_k, python_start=0)
     assert tokens == count and measured.item() == pytest.approx(loss, abs=1e-5) and values["sampler_gap"] < 1e-5
-    assert torch.allclose(optimizer.seen, torch.tensor(expected), atol=1e-5)
+    assert torch.allclose(optimizer.gradient, torch.tensor(expected), atol=1e-5)
 
 
-def test_ranks_share_the_work_and_the_sum_is_that_of_one(run_ranks):
-    """Three ranks, of which one has no group that can be learned from."""
+def test_many_ranks_equal_one(run_ranks):
+    """One of three ranks has no group with a non-zero advantage."""
     groups = random_groups(5, 1.0, None, Bigrams().table.tolist(), num_groups=4)
     groups[1] = Group({}, groups[1].seqs, [1.0] * 4)
     shares = [[groups[0], groups[3]], [groups[1]], [groups[2]]]
 
     def work(compute, share):
         model = Bigrams()
-        optimizer = recorder(model)
-        optimizer.step = lambda: setattr(optimizer, "seen", torch.zeros(7, 7) if model.table.grad is None else model.table.grad.clone())
+        optimizer = Recorder(model)
         loss, tokens, values = policy_step(model, optimizer, share, compute, 2, 1.0, None, python_start=0)
-        return optimizer.seen, loss.item(), tokens, values
+        return optimizer.gradient, loss.item(), tokens, values
 
     alone = work(CPU, groups)
     ranks = run_ranks(3, lambda compute: work(compute, shares[compute.rank]))
-    assert torch.allclose(sum(seen for seen, *_ in ranks), alone[0], atol=1e-6)
+    assert torch.allclose(sum(gradient for gradient, *_ in ranks), alone[0], atol=1e-6)
     for _, loss, tokens, values in ranks:
         assert (loss, tokens) == (pytest.approx(alone[1], abs=1e-6), alone[2]) and values == pytest.approx(alone[3], abs=1e-6)
 
 
-def test_groups_of_equal_rewards_are_not_computed_again_and_change_nothing():
+def test_groups_of_equal_rewards_are_skipped():
     model = Bigrams()
     groups = random_groups(1, 1.0, None, model.table.tolist())
     equal = [Group({}, group.seqs, [0.25] * 4) for group in groups]
     assert policy_batches(equal, 8, CPU.device) == []
-    model.sampling_log_probs = None  # would fail if it were called
-    optimizer = SimpleNamespace(param_groups=[])  # and so would a step
+    model.sampling_log_probs = None  # must not be called
+    optimizer = SimpleNamespace(param_groups=[])  # has no step
     loss, _, values = policy_step(model, optimizer, equal, CPU, 8, 1.0, None, python_start=0)
     assert loss == 0 and values["nonzero_groups"] == 0 and values["reward"] == 0.25
 
 
 # -----------------------------------------------------------------------------
-# What is sampled, and what it is worth
+# Sampling, rewards and metrics
 
 
-def test_an_answer_that_was_cut_off_is_worth_nothing_whatever_it_says():
-    class Cheap(NextLetter):
+def test_truncated_answers_get_reward_0():
+    class AlwaysRight(NextLetter):
         def reward(self, conversation, completion):
             return 1.0
 
     model = make_model()
     engine = Engine(model, TOKENIZER)
-    groups = sample_groups(engine, TOKENIZER, Cheap(), [(0, 1), (2, 2)], CPU, 16, max_new_tokens=3, temperature=1.0, top_k=None)
+    groups = sample_groups(engine, TOKENIZER, AlwaysRight(), [(0, 1), (2, 2)], CPU, 16, max_new_tokens=3, temperature=1.0, top_k=None)
     ends = [(seq.finish_reason, reward) for group in groups for seq, reward in zip(group.seqs, group.rewards)]
     assert set(ends) == {("stop", 1.0), ("length", 0.0)}
     _, _, values = policy_step(model, MuonAdamW(model.param_groups()), groups, CPU, 8, 1.0, None, engine.python_start)
     assert values["truncated"] == sum(reason == "length" for reason, _ in ends) / 32
 
 
-def test_answers_depend_on_the_seed_of_their_question_and_not_on_the_company():
+def test_answers_depend_on_the_seed_of_their_question_only():
     model = make_model()
     options = {"num_samples": 3, "max_new_tokens": 5, "temperature": 1.0, "top_k": 8}
     together = sample_groups(Engine(model, TOKENIZER), TOKENIZER, NextLetter(), [(0, 10), (1, 11), (0, 12)], CPU, **options)
@@ -215,19 +226,19 @@ def test_answers_depend_on_the_seed_of_their_question_and_not_on_the_company():
     assert [seq.generated for seq in together[0].seqs] != [seq.generated for seq in together[2].seqs], "one question, two seeds"
 
 
-def test_what_a_step_tells():
+def test_metrics():
     seqs = [Sequence(tokens=[1, 2], limit=9) for _ in range(2)]
-    for seq, written, masks, reason in zip(seqs, ([5, 3, 3, 4], [6, 4]), ([1, 0, 0, 1], [1, 1]), ("stop", "length")):
-        seq.tokens += written
+    for seq, generated, masks, reason in zip(seqs, ([5, 3, 3, 4], [6, 4]), ([1, 0, 0, 1], [1, 1]), ("stop", "length")):
+        seq.tokens += generated
         seq.masks, seq.log_probs, seq.finish_reason = masks, [-0.5 * mask for mask in masks], reason
     model = Bigrams()
-    _, tokens, values = policy_step(model, recorder(model), [Group({}, seqs, [1.0, 0.0])], CPU, 8, 1.0, None, python_start=5)
+    _, tokens, values = policy_step(model, Recorder(model), [Group({}, seqs, [1.0, 0.0])], CPU, 8, 1.0, None, python_start=5)
     assert tokens == 4
     del values["sampler_gap"]
     assert values == {"reward": 0.5, "length": 3.0, "truncated": 0.5, "tool_calls": 0.5, "entropy": 0.5, "nonzero_groups": 1.0}
 
 
-def test_batches_hold_what_was_sampled_and_where():
+def test_batches_supervise_the_sampled_tokens_only():
     seq = Sequence(tokens=[1, 2], limit=9)
     seq.tokens += [5, 3, 4]
     seq.masks, seq.log_probs = [1, 0, 1], [-0.5, 0.0, -0.25]
@@ -240,7 +251,7 @@ def test_batches_hold_what_was_sampled_and_where():
     assert advantages[:, 0].tolist() == [0.5, -0.5]
 
 
-def test_the_engine_follows_the_weights():
+def test_sync_weights_updates_the_engine():
     model = make_model()
     engine = Engine(model, TOKENIZER)
     sync_weights(engine, model)
@@ -251,7 +262,7 @@ def test_the_engine_follows_the_weights():
     sync_weights(engine, model)
     after = engine.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
     assert after != before and after == Engine(model, TOKENIZER).generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
-    copy = make_model(seed=1)  # as on a GPU, where a copy in the compute dtype writes
+    copy = make_model(seed=1)  # as on a GPU, where the engine has a copy in the compute dtype
     other = Engine(copy, TOKENIZER)
     other.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
     sync_weights(other, model)
