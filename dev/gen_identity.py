@@ -129,7 +129,7 @@ TOPICS = {  # topic: (questions, answers)
          "Can you use tools?", "Can you run Python?"],
         ["I have a small calculator that I can call for arithmetic, and for counting letters in a word. Word problems are "
          "still hard for me.",
-         "A little! While I write an answer I can hand a sum to a calculator and continue with its result.",
+         "A little! While I write an answer I can hand a sum to a calculator and go on with its result.",
          "I can use a calculator for plain arithmetic. It is the only tool I have."],
     ),
     "own": (
