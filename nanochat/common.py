@@ -44,8 +44,8 @@ def run_script(main: Callable[[], None]) -> None:
     Under torchrun an error is also recorded where torchrun looks for it, so that its report shows the rank that failed.
     """
     try:
-        if ranks()[2] > 1:
-            _run_among_ranks(main)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            _run_under_torchrun(main)
         else:
             main()
     except BrokenPipeError:  # the reader of our output has closed it: `... | head`
@@ -63,7 +63,10 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(line)
 
 
-def _run_among_ranks(main: Callable[[], None]) -> None:
+def _run_under_torchrun(main: Callable[[], None]) -> None:
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # if torchrun is killed, its ranks stop, too
     from torch.distributed.elastic.multiprocessing.errors import record
 
     @record
@@ -73,8 +76,7 @@ def _run_among_ranks(main: Callable[[], None]) -> None:
         except Exception as error:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on torchrun may end this process at any time
             if _is_lost_connection(error):
-                # The error of the rank that is gone is the one to show; torchrun ends this one when it sees that
-                time.sleep(15)
+                time.sleep(15)  # torchrun shows the first error; let it be that of the rank that is gone
             raise
 
     recorded()
@@ -107,7 +109,11 @@ def _user_error_line(error: Exception) -> str | None:
 
 def base_dir_path() -> Path:
     """Where all artifacts live: `$NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # `~name` of no user
+        raise UserError(f"NANOCHAT_BASE_DIR {path}: {error}; set it to the path of a folder") from error
 
 
 def get_base_dir() -> Path:
@@ -115,8 +121,9 @@ def get_base_dir() -> Path:
     path = base_dir_path()
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"NANOCHAT_BASE_DIR {path} is not a folder; set it to one that can be created") from error
+    except OSError as error:  # it is a file, or its parent cannot be written
+        reason = "it is not a folder" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+        raise UserError(f"cannot create the folder {path}: {reason}; set NANOCHAT_BASE_DIR to a writable one") from error
     return path
 
 
@@ -347,16 +354,14 @@ def _join_ranks(compute: Compute) -> None:
     several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
     if compute.device.type == "cpu" and several and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(cores_per_rank())  # torchrun sets OMP_NUM_THREADS to 1 if it is not set
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # if torchrun is killed, its ranks stop, too
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(_agree_on_name(store, rank, world_size), store)
     # GPU tensors use NCCL; objects and CPU tensors use gloo
     backend = "cpu:gloo,cuda:nccl" if compute.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    _check_base_dir_is_shared(compute)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < world_size:
+        _check_base_dir_is_shared(compute)
 
 
 def _agree_on_name(store, rank: int, world_size: int) -> str:
@@ -384,23 +389,18 @@ def _agree_on_name(store, rank: int, world_size: int) -> str:
 
 
 def _check_base_dir_is_shared(compute: Compute) -> None:
-    """A file that rank 0 creates in the base folder must appear on all nodes; network file systems take seconds."""
+    """Raise UserError unless a file that rank 0 creates in the base folder appears on all nodes."""
     file = base_dir_path() / f".shared-{compute.gather(secrets.token_hex(8))[0]}"
-    try:
-        compute.on_main(lambda: get_base_dir() and file.touch())
-    except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES):  # a read-only folder is enough for evaluation
-            return
-        raise
-    try:
-        seen = any(file.exists() or time.sleep(0.5) for _ in range(20))
-        others = sorted({host for host in compute.gather(None if seen else socket.gethostname()) if host})
-    finally:
-        if compute.is_main:
-            file.unlink(missing_ok=True)
+    if not compute.on_main(lambda: os.access(get_base_dir(), os.W_OK)):
+        return  # a read-only folder is enough for evaluation
+    compute.on_main(file.touch)
+    seen = any(file.exists() or time.sleep(0.5) for _ in range(20))  # network file systems take seconds
+    others = {host for host in compute.gather(None if seen else socket.gethostname()) if host}
+    if compute.is_main:
+        file.unlink(missing_ok=True)
     if others:
         raise UserError(
-            f"{', '.join(others)} cannot see the base folder of rank 0: NANOCHAT_BASE_DIR "
+            f"{', '.join(sorted(others))} cannot see the base folder of rank 0: NANOCHAT_BASE_DIR "
             f"(here {base_dir_path()}) must be one folder that all nodes share"
         )
 
@@ -422,11 +422,15 @@ def print0(*args, **kwargs) -> None:
 
 
 def wandb_run(project: str, run: str, config: dict, id: str | None = None):
-    """A Weights & Biases run on the main rank if `--run` names one, else None. `id` continues the run of a resumed job."""
+    """A Weights & Biases run on the main rank if `--run` names one, else None. Pass a saved run's `.id` to continue it.
+
+    Raises UserError if wandb cannot start, for example without a login.
+    """
     if run == "dummy" or ranks()[0] != 0:
         return None
     import wandb
 
-    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.api.api_key:
-        raise UserError("--run needs a wandb login: run `wandb login`, set WANDB_MODE=offline, or leave --run out")
-    return wandb.init(project=project, name=run, config=config, id=id, resume="allow" if id else None)
+    try:
+        return wandb.init(project=project, name=run, config=config, id=id, resume="allow" if id else None)
+    except wandb.Error as error:
+        raise UserError(f"--run={run} needs wandb: {error} Or set WANDB_MODE=offline, or leave --run out") from error
