@@ -3,8 +3,8 @@
 #
 #     sbatch --nodes=4 dev/slurm.sh scripts.base_train --depth=26 --save-every=250 --keep-last=3
 #
-# Run it from the repository's folder, with the tokenizer trained and the text fetched beforehand: nodes that
-# compute often have no internet. Other numbers of nodes or GPUs need no other flags of the script.
+# Run it from the repository's folder. Train the tokenizer and download the text first, since compute nodes often have no
+# internet access. The flags of the script do not depend on the number of nodes or GPUs.
 #
 #SBATCH --job-name=nanochat
 #SBATCH --nodes=2
@@ -14,7 +14,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
-# A node that fails: the job is queued again. Ten minutes before the time limit: this script is told (below).
+# Requeue the job if a node fails; send USR1 to this script ten minutes before the time limit (see below)
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@600
 set -euo pipefail
@@ -22,19 +22,19 @@ cd "${SLURM_SUBMIT_DIR:?start this with sbatch}"
 source .venv/bin/activate
 (( $# > 0 )) || { echo "usage: sbatch dev/slurm.sh scripts.NAME [flags]" >&2; exit 2; }
 
-# One folder that all nodes see under the same name. Checkpoints of all ranks go there; training says so when it is not shared.
+# A folder that all nodes share under the same path; all ranks save checkpoints there, and training checks that it is shared
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:?set it to a folder on the shared file system}
 
-# The network. NCCL finds its way on most clusters; these are for when it does not.
-export NCCL_DEBUG=${NCCL_DEBUG:-WARN}     # INFO tells what was chosen: look for "NET/IB" (good) or "NET/Socket" (slow)
-# export NCCL_SOCKET_IFNAME=ens,eth       # begins of the names of interfaces that reach the other nodes (ip -br addr)
-# export GLOO_SOCKET_IFNAME=ens3          # the same for gloo, which carries small things; one whole name
-# export NCCL_IB_HCA=mlx5_0,mlx5_1        # which InfiniBand adapters to use (ibstat), where some are for storage
-# export NCCL_IB_DISABLE=1                # to see whether InfiniBand is what is broken
+# Network settings, for clusters where NCCL's defaults do not work
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}     # INFO shows the transport: "NET/IB" (fast) or "NET/Socket" (slow)
+# export NCCL_SOCKET_IFNAME=ens,eth       # prefixes of the interfaces that connect the nodes (ip -br addr)
+# export GLOO_SOCKET_IFNAME=ens3          # the same for gloo, which exchanges small objects: one full name
+# export NCCL_IB_HCA=mlx5_0,mlx5_1        # InfiniBand adapters to use (ibstat), if others are for storage
+# export NCCL_IB_DISABLE=1                # to test without InfiniBand
 # Check it before a long run: sbatch dev/slurm.sh dev.bench.ranks
 
-# Seconds that torchrun leaves the ranks for that last save (30 by default, and always in older versions of torch). When a
-# rank has died, others that do not answer are left as long.
+# Seconds that torchrun gives the ranks to save after SIGTERM (default 30). When a rank has died, the others get as long
+# before torchrun kills them.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -44,15 +44,15 @@ srun --kill-on-bad-exit=1 torchrun \
     -m "$1" -- "${@:2}" &
 ranks=$!
 
-# Before the time limit: SIGTERM to every torchrun, which passes it on; the ranks finish their step and save.
-# By scancel, because srun itself answers SIGTERM by killing what it started.
+# Before the time limit, send SIGTERM to every torchrun, which forwards it; the ranks finish their step and save. Use
+# scancel, because srun responds to SIGTERM by killing its tasks.
 stopping=
 trap 'stopping=1; scancel --signal=TERM "$SLURM_JOB_ID.0"' USR1
 code=0
 wait "$ranks" || code=$?
-if [[ -n $stopping ]]; then  # the signal ended that wait, not the run
+if [[ -n $stopping ]]; then  # the signal interrupted `wait`, not the job
     wait "$ranks" || true
-    scontrol requeue "$SLURM_JOB_ID"  # training sees that it was, and continues from what this job has saved
+    scontrol requeue "$SLURM_JOB_ID"  # training resumes from this job's checkpoints, since restarts() is above 0
 else
     exit "$code"
 fi

@@ -23,7 +23,7 @@ RL = ["--task=SampleArithmetic", "--examples-per-step=7", "--num-samples=4", "--
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A base folder with text and a tokenizer; gives the folder of the text."""
+    """The text folder of a base folder that has text and a tokenizer."""
     from scripts import tok_train
 
     base = tmp_path_factory.mktemp("nanochat")
@@ -36,7 +36,7 @@ def source(tmp_path_factory):
 
 
 def start(launcher, source, command, **more):
-    """A process on a CPU, uncompiled; all of them share one base folder, as nodes do, and no rank has more than one thread."""
+    """Start a process on the CPU, without the compiler, with one thread per rank; all processes share a base folder, as nodes do."""
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(source.parent), "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1",
            "PYTHONPATH": str(ROOT), **more}  # fmt: skip
     two_cores = sorted(os.sched_getaffinity(0))[:2]
@@ -51,7 +51,7 @@ def base_train(source, tag, *flags):
 
 
 def finish(processes):
-    """The outputs of processes that must all end well."""
+    """The outputs of processes that must all succeed."""
     try:
         outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:
@@ -62,7 +62,7 @@ def finish(processes):
 
 
 def curve(source, tag, folder="base_checkpoints"):
-    """(step, what, value) of every loss and every measurement."""
+    """(step, name, value) of every training loss and every evaluation."""
     lines = (source.parent / folder / tag / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     return [(line["step"], name, line[name]) for line in metrics for name in ("raw_loss", "val_bpb") if name in line]
@@ -93,7 +93,7 @@ importlib.import_module(f"scripts.{sys.argv[1]}").main(sys.argv[2:])
 
 
 def test_every_stage_has_the_same_curve_on_three_ranks_as_on_one(source, tmp_path):
-    """20 steps of three micro-batches each, and the measurements between them, within 1e-5; then six of reinforcement learning."""
+    """20 steps of three micro-batches and their evaluations agree within 1e-5; then six steps of reinforcement learning."""
     stage = tmp_path / "stage.py"
     stage.write_text(STAGE)
     batch = ["--total-batch-size=768", "--device-type=cpu"]
@@ -127,7 +127,7 @@ def one(source):
     return curve(source, "one")
 
 
-def test_two_nodes_train_as_one_rank_does(source, one):
+def test_two_nodes_have_the_same_curve_as_one_rank(source, one):
     launcher = two_nodes("together")
     outputs = finish([start(launcher, source, base_train(source, "nodes", "--total-batch-size=512")) for _ in range(2)])
     assert sum("saved step 20" in output for output in outputs) == 1, "only one rank writes and prints"
@@ -155,7 +155,7 @@ def test_a_job_that_loses_a_rank_resumes_by_itself(source, one):
 
 
 def test_resume_on_another_world_size_is_exact(source):
-    """One rank, then three (four micro-batches are shared unevenly), then one: the curve of one rank all along."""
+    """One rank, then three (four micro-batches are shared unevenly), then one: the same curve as one rank throughout."""
     flags = ["--device-batch-size=2", "--total-batch-size=512", "--num-iterations=12", "--save-every=4", "--eval-every=4"]
     finish([start([sys.executable], source, base_train(source, "steady", *flags))])
     moving = source.parent / "base_checkpoints" / "moving"
@@ -174,7 +174,7 @@ def test_resume_on_another_world_size_is_exact(source):
 
 
 @pytest.mark.slow
-def test_nodes_that_do_not_share_the_base_folder_are_named(source, tmp_path):
+def test_nodes_that_do_not_share_the_base_folder_are_a_user_error(source, tmp_path):
     launcher = two_nodes("apart")
     command = base_train(source, "apart", "--total-batch-size=512")
     nodes = [start(launcher, source, command), start(launcher, source, command, NANOCHAT_BASE_DIR=str(tmp_path))]

@@ -1,4 +1,4 @@
-"""dev/setup.sh with a fake for uv that writes down what it is asked to install."""
+"""dev/setup.sh with a fake uv that records its arguments."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ chmod +x .venv/bin/python
 
 @pytest.fixture
 def setup(tmp_path):
-    """`setup(cargo, **variables)` runs it in a copy of what it reads; gives its stderr and what uv was asked."""
+    """`setup(cargo=True, **variables)` runs setup.sh in a copy of the files that it reads; returns (stderr, uv's arguments)."""
     project, programs, log = tmp_path / "project", tmp_path / "programs", tmp_path / "log"
     shutil.copytree(ROOT / "rustbpe", project / "rustbpe", ignore=shutil.ignore_patterns("target", "build", "*.egg-info"))
     (project / "dev").mkdir()
@@ -41,14 +41,8 @@ def setup(tmp_path):
             write_program(programs / "cargo", "#!/usr/bin/env bash\n")
         else:
             (programs / "cargo").unlink(missing_ok=True)
-        done = subprocess.run(
-            ["bash", "dev/setup.sh", "cpu"],
-            cwd=project,
-            env={"PATH": str(programs), "HOME": str(tmp_path), "LOG": str(log), **variables},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        env = {"PATH": str(programs), "HOME": str(tmp_path), "LOG": str(log), **variables}
+        done = subprocess.run(["bash", "dev/setup.sh", "cpu"], cwd=project, env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stderr, log.read_text().splitlines()
 
@@ -65,36 +59,36 @@ def is_build(line: str) -> bool:
     return line.startswith("pip install") and line.endswith("./rustbpe")
 
 
-def test_builds_rustbpe_once_and_again_when_it_changed(setup):
-    _, asked = setup(cargo=True)
-    assert asked[:2] == ["lock -q", "sync --extra cpu"] and [is_build(line) for line in asked[2:]] == [True]
+def test_rustbpe_is_built_once_and_again_after_a_change(setup):
+    _, calls = setup(cargo=True)
+    assert calls[:2] == ["lock -q", "sync --extra cpu"] and [is_build(line) for line in calls[2:]] == [True]
     assert setup(cargo=True) == ("", [])
     (setup.project / "rustbpe/src/bpe.rs").write_text("// changed")
-    _, asked = setup(cargo=True)
-    assert len(asked) == 1 and is_build(asked[0])
+    _, calls = setup(cargo=True)
+    assert len(calls) == 1 and is_build(calls[0])
     with open(setup.project / "pyproject.toml", "a") as file:
-        file.write("# changed, and with the environment the published rustbpe came back\n")
-    _, asked = setup(cargo=True)
-    assert "sync --extra cpu" in asked and is_build(asked[-1])
+        file.write("# changed\n")  # syncing the environment then restores the published rustbpe
+    _, calls = setup(cargo=True)
+    assert "sync --extra cpu" in calls and is_build(calls[-1])
 
 
-def test_without_rust_the_published_package_stays_and_a_line_says_so(setup):
-    errors, asked = setup(cargo=False)
-    assert "no Rust toolchain" in errors and not any(map(is_build, asked))
-    assert setup(cargo=False) == ("", [])  # told once
-    _, asked = setup(cargo=True)  # Rust was installed since
-    assert len(asked) == 1 and is_build(asked[0])
+def test_without_rust_the_published_rustbpe_is_kept_with_a_note(setup):
+    errors, calls = setup(cargo=False)
+    assert "no Rust toolchain" in errors and not any(map(is_build, calls))
+    assert setup(cargo=False) == ("", []), "the note is printed once"
+    _, calls = setup(cargo=True)  # Rust was installed in the meantime
+    assert len(calls) == 1 and is_build(calls[0])
 
 
-def test_a_build_that_fails_stops_nothing_and_is_tried_again(setup):
-    errors, asked = setup(cargo=True, BUILD="1")
-    assert "did not build" in errors and any(map(is_build, asked))
-    _, asked = setup(cargo=True)
-    assert len(asked) == 1 and is_build(asked[0])
+def test_a_failed_build_is_not_fatal_and_is_retried(setup):
+    errors, calls = setup(cargo=True, BUILD="1")
+    assert "did not build" in errors and any(map(is_build, calls))
+    _, calls = setup(cargo=True)
+    assert len(calls) == 1 and is_build(calls[0])
 
 
-def test_without_pytorchs_index_all_comes_from_the_configured_one(setup):
-    errors, asked = setup(cargo=True, LOCK="1")
+def test_without_pytorchs_index_the_configured_one_is_used(setup):
+    errors, calls = setup(cargo=True, LOCK="1")
     assert "configured package index" in errors
-    assert any("--no-sources -r pyproject.toml --extra cpu --group dev" in line for line in asked)
-    assert is_build(asked[-1])
+    assert any("--no-sources -r pyproject.toml --extra cpu --group dev" in line for line in calls)
+    assert is_build(calls[-1])
