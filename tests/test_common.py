@@ -279,5 +279,7 @@ def test_wandb_without_a_login_is_a_user_error(tmp_path):
     code = "from nanochat.common import *; run_script(lambda: wandb_run('p', 'name', {}))"
     env = {**os.environ, "HOME": str(tmp_path), "WANDB_MODE": "online"}
     env.pop("WANDB_API_KEY", None)
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and re.match("error: --run=name needs wandb: .*wandb login.*WANDB_MODE=offline", done.stderr.splitlines()[-1])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and re.match("error: --run=name needs wandb: .*wandb login.*WANDB_MODE=offline", line)

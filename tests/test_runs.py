@@ -70,7 +70,8 @@ def run(project, tmp_path):
 
     def run(script, gpus=8, **variables):
         calls.write_text("")
-        write_program(tmp_path / "programs/nvidia-smi", f"#!/usr/bin/env bash\nfor i in $(seq {gpus}); do echo \"GPU $i: NVIDIA H100\"; done\n")
+        listing = f'for i in $(seq {gpus}); do echo "GPU $i: NVIDIA H100"; done'
+        write_program(tmp_path / "programs/nvidia-smi", f"#!/usr/bin/env bash\n{listing}\n")
         env = {"PATH": f"{tmp_path / 'programs'}:{os.environ['PATH']}", "HOME": str(tmp_path), "CALLS": str(calls),
                "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "STOPS": "-none-", "FAILS": "-none-", **variables}  # fmt: skip
         done = subprocess.run(["bash", script], cwd=project, env=env, capture_output=True, text=True, timeout=60)
@@ -157,7 +158,9 @@ def test_a_stopped_training_ends_the_script_and_resumes_when_it_is_run_again(run
     assert any("base_train" in line and "--resume" not in line for line in calls)
 
 
-@pytest.mark.parametrize("fails, last", [("dev.estimate", "estimate"), ("-n 8", "dataset"), ("-n 123", "tok_eval"), ("base_loss", "base_loss")])
+@pytest.mark.parametrize(
+    "fails, last", [("dev.estimate", "estimate"), ("-n 8", "dataset"), ("-n 123", "tok_eval"), ("base_loss", "base_loss")]
+)
 def test_an_error_ends_the_script(run, fails, last):
     code, output, calls = run("speedrun.sh", FAILS=fails)
     assert code == 1 and "error: fake failure" in output
@@ -206,7 +209,8 @@ def run_tiny(project, tmp_path):
     write_program(tmp_path / "programs/torchrun", f'#!/usr/bin/env bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
 
     def run(script, **variables):
-        env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "CALLS": "/dev/null", "PYTHONPATH": str(project), "TINY": "1", **variables}
+        env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "CALLS": "/dev/null", "PYTHONPATH": str(project), "TINY": "1",
+               **variables}  # fmt: skip
         done = subprocess.run(["bash", script], cwd=project, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout, tmp_path / "base"
@@ -219,7 +223,8 @@ def test_speedrun_runs(run_tiny):
     output, base = run_tiny("speedrun.sh", RL="1")
     assert "nanochat: " in output and "CORE skipped" in output
     page = (base / "report/report.md").read_text()
-    for title in ("Tokenizer training", "Base model training", "Base model loss", "Midtraining", "Supervised fine-tuning", "Chat evaluation", "Reinforcement"):
+    for title in ("Tokenizer training", "Base model training", "Base model loss", "Midtraining", "Supervised fine-tuning",
+                  "Chat evaluation", "Reinforcement"):  # fmt: skip
         assert title in page
     assert run_tiny("speedrun.sh", RL="1")[0].count("already done") == 8
 
@@ -336,7 +341,8 @@ def test_plots_of_runs_and_of_the_miniseries(base_dir, capsys):
     lines = [json.loads(line) for line in (base_dir / "miniseries.jsonl").read_text().splitlines()]
     assert sorted(line["tag"] for line in lines) == [f"mini_d{number}" for number in range(5)]
     assert lines[0]["CORE"] is None and lines[-1]["CORE"] == pytest.approx(0.19)
-    write_lines(base_dir / "base_checkpoints/unfinished/metrics.jsonl", [{"step": 1, "loss": float("nan")}, {"step": 2}, {"val_bpb": None}, 7])
+    unusable = [{"step": 1, "loss": float("nan")}, {"step": 2}, {"val_bpb": None}, 7]
+    write_lines(base_dir / "base_checkpoints/unfinished/metrics.jsonl", unusable)
     capsys.readouterr()
     plot.main([])
     text = capsys.readouterr().out

@@ -38,8 +38,8 @@ def main(argv=None):
     elif ranks()[2] != 2:
         raise UserError(f"--scaling compares one rank with two, but there are {ranks()[2]}; use torchrun --nproc-per-node=2")
     else:
-        size = {"depth": 2, "vocab_size": 2048, "sequence_len": 128} if args.tiny else {"depth": 4, "vocab_size": 32768, "sequence_len": 512}
-        scaling(argparse.Namespace(**size, rows=4, steps=args.steps))  # rows of a micro-batch
+        depth, vocab_size, sequence_len = (2, 2048, 128) if args.tiny else (4, 32768, 512)
+        scaling(argparse.Namespace(depth=depth, vocab_size=vocab_size, sequence_len=sequence_len, rows=4, steps=args.steps))
 
 
 def bandwidth(device_type: str) -> None:
