@@ -46,7 +46,7 @@ def main(argv=None):
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval-tokens", type=flags.COUNT_OR_AUTO, default=-1, help="tokens per evaluation (-1: 20971520, on a CPU 65536)")
     group.add_argument("--core-metric-every", type=flags.COUNT_OR_AUTO, default=2000, help="steps between CORE evaluations (-1: never)")
-    group.add_argument("--core-metric-max-per-task", type=flags.COUNT, default=500, help="questions per CORE task")
+    group.add_argument("--core-metric-max-per-task", type=flags.COUNT_OR_AUTO, default=500, help="questions per CORE task (-1: all)")
     group.add_argument("--sample-every", type=flags.INTERVAL, default=2000, help="steps between samples (-1: at the end, 0: never)")
     args = parser.parse_args(argv)
 
