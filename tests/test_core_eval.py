@@ -1,20 +1,23 @@
-"""CORE against examples worked by hand, a brute-force scorer in float64, and itself one question at a time."""
+"""CORE against a slow reference, one option at a time; its prompts and errors by hand; its bundle from the fake hub."""
 
 import json
-import math
+import os
 import random
 import zipfile
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import ByteTokenizer, tiny_gpt
+from tiny import BOS, ByteTokenizer, tiny_gpt
 
 from nanochat import core_eval
 from nanochat.common import Compute, UserError
 from nanochat.core_eval import (
     CoreTask,
+    Question,
+    Score,
     answer_rows,
     evaluate_core,
     fetch_bundle,
@@ -24,7 +27,6 @@ from nanochat.core_eval import (
     plan_batches,
     read_rows,
     render_prompts,
-    score_options,
     summarize,
     unpack,
 )
@@ -33,67 +35,8 @@ CPU = Compute(torch.device("cpu"), torch.float32)
 TOKENIZER = ByteTokenizer()
 
 
-class Bigrams:
-    """A model whose next token depends on the last token alone: `table[last][next]`, the rest uniform."""
-
-    class config:
-        sequence_len = 64
-
-    def __init__(self, table: dict[str, dict[str, float]]):
-        probabilities = torch.full((262, 262), 1 / 262)
-        for last, following in table.items():
-            rest = 1 - sum(following.values())
-            probabilities[ord(last)] = max(rest, 1e-6) / (262 - len(following))
-            for token, probability in following.items():
-                probabilities[ord(last), ord(token)] = probability
-        self.log_probabilities = probabilities.log()
-
-    def get_device(self):
-        return torch.device("cpu")
-
-    def hidden(self, idx):
-        return idx[..., None].float()
-
-    def logits(self, hidden):
-        return self.log_probabilities[hidden[..., 0].long()]
-
-
 def task_of(kind, path=None, num_fewshot=0, delimiter=" ", baseline=0.0, label="a task"):
     return CoreTask(label, kind, path, num_fewshot, delimiter, baseline)
-
-
-# -----------------------------------------------------------------------------
-# The three kinds of tasks, by hand
-
-
-@pytest.mark.parametrize("table, choices, answer", [
-    # P(a| )=1/2, P(b|a)=1/2, mean loss ln 2; P(b| )=1/3, loss ln 3. Summed, "b" would win.
-    ({" ": {"a": 1 / 2, "b": 1 / 3}, "a": {"b": 1 / 2}}, ["b", "ab"], 1),
-    # Both start with "a", which is nearly impossible, but only what follows the common prefix is scored.
-    ({"a": {"b": 0.6, "c": 0.4}}, ["ac", "ab"], 1),
-    ({" ": {"s": 0.9}}, ["x", "same", "y", "same"], 1),  # of equal options the first wins
-])  # fmt: skip
-@pytest.mark.parametrize("batch_tokens", [1, 64])
-def test_multiple_choice_takes_the_lowest_mean_loss_after_the_common_prefix(table, choices, answer, batch_tokens):
-    rows = [{"query": "q", "choices": choices, "gold": gold} for gold in (answer, 0)]
-    answers = answer_rows(Bigrams(table), TOKENIZER, task_of("multiple_choice"), rows, range(2), batch_tokens)
-    assert list(answers) == [(answer, True), (answer, False)]
-
-
-def test_schema_scores_the_common_suffix():
-    # "xa c" or "xb c": the suffix " c" follows a with 1/2 and b with 1/4; that b itself is likelier is no matter.
-    model = Bigrams({"x": {"a": 0.1, "b": 0.9}, "a": {" ": 1 / 2}, "b": {" ": 1 / 4}, " ": {"c": 1 / 2}})
-    row = {"context_options": ["xb", "xa"], "continuation": "c", "gold": 1}
-    assert list(answer_rows(model, TOKENIZER, task_of("schema"), [row], range(1), 64)) == [(1, True)]
-    (score,) = score_options(model, [(TOKENIZER.encode("xa c"), 2)], 64)
-    assert score.loss == pytest.approx(math.log(2))  # the mean of ln 2 and ln 2
-
-
-def test_language_modelling_requires_every_token_to_be_the_likeliest():
-    table = {"q": {" ": 0.9}, " ": {"a": 0.6, "c": 0.4}, "a": {"b": 0.5, "c": 0.4}}
-    rows = [{"context": " q ", "continuation": text} for text in ("ab", "ac")]  # the context is stripped
-    answers = answer_rows(Bigrams(table), TOKENIZER, task_of("language_modeling"), rows, range(2), 64)
-    assert list(answers) == [([*b" ab"], True), ([*b" ab"], False)]
 
 
 # -----------------------------------------------------------------------------
@@ -160,26 +103,54 @@ def model():
     return tiny_gpt(sequence_len=96, noise=0.1, head_std=0.1)
 
 
-def test_scores_equal_brute_force(model):
-    rng = random.Random(0)
-    options = []
-    for _ in range(40):
-        ids = [rng.randrange(128) for _ in range(rng.randint(2, 90))]
-        options.append((ids, rng.randint(1, len(ids) - 1)))
-        options.append((ids[:-1] + [rng.randrange(128)], len(ids) - 1))  # shares the input, ends differently
-    for (ids, start), score in zip(options, score_options(model, options, batch_tokens=400)):
-        with torch.no_grad():
-            logits = model(torch.tensor([ids]))[0, start - 1 : -1].double()
-        log_probabilities = logits.log_softmax(dim=-1)
-        expected = -log_probabilities[range(len(ids) - start), ids[start:]].mean().item()
-        assert score.loss == pytest.approx(expected, abs=1e-5)
-        assert score.greedy == logits.argmax(dim=-1).tolist()
-
-
 @pytest.fixture
 def bundle(hub, base_dir):
     """The bundle of the fake hub: one task of each kind with 12 questions."""
     return fetch_bundle(CPU)
+
+
+def reference_answer(model, texts: list[str], kind: str):
+    """The chosen option, or the greedy tokens, from all logits of one option at a time in float64."""
+    sequences = [[BOS, *text.encode()] for text in texts]
+    shared = len(os.path.commonprefix([ids[::-1] if kind == "schema" else ids for ids in sequences]))
+    losses, greedy = [], []
+    for ids in sequences:
+        start = max(1, min(len(ids) - shared if kind == "schema" else shared, len(ids) - 1))
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0, start - 1 : -1].double()
+        losses.append(F.cross_entropy(logits, torch.tensor(ids[start:])).item())
+        greedy.append(logits.argmax(-1).tolist())
+    return greedy[0] if kind == "language_modeling" else losses.index(min(losses))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 1000])
+def test_answers_equal_those_of_a_slow_reference(model, batch_tokens):
+    """Mean losses after the common prefix (multiple choice) or of the common suffix (schema), or greedy tokens."""
+    rng = random.Random(0)
+
+    def words(n):
+        return " ".join(rng.choice(["ab", "cde", "f", "gh", "abc"]) for _ in range(n))
+
+    rows = {
+        "multiple_choice": [{"query": words(i % 9 + 1), "choices": [words(n) for n in (1, 2, 3)]} for i in range(20)],
+        "schema": [{"context_options": [words(2), words(3)], "continuation": words(2)} for _ in range(20)],
+        "language_modeling": [{"context": f" {words(i)} ", "continuation": words(2)} for i in range(1, 9)],
+    }
+    rows["multiple_choice"].append({"query": "q", "choices": ["x", "abc", "y", "abc"]})  # equal options
+    for kind, rows in rows.items():
+        answers = list(answer_rows(model, TOKENIZER, task_of(kind), rows, range(len(rows)), batch_tokens))
+        expected = [reference_answer(model, render_prompts(rows, i, task_of(kind)), kind) for i in range(len(rows))]
+        assert [answer for answer, _ in answers] == expected
+        assert len(set(map(str, expected))) > 1, "a model that always answers the same would test little"
+        if kind != "language_modeling":
+            assert [right for _, right in answers] == [answer == 0 for answer in expected]
+
+
+def test_language_modelling_is_right_if_all_tokens_are_and_of_equal_options_the_first_wins():
+    question = Question([([0, 5, 6], 1)], "language_modeling", 0)
+    assert question.grade([Score(9.0, [5, 6])]) == ([5, 6], True)
+    assert question.grade([Score(0.1, [5, 7])]) == ([5, 7], False)
+    assert Question([], "multiple_choice", 1).grade([Score(loss, []) for loss in (2.0, 1.0, 3.0, 1.0)]) == (1, True)
 
 
 def test_core_depends_neither_on_ranks_nor_on_batches(model, bundle, run_ranks, monkeypatch):
