@@ -248,9 +248,9 @@ def test_stop_strings_match_sampled_text_but_no_tool_output():
         seq = finish(Engine(reply([*story.encode()]), TOKENIZER), tokens=[BOS], temperature=0.0, stop=["zzz", stop])
         text = TOKENIZER.decode([token for token in seq.generated if token != END])
         assert text == story[: story.index(end) + len(end)] and seq.finish_reason == "stop"
-    engine = Engine(reply([*b"a", CALL, *b"11+1", CALL_END, *b"b12c"]), TOKENIZER)
-    seq = finish(engine, tokens=[BOS], temperature=0.0, stop=["11", "ab", "12c"])
-    assert seq.generated == [*b"a", CALL, *b"11+1", CALL_END, OUT, *b"12", OUT_END, *b"b12c"]
+    engine = Engine(reply([*b"a", CALL, *b"11+1", CALL_END, *b"bc"]), TOKENIZER)
+    seq = finish(engine, tokens=[BOS], temperature=0.0, stop=["11", "ab", "12", "bc"])
+    assert seq.generated == [*b"a", CALL, *b"11+1", CALL_END, OUT, *b"12", OUT_END, *b"bc"]
 
 
 @pytest.mark.parametrize("terminal", [END, BOS])

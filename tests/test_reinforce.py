@@ -255,3 +255,4 @@ def test_sync_weights_updates_the_engine(copied):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.3)
     sync_weights(engine, model)
     assert reply(engine) == reply(Engine(model, TOKENIZER)) != before
+    assert engine.prefill_tokens == 4 + 4, "no keys and values of the old weights are reused"
