@@ -188,14 +188,3 @@ def test_an_error_of_a_grader_is_raised(model):
 
     with pytest.raises(UserError, match="no sandbox"):
         measure(Broken(3), model, max_new_tokens=2)
-
-
-def test_progress_shows_the_running_accuracy(model, capsys):
-    class Slow(Letters):
-        def evaluate(self, conversation, completion):
-            time.sleep(0.12)  # the bar is drawn ten times a second
-            return conversation["answer"] == "B"
-
-    run_task(Slow(3), model, TOKENIZER, Engine(model, TOKENIZER), CPU)
-    drawn = capsys.readouterr().err
-    assert "1/2 = 50.0%" in drawn or "1/3 = 33.3%" in drawn
