@@ -1,4 +1,4 @@
-"""The Triton kernel, in Triton's interpreter, against exact attention to the cache. Skipped where there is no Triton."""
+"""The Triton kernel, in Triton's interpreter, against exact attention to the cache; skipped without Triton."""
 
 import os
 import subprocess
@@ -18,7 +18,9 @@ from nanochat.flash_attention import flash_attn_with_kvcache
 
 generator = torch.Generator().manual_seed(0)
 def random(*shape): return torch.randn(*shape, generator=generator)
-cases = itertools.product([(1, 1), (2, 2), (4, 2), (3, 1)], [-1, 0, 5, 70, 1000], [[0], [3], [63, 64], [199, 0, 128], [65] * 5])
+cases = itertools.product(
+    [(1, 1), (2, 2), (4, 2), (3, 1)], [-1, 0, 5, 70, 1000], [[0], [3], [63, 64], [199, 0, 128], [65] * 5],
+)
 for number, ((H, H_kv), window, lengths) in enumerate(cases):
     B, S, D = len(lengths), 200, 16
     rows = torch.randperm(7, generator=generator)[:B].int()
@@ -30,7 +32,9 @@ for number, ((H, H_kv), window, lengths) in enumerate(cases):
     for row, length in enumerate(lengths):  # keys beyond its length must not be read
         caches[0][row if chosen is None else rows[row], length:] = float("nan")
     y = decode_attention(q, *caches, k, v, lengths, chosen, window)
-    expected = flash_attn_with_kvcache(q, *theirs, k=k, v=v, cache_seqlens=lengths, cache_batch_idx=chosen, window_size=(window, 0))
+    expected = flash_attn_with_kvcache(
+        q, *theirs, k=k, v=v, cache_seqlens=lengths, cache_batch_idx=chosen, window_size=(window, 0),
+    )
     assert torch.allclose(y, expected, atol=1e-5), (H, H_kv, window, lengths, (y - expected).abs().max())
     for b, length in enumerate(lengths):
         row = b if chosen is None else rows[b]
@@ -45,7 +49,8 @@ print("chosen:", flash_attention.choose_cached("cpu", torch.bfloat16, 4, 2, 16))
 
 
 def test_the_kernel_equals_exact_attention_to_the_cache():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
+    path = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     result = subprocess.run([sys.executable, "-c", CHECK], env=env, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0 and "same 100" in result.stdout, result.stdout + result.stderr
     assert "chosen: triton" in result.stdout, "it passes its check before it is used"
