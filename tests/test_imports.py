@@ -244,7 +244,7 @@ USERS_OF_LEAVES = {  # modules of the package that may import a leaf, and which
     "dataset": {"sample_world"}, "device": {"cpu"}, "finetune": {"report"}, "engine": {"calculator"}, "execution": {"sandbox"},
     "sample_world": {"sample_facts", "sample_phrases"}, "sample_phrases": {"sample_facts"},
 }  # fmt: skip
-SERVING = {"engine", "scheduler", "serving", "web", "page_api", "openai_api", "pieces"}
+SERVING = {"engine", "scheduler", "engine_thread", "server"}
 
 
 def test_leaves_can_be_deleted():
