@@ -9,10 +9,10 @@ at the prompt it leaves. The conversation is kept as the very tokens that were s
 is encoded twice; when the context is full the oldest turns are forgotten, and a line says so.
 """
 
-import argparse
 import sys
 from contextlib import closing, suppress
 
+from nanochat import flags
 from nanochat.common import UserError, compute_init, run_script
 
 HELP = "Type 'clear' to forget the conversation and 'quit' to leave. Ctrl-C stops an answer."
@@ -21,16 +21,10 @@ SHOWN = {"<|python_start|>": "[", "<|python_end|>": "]", "<|output_start|>": "=[
 
 
 def parse_args(argv):
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
-    parser.add_argument("-p", "--prompt", help="answer this and leave; None: hold a conversation")
-    parser.add_argument("-i", "--stage", default="sft", choices=["base", "mid", "sft", "rl"], help="the model's stage")
-    parser.add_argument("-g", "--model-tag", help="which model of that stage; None: the newest")
-    parser.add_argument("-s", "--step", type=int, help="which checkpoint; None: the last")
-    parser.add_argument("-t", "--temperature", type=float, default=0.6, help="0 takes the likeliest token")
-    parser.add_argument("-k", "--top-k", type=int, default=50, help="sample among the k likeliest tokens; 0 for all")
-    parser.add_argument("-m", "--max-tokens", type=int, default=512, help="length of an answer")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
+    parser = flags.make_parser(__doc__.split("\n")[0])
+    parser.add_argument("-p", "--prompt", help="print the reply to this prompt and exit (default: a conversation)")
+    flags.add_model_flags(parser, ["base", "mid", "sft", "rl"])
+    flags.add_sampling_flags(parser, temperature=0.6)
     return parser.parse_args(argv)
 
 
@@ -160,8 +154,6 @@ def main(argv=None):
     args = parse_args(argv)
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("the prompt is empty; write something after -p, or leave -p away for a conversation")
-    if args.max_tokens < 1:
-        raise UserError(f"-m is {args.max_tokens}; it must be 1 or more")
 
     from nanochat.checkpoint_manager import load_model
     from nanochat.device import prepare_for_inference

@@ -9,36 +9,24 @@ and `/openapi.json` describes all routes. Ctrl-C waits for running replies. The 
 --log-content is given.
 """
 
-import argparse
-
+from nanochat import flags
 from nanochat.common import UserError, compute_init, ranks, run_script, share_cores
 
 GRACE = 30.0  # seconds that running replies get when the server is stopped
 
 
 def parse_args(argv):
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
-    parser.add_argument("-n", "--num-gpus", type=int, default=1, help="GPUs to use, each with a copy of the model")
-    parser.add_argument("-p", "--port", type=int, default=8000, help="port to listen on; 0 for any free port")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all addresses of this machine")
-    parser.add_argument("-i", "--stage", default="sft", choices=["mid", "sft", "rl"], help="the model's stage")
-    parser.add_argument("-g", "--model-tag", help="the model's tag (default: the newest model of the stage)")
-    parser.add_argument("-s", "--step", type=int, help="the checkpoint's step (default: the last)")
-    parser.add_argument("-t", "--temperature", type=float, default=0.8, help="for requests without one, 0 to 2")
-    parser.add_argument("-k", "--top-k", type=int, default=50, help="for requests without one; 0 for all tokens")
-    parser.add_argument("-m", "--max-tokens", type=int, default=512, help="maximum length of a reply, for requests without one")
-    parser.add_argument("--max-sequences", type=int, default=64, help="replies generated at once on each device, where its memory suffices")
-    parser.add_argument("--max-queue", type=int, default=64, help="replies that may wait for each device; further requests are refused")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (default: the first that is available)")
-    parser.add_argument("--log-content", action="store_true", help="write conversations to the log")
-    args = parser.parse_args(argv)
-    for name, low, high in (("num_gpus", 1, 1024), ("port", 0, 65535), ("temperature", 0, 2), ("top_k", 0, 200),
-                            ("max_tokens", 1, 4096), ("max_sequences", 1, 1024), ("max_queue", 0, 100_000)):
-        value = getattr(args, name)
-        if not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be from {low} to {high}")
-    return args
+    parser = flags.make_parser(__doc__.split("\n")[0])
+    flags.add_model_flags(parser, ["mid", "sft", "rl"])
+    group = parser.add_argument_group("server")
+    group.add_argument("-n", "--num-gpus", type=flags.COUNT, default=1, help="GPUs to use, each with a copy of the model")
+    group.add_argument("-p", "--port", type=flags.number(int, 0, 65535), default=8000, help="port to listen on; 0 for any free port")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all addresses of this machine")
+    group.add_argument("--max-sequences", type=flags.COUNT, default=64, help="replies generated at once on each device, if its memory suffices")
+    group.add_argument("--max-queue", type=flags.number(int, 0), default=64, help="replies that may wait for each device")
+    group.add_argument("--log-content", action="store_true", help="write conversations to the log")
+    flags.add_sampling_flags(parser, temperature=0.8)  # of requests that do not set them
+    return parser.parse_args(argv)
 
 
 def listen(host: str, port: int):

@@ -21,12 +21,17 @@ from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 TOKENIZER = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
 END = TOKENIZER.encode_special("<|assistant_end|>")
 TIMEOUT = 30  # seconds
+PAGE, V1 = ROUTES = ["/chat/completions", "/v1/chat/completions"]
 
 
 def tokens_of(text: str) -> list[int]:
     """Ids of a text in which special tokens, written out, are meant: "<|python_start|>1+1<|python_end|>"."""
     pieces = re.split(r"(<\|\w+\|>)", text)
     return [id for piece in pieces for id in ([TOKENIZER.encode_special(piece)] if piece in SPECIAL_TOKENS else TOKENIZER.encode(piece))]
+
+
+def message(content="hi", role="user"):
+    return {"role": role, "content": content}
 
 
 def answering(replies: dict[str, str]):

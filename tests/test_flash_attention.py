@@ -187,7 +187,7 @@ def tried(monkeypatch):
     monkeypatch.setattr(flash_attention, "TRIED_ON", ("cpu",))
     monkeypatch.setattr(flash_attention, "TRIED_TOKENS", 48)
     monkeypatch.setattr(flash_attention, "_chosen", {})
-    monkeypatch.setattr(flash_attention, "_said", set())
+    monkeypatch.setattr(flash_attention, "_printed", set())
     flash_attention._load.cache_clear()
     yield loaded
     flash_attention._load.cache_clear()
@@ -208,9 +208,9 @@ def test_the_first_that_is_right_is_chosen_and_every_other_has_its_reason_in_one
     reasons = dict(reason.split(": ", 1) for reason in line.split("(", 1)[1].rstrip(")\n").split("; "))
     assert list(reasons) == list(CANDIDATES)[:-2] and tried == list(CANDIDATES)[:-1]
     assert reasons["raising"] == reasons["raising_backward"] == "this release has no"
-    assert reasons["wrong"].startswith("y is wrong by 0.05") and reasons["wrong_gradient"].startswith("dv is wrong by 0.05")
-    assert reasons["nan"] == "y is wrong by nan" and reasons["misshapen"].startswith("Mismatch in shape")
-    assert all(float(reasons[name].removeprefix("y is wrong by ")) > 0.3 for name in ("one_too_many", "one_too_few"))
+    assert reasons["wrong"].startswith("y has a relative error of 0.05") and reasons["wrong_gradient"].startswith("dv has a relative error of 0.05")
+    assert reasons["nan"] == "y has a relative error of nan" and reasons["misshapen"].startswith("Mismatch in shape")
+    assert all(float(reasons[name].removeprefix("y has a relative error of ")) > 0.3 for name in ("one_too_many", "one_too_few"))
     assert reasons["breaking"]
 
 
@@ -240,7 +240,7 @@ def test_without_any_that_is_right_it_is_exact(tried, monkeypatch, capsys):
         assert choose() == "sdpa"
     assert choose(dtype=torch.float32) == "sdpa"
     found = capsys.readouterr().out.splitlines()
-    assert found == ["attention: sdpa (absent: not installed; nan: y is wrong by nan)", "attention: sdpa (no kernel takes float32)"]
+    assert found == ["attention: sdpa (absent: not installed; nan: y has a relative error of nan)", "attention: sdpa (no kernel supports float32)"]
 
 
 def test_on_this_cpu_nothing_is_tried(monkeypatch, capsys):
@@ -264,7 +264,7 @@ def test_an_override_is_the_only_one_tried(tried, monkeypatch, capsys):
     assert tried == ["also_good"] and capsys.readouterr().out == "attention: also_good\n"
 
 
-@pytest.mark.parametrize("name,reason", [("nan", "nan: y is wrong"), ("fa5", "there are sdpa, absent, raising")])
+@pytest.mark.parametrize("name,reason", [("nan", "nan: y has a relative error"), ("fa5", "choose from sdpa, absent, raising")])
 def test_an_override_that_does_not_run_is_refused(tried, monkeypatch, name, reason):
     monkeypatch.setattr(flash_attention, "_override_impl", name)
     with pytest.raises(UserError, match=reason):
@@ -324,8 +324,8 @@ def writing_elsewhere(q, k_cache, *rest, **more):
     "attend,said",
     [
         (cached_with(), "fa3"),
-        (cached_with(window_size=(-1, -1)), "sdpa (fa3: y is wrong by"),
-        (writing_elsewhere, "sdpa (fa3: the key cache is wrong by"),
+        (cached_with(window_size=(-1, -1)), "sdpa (fa3: y has a relative error of"),
+        (writing_elsewhere, "sdpa (fa3: the key cache has a relative error of"),
         (fails, "sdpa (fa3: this release has no"),
     ],
 )

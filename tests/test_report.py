@@ -125,7 +125,7 @@ def test_generate_prints_the_results_and_where_the_page_is(base_dir, capsys):
 
 
 def test_generate_with_nothing_logged_says_so(base_dir):
-    with pytest.raises(UserError, match="nothing has been logged"):
+    with pytest.raises(UserError, match="empty or missing; run a stage"):
         report.generate()
 
 
