@@ -232,7 +232,7 @@ def _download_shard(source: str, path: Path) -> None:
         open_shard(path).close()
     except UserError as error:
         path.unlink()
-        raise UserError(f"{error}; it was deleted, run this again to download it anew") from error
+        raise UserError(f"{error}; it was deleted, run this again to download it") from error
 
 
 # -----------------------------------------------------------------------------

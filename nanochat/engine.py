@@ -28,7 +28,7 @@ class KVCache:
 
     k_cache, v_cache: (layers, batch, seq, heads, dim). cache_seqlens: int32 (batch,), filled positions per
     sequence. last_tokens: int64 (batch,), the newest token of each sequence or -1, for the model's smear.
-    slots: None, or int32 (batch,) in a view made by `select`: the rows of the tensors that it stands for.
+    slots: None, or int32 (batch,) in a view made by `select`: its rows of the tensors.
     """
 
     slots: torch.Tensor | None = None

@@ -284,7 +284,7 @@ class StreamDecoder:
     """Decodes ids one at a time without cutting characters.
 
     The returned strings, joined, equal `tokenizer.decode` of all ids: "é" split over two tokens
-    gives "" and then "é".
+    returns "" and then "é".
     """
 
     def __init__(self, tokenizer: RustBPETokenizer):

@@ -109,7 +109,7 @@ def main(argv=None):
         error = standard_error(accuracy, n)
         results[name] = {"accuracy": accuracy, "stderr": error, "n": n, "baseline": task.baseline}
         score = f"{100 * accuracy:6.2f}% +- {100 * error:.2f}"
-        print0(f"{name:14s} {score}  ({n} problems, guessing gives {100 * task.baseline:.0f}%)")
+        print0(f"{name:14s} {score}  ({n} problems, guessing scores {100 * task.baseline:.0f}%)")
     if not results:
         raise UserError("none of the tasks could be run (reasons above); -a SampleWorld needs no data hub")
 

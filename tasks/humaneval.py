@@ -15,9 +15,9 @@ from tasks.common import Task, load_hub_dataset
 
 
 class HumanEval(Task):
-    """164 problems, all of them the test split. `layers`: what model-written code runs behind on this system.
+    """164 problems, all of them the test split. `layers`: the sandbox layers of this system.
 
-    UserError where that is too little, unless `allow_unsafe`; told here, not after an hour of measuring.
+    Raises UserError if these are too few, unless `allow_unsafe`.
     """
 
     eval_type = "generative"

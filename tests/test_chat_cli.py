@@ -112,7 +112,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(tokenizer, capsys):
     for letter in "abcd":
         "".join(chat.ask(letter))
     notes = capsys.readouterr().err
-    assert "context of 138 tokens is full: the oldest turn is forgotten" in notes
+    assert "context of 138 tokens is full: the oldest turn was dropped" in notes
     assert chat.engine.prompts[2] == "<|bos|>" + turn("a", "x" * 30) + turn("b", "y" * 30) + turn("c")
     assert chat.engine.prompts[3] == "<|bos|>" + turn("b", "y" * 30) + turn("c", "z" * 30) + turn("d")
 
@@ -129,7 +129,7 @@ def test_there_is_always_room_for_an_answer(tokenizer):
 def test_a_message_longer_than_the_context_is_refused_and_changes_nothing(tokenizer):
     chat = chat_with(tokenizer, ["one", "two"])
     "".join(chat.ask("a"))
-    with pytest.raises(UserError, match="303 tokens, but the model's context holds 200"):
+    with pytest.raises(UserError, match="303 tokens and the model's context is 200"):
         "".join(chat.ask("x" * 300))
     "".join(chat.ask("b"))
     assert chat.engine.prompts[1] == "<|bos|>" + turn("a", "one") + turn("b")
@@ -189,8 +189,8 @@ def test_a_conversation(in_base, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     main(["-k", "5", "-m", "10", "--device-type", "cpu"])
     shown = capsys.readouterr()
-    assert shown.out.count("Assistant: ") == 2 and "Forgotten." in shown.out
-    assert "5003 tokens, but the model's context holds 4096" in shown.err
+    assert shown.out.count("Assistant: ") == 2 and "New conversation." in shown.out
+    assert "5003 tokens and the model's context is 4096" in shown.err
     assert next(lines) == "never read"
 
 

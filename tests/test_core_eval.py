@@ -316,7 +316,7 @@ def test_unpack_publishes_the_whole_bundle_or_nothing(tmp_path):
     data[70] ^= 0xFF
     flipped.write_bytes(data)
     for bad in (cut, flipped):
-        with pytest.raises(UserError, match="not a whole zip file"):
+        with pytest.raises(UserError, match="is damaged"):
             unpack(bad, folder)
     with pytest.raises(UserError, match="no eval_bundle/core.yaml"):
         unpack(zip_of(tmp_path / "other.zip", ["other/core.yaml"]), folder)
