@@ -276,10 +276,10 @@ def test_atomic_replaces_a_file_or_folder_completely_or_not_at_all(tmp_path, fol
 
 def test_wandb_without_a_login_is_a_user_error(tmp_path):
     """In a process of its own, since the library reads its settings once."""
-    code = "from nanochat.common import *; run_script(lambda: wandb_run('p', 'name', {}))"
+    code = "from nanochat.common import *; run_script(lambda: check_wandb('name'))"
     env = {**os.environ, "HOME": str(tmp_path), "WANDB_MODE": "online"}
     env.pop("WANDB_API_KEY", None)
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     line = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and re.match("error: --run=name needs wandb: .*wandb login.*WANDB_MODE=offline", line)
+    assert done.returncode == 1 and re.match("error: --run=name needs a login to wandb: .*wandb login.*WANDB_MODE=offline", line)
