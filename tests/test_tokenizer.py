@@ -160,7 +160,7 @@ class Published:
         self._tokenizer = everything()
 
     def train_from_iterator(self, iterator, vocab_size, buffer_size=8192, pattern=None):
-        self._tokenizer.train_from_iterator(iterator, vocab_size, buffer_size, pattern)
+        self._tokenizer.train_from_iterator(iterator, vocab_size, pattern=pattern)
 
     def get_mergeable_ranks(self):
         return self._tokenizer.get_mergeable_ranks()
