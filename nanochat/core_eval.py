@@ -145,7 +145,7 @@ def read_rows(task: CoreTask, max_rows: int = -1) -> list[dict]:
         random.Random(1337).shuffle(lines)
         return [json.loads(line) for line in (lines if max_rows < 0 else lines[:max_rows])]
     except (OSError, ValueError) as error:
-        bundle = task.path.parents[2]
+        bundle = next(folder.parent for folder in task.path.parents if folder.name == "eval_data")
         raise UserError(f"CORE's {task.label} is damaged ({error}). Delete {bundle} and run this again.") from None
 
 

@@ -27,7 +27,7 @@ for number, ((H, H_kv), window, lengths) in enumerate(cases):
     q, k, v = random(B, 1, H, D), random(B, 1, H_kv, D), random(B, 1, H_kv, D)
     lengths = torch.tensor(lengths, dtype=torch.int32)
     chosen = None if number % 3 == 0 else rows
-    for row, length in enumerate(lengths):  # what lies beyond is of others and must not be read
+    for row, length in enumerate(lengths):  # keys beyond its length must not be read
         caches[0][row if chosen is None else rows[row], length:] = float("nan")
     y = decode_attention(q, *caches, k, v, lengths, chosen, window)
     expected = flash_attn_with_kvcache(q, *theirs, k=k, v=v, cache_seqlens=lengths, cache_batch_idx=chosen, window_size=(window, 0))
@@ -35,7 +35,7 @@ for number, ((H, H_kv), window, lengths) in enumerate(cases):
     for b, length in enumerate(lengths):
         row = b if chosen is None else rows[b]
         for ours, other in zip(caches, theirs):
-            assert torch.equal(ours[row, : length + 1], other[row, : length + 1]), "the new token stands in the cache"
+            assert torch.equal(ours[row, : length + 1], other[row, : length + 1]), "the new token is in the cache"
 print("same", number + 1)
 
 from nanochat import attention_backends, flash_attention
@@ -44,8 +44,8 @@ print("chosen:", flash_attention.choose_cached("cpu", torch.bfloat16, 4, 2, 16))
 """
 
 
-def test_it_is_attention_to_the_cache():
+def test_the_kernel_equals_exact_attention_to_the_cache():
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
     result = subprocess.run([sys.executable, "-c", CHECK], env=env, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0 and "same 100" in result.stdout, result.stdout + result.stderr
-    assert "chosen: triton" in result.stdout, "it is tried before it is used, and found right"
+    assert "chosen: triton" in result.stdout, "it passes its check before it is used"

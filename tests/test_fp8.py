@@ -1,11 +1,14 @@
 """Float8 products against float64 and an exact emulation; converted models against plain ones."""
 
+import re
+
 import pytest
 import torch
+from tiny import tiny_gpt
 
 from nanochat import fp8
 from nanochat.common import Compute
-from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.gpt import GPT, Linear
 from nanochat.optim import MuonAdamW
 from nanochat.training import train_step
 
@@ -13,28 +16,17 @@ CPU = torch.device("cpu")
 HAS_FLOAT8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
-def make(dtype=torch.float32, noise=0.0, **changes) -> GPT:
-    """`noise` is added to all weights, since the output projections are zero at first."""
-    config = GPTConfig(**{"sequence_len": 64, "vocab_size": 12, "n_layer": 2, "n_head": 1, "n_kv_head": 1, "n_embd": 128, **changes})
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device="cpu")
-    torch.manual_seed(0)
-    model.init_weights(dtype)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += noise * torch.randn(p.shape)
-    return model
+def make(**changes) -> GPT:
+    return tiny_gpt(**{"vocab_size": 12, "n_head": 1, "n_embd": 128, **changes})
 
 
-def ids(seed=1, B=2, T=64):
-    return torch.randint(0, 12, (B, T), generator=torch.Generator().manual_seed(seed))
+def ids(seed=1, T=64):
+    return torch.randint(0, 12, (2, T), generator=torch.Generator().manual_seed(seed))
 
 
-def operands(M=256, K=128, N=512, dtype=torch.float32):
+def operands(M=256, K=128, N=512):
     rng = torch.Generator().manual_seed(0)
-    x, weight, grad = (torch.randn(*size, generator=rng) for size in ((M, K), (N, K), (M, N)))
-    return x.to(dtype), weight, grad.to(dtype)
+    return [torch.randn(*size, generator=rng) for size in ((M, K), (N, K), (M, N))]
 
 
 def product_and_gradients(x, weight, grad):
@@ -44,41 +36,27 @@ def product_and_gradients(x, weight, grad):
     return y.detach(), x.grad, weight.grad
 
 
-def error(low, exact):
-    return ((low - exact).norm() / exact.norm()).item()
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_FLOAT8, reason="needs a GPU with float8"))])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_errors_are_those_of_float8(dtype, device):
-    """Rounding to m bits of mantissa has an error of (1/2 to 1) * 2^-m / sqrt(12); those of two factors add as squares."""
-    x, weight, grad = (t.to(device) for t in operands(dtype=dtype))
-    y, d_x, d_weight = product_and_gradients(x, weight, grad)
-    assert (y.dtype, d_x.dtype, d_weight.dtype) == (dtype, dtype, torch.float32)
-    x, weight, grad = x.double(), weight.double(), grad.double()
-    e4m3, e5m2 = 2**-3 / 12**0.5, 2**-2 / 12**0.5
-    for low, exact, largest in (
-        (y, x @ weight.t(), (e4m3**2 + e4m3**2) ** 0.5),  # 5.1%
-        (d_x, grad @ weight, (e5m2**2 + e4m3**2) ** 0.5),  # 8.1%
-        (d_weight, grad.t() @ x, (e5m2**2 + e4m3**2) ** 0.5),
-    ):
-        assert largest / 2 < error(low, exact) < largest
-
-
 def emulated(x, mantissa, smallest, largest):
-    """float32 x rounded to float8: `mantissa` bits, exponents from `smallest` on, its largest element at `largest`."""
-    scale = x.abs().max() / largest
-    scaled = (x / scale).double()
+    """x rounded to float8: `mantissa` bits, exponents from `smallest` on, its largest element at `largest`."""
+    scale = x.float().abs().max() / largest
+    scaled = (x.float() / scale).double()
     step = 2.0 ** ((torch.frexp(scaled).exponent - 1).clamp(min=smallest) - mantissa)
     return (scaled / step).round() * step * scale.double()  # half to even, as in hardware
 
 
-def test_products_equal_the_emulation():
-    x, weight, grad = operands()
-    y, d_x, d_weight = product_and_gradients(x, weight, grad)
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not HAS_FLOAT8, reason="needs a GPU with float8"))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 2e-3), (torch.float16, 3e-4)])
+def test_products_equal_the_emulation(dtype, rounding, device):
+    x, weight, grad = (t.to(device) for t in operands())
+    x, grad = x.to(dtype), grad.to(dtype)
+    results = product_and_gradients(x, weight, grad)
+    assert [result.dtype for result in results] == [dtype, dtype, torch.float32]
     x8, w8, g8 = emulated(x, 3, -6, 448), emulated(weight, 3, -6, 448), emulated(grad, 2, -14, 57344)
-    for low, exact in ((y, x8 @ w8.t()), (d_x, g8 @ w8), (d_weight, g8.t() @ x8)):
-        assert error(low, exact) < 1e-6
+    for low, exact in zip(results, (x8 @ w8.t(), g8 @ w8, g8.t() @ x8)):
+        assert (low - exact).norm() < rounding * exact.norm()
 
 
 @pytest.mark.parametrize("dtype, step", [(fp8.E4M3, 2**-4), (fp8.E5M2, 2**-3)])
@@ -110,7 +88,8 @@ def test_values_that_are_not_finite_stay_visible(bad):
 
 def test_layouts_are_those_that_cuda_requires():
     """A CPU accepts any layout; the meta device checks CUDA's rules. Inputs may be transposed or expanded."""
-    a, b, one = torch.empty(64, 128, dtype=fp8.E4M3, device="meta"), torch.empty(128, 256, dtype=fp8.E4M3, device="meta"), torch.ones(())
+    a, b = (torch.empty(*shape, dtype=fp8.E4M3, device="meta") for shape in ((64, 128), (128, 256)))
+    one = torch.ones(())
     with pytest.raises(RuntimeError, match="col_major"):
         torch._scaled_mm(a, b, one, one)
     weight = torch.empty(256, 128, device="meta", requires_grad=True)
@@ -123,13 +102,12 @@ def test_layouts_are_those_that_cuda_requires():
 
 
 def test_eligible_linears_of_the_blocks_are_converted_and_nothing_else_changes():
-    config = {"n_embd": 256, "n_head": 2, "n_kv_head": 1}
-    model, plain = make(**config), make(**config)
+    model, plain = (make(n_embd=256, n_head=2) for _ in range(2))
     assert fp8.convert(model) == 12  # q, k, v, projection and two of the MLP, twice
     others = [name for name, module in model.named_modules() if type(module) is Linear]
     assert others == ["transformer.h.1.attn.ve_gate", "lm_head", "smear_gate"]
-    for n_in, n_out, expected in ((128, 1280, True), (144, 272, True), (112, 1280, False), (1280, 112, False), (1288, 1280, False)):
-        assert fp8.eligible(Linear(n_in, n_out)) is expected
+    assert all(fp8.eligible(Linear(*sizes)) for sizes in ((128, 1280), (144, 272)))
+    assert not any(fp8.eligible(Linear(*sizes)) for sizes in ((112, 1280), (1280, 112), (1288, 1280)))
     ours, theirs = model.state_dict(), plain.state_dict()
     assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
     names = [[name for name, _ in group["params"]] for group in model.param_groups()]
@@ -138,19 +116,19 @@ def test_eligible_linears_of_the_blocks_are_converted_and_nothing_else_changes()
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_evaluation_is_bit_equal_to_the_plain_model(dtype):
-    plain, model = (make(dtype, noise=0.05) for _ in range(2))
+    plain, model = (make(dtype=dtype) for _ in range(2))
     fp8.convert(model)
     with torch.no_grad():
         assert torch.equal(model(ids()), plain(ids()))
         assert torch.equal(model(ids(), ids(2), loss_reduction="none"), plain(ids(), ids(2), loss_reduction="none"))
-    assert not torch.equal(model(ids(), ids(2)), plain(ids(), ids(2))), "with gradients it should be float8"
-    odd = ids(T=60), ids(2, T=60)  # 120 rows, not a multiple of 16
-    assert torch.equal(model(*odd), plain(*odd))
+    assert not torch.equal(model(ids(), ids(2)), plain(ids(), ids(2))), "with gradients it is float8"
+    uneven = ids(T=60), ids(2, T=60)  # 120 rows, not a multiple of 16
+    assert torch.equal(model(*uneven), plain(*uneven))
 
 
 def test_compiled_training_has_no_graph_break_and_no_recompilation():
     """While weights change and evaluations come between; gradients equal the uncompiled ones."""
-    model = make(n_layer=1, noise=0.05)
+    model = make(n_layer=1)
     fp8.convert(model)
     torch._dynamo.reset()
     compiled = torch.compile(model.hidden, backend="aot_eager", fullgraph=True, dynamic=False)  # without the loss
@@ -170,25 +148,21 @@ def test_compiled_training_has_no_graph_break_and_no_recompilation():
 
 
 def test_training_follows_float32():
-    """On sequences in which a token follows from the two before it, four times out of five. The last losses differ by about
-    0.02 nats, either way; four seeds of the initial weights spread them from 1.50 to 1.61."""
-
-    def batches(steps, B=8, T=64, vocab=12):
-        rng = torch.Generator().manual_seed(1)
-        table = torch.randint(0, vocab, (vocab, vocab), generator=rng)
-        for _ in range(steps):
-            rows = torch.randint(0, vocab, (B, T + 1), generator=rng)
-            determined = torch.rand(B, T + 1, generator=rng) < 0.8
-            for t in range(2, T + 1):
-                rows[:, t] = torch.where(determined[:, t], table[rows[:, t - 2], rows[:, t - 1]], rows[:, t])
-            yield rows[:, :-1], rows[:, 1:]
+    """On sequences in which a token follows from the two before it, four times out of five. The last losses differ by
+    up to 0.06 nats, depending on the seed; seeds of the initial weights spread them by 0.1."""
+    rng = torch.Generator().manual_seed(3)
+    table = torch.randint(0, 12, (12, 12), generator=rng)
+    rows = torch.randint(0, 12, (30, 8, 65), generator=rng)
+    for t in range(2, 65):
+        determined = torch.rand(30, 8, generator=rng) < 0.8
+        rows[..., t] = torch.where(determined, table[rows[..., t - 2], rows[..., t - 1]], rows[..., t])
 
     def last_losses(float8):
-        model = make()
+        model = make(noise=0.0)
         if float8:
             fp8.convert(model)
-        optimizer = MuonAdamW(model.param_groups())
-        losses = [train_step(model, optimizer, [batch], Compute(CPU, torch.float32)).item() for batch in batches(30)]
+        optimizer, compute = MuonAdamW(model.param_groups()), Compute(CPU, torch.float32)
+        losses = [train_step(model, optimizer, [(x[:, :-1], x[:, 1:])], compute).item() for x in rows]
         assert losses[0] > 2.4 and all(loss == loss for loss in losses)  # log(12) = 2.48
         return sum(losses[-5:]) / 5
 
@@ -196,28 +170,22 @@ def test_training_follows_float32():
     assert full < 1.8 and full != low and abs(full - low) < 0.06, (full, low)
 
 
-def test_unsupported_devices_are_named_in_one_line(monkeypatch):
-    assert "compute capability 8.9" in (reason := fp8.unsupported_reason(CPU, torch.float32)) and "a cpu" in reason
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    reason = fp8.unsupported_reason(torch.device("cuda"), torch.bfloat16)
-    assert reason.endswith("NVIDIA A100 has 8.0") and "\n" not in reason
-
-
-def test_a_supported_device_must_pass_the_self_test(monkeypatch):
-    self_test, original, cuda = fp8.self_test, torch._scaled_mm, torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+@pytest.mark.parametrize("name, capability, product, reason", [
+    ("NVIDIA A100", (8, 0), None, "NVIDIA A100 has 8.0"),
+    ("NVIDIA H100", (9, 0), lambda y: y, None),
+    ("NVIDIA H100", (9, 0), None, "float8 products fail here: TypeError: 'NoneType' object is not callable"),
+    ("NVIDIA H100", (9, 0), lambda y: 1.5 * y, "wrong here, by 5.%"),
+    ("NVIDIA H100", (9, 0), lambda y: y * float("nan"), "wrong here, by nan%"),
+])  # fmt: skip
+def test_a_device_must_be_supported_and_pass_the_self_test(monkeypatch, name, capability, product, reason):
+    self_test, original = fp8.self_test, torch._scaled_mm
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(fp8, "self_test", lambda device, dtype: self_test(CPU, dtype))
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **options: product(original(*args, **options)))
     before = torch.get_rng_state()
     with torch.no_grad():
-        assert fp8.unsupported_reason(cuda, torch.bfloat16) is None
+        found = fp8.unsupported_reason(torch.device("cuda"), torch.bfloat16)
     assert torch.equal(torch.get_rng_state(), before)
-
-    def fail(*args, **kwargs):
-        raise RuntimeError("no kernel\nfor this")
-
-    monkeypatch.setattr(torch, "_scaled_mm", fail)
-    assert fp8.unsupported_reason(cuda, torch.bfloat16) == "float8 products fail here: RuntimeError: no kernel"
-    for factor, error in ((1.5, "5"), (float("nan"), "nan")):
-        monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: factor * original(*args, **kwargs))
-        assert f"wrong here, by {error}" in fp8.unsupported_reason(cuda, torch.bfloat16)
+    assert found is None if reason is None else re.search(reason + "$", found)
+    assert fp8.unsupported_reason(CPU, torch.float32).endswith("and this is a cpu")

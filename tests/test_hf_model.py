@@ -1,21 +1,23 @@
-"""A foreign model measured with our yardstick: tiny random ones, made here, saved and loaded again."""
+"""Models of the transformers library under our evaluations: tiny random ones, created here, saved and loaded again."""
 
 from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nanochat.common import Compute, UserError
-from nanochat.hf_model import HFTokenizer, load_hf_model
+from nanochat.hf_model import HFModel, HFTokenizer, load_hf_model
 from nanochat.loss_eval import evaluate_bpb
 
 CPU = Compute(torch.device("cpu"), torch.float32)
-TEXT = "The café sells naïve tea, 東京 style: 3.50 €. 🙂 Once upon a time there was a tea pot; it said \"no\".\n"
+TEXT = 'The café sells naïve tea, 東京 style: 3.50 €. 🙂 Once upon a time there was a tea pot; it said "no".\n'
 
 
 def tokenizer_of(path, tokens, blank, normalizer, pre_tokenizer, decoder, **special):
@@ -60,7 +62,7 @@ def gpt2_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt2")
     tokenizer = byte_level_tokenizer(folder)
     torch.manual_seed(0)
-    # initializer_range: large enough that the model has opinions
+    # initializer_range: large enough for varied predictions
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=48, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3
     )
@@ -89,43 +91,37 @@ def test_logits_and_losses_are_those_of_the_library(gpt2):
     assert losses.sum().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_family_that_caps_its_logits_is_measured_with_the_cap():
+def test_a_model_that_caps_its_logits_is_measured_with_the_cap():
     from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    from nanochat.hf_model import HFModel
 
     config = Gemma2Config(
         vocab_size=90, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, max_position_embeddings=32, final_logit_softcapping=0.1,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = HFModel(Gemma2ForCausalLM(config).eval())
-    assert model.whole
-    ids = torch.arange(10)[None]
+    model, ids = HFModel(Gemma2ForCausalLM(config).eval()), torch.arange(10)[None]
     with torch.no_grad():
-        assert torch.allclose(model.logits(model.hidden(ids)), model.model(ids).logits)
-        assert model.logits(model.hidden(ids)).abs().max() <= 0.1
+        logits = model.logits(model.hidden(ids))
+        assert torch.allclose(logits, model.model(ids).logits) and logits.abs().max() <= 0.1
 
 
 @pytest.mark.parametrize("make", [byte_level_tokenizer, sentencepiece_tokenizer])
 def test_token_bytes_add_up_to_the_bytes_of_the_text(make, tmp_path):
     tokenizer = HFTokenizer(make(tmp_path), "here")
-    ids = tokenizer.encode(TEXT, prepend=tokenizer.get_bos_token_id())
-    assert ids[0] == tokenizer.get_bos_token_id()
-    assert tokenizer.encode([TEXT, "tea"], prepend=ids[0])[0] == ids and tokenizer.encode([]) == []
+    bos = tokenizer.get_bos_token_id()
+    ids = tokenizer.encode(TEXT)
+    assert tokenizer.encode([TEXT, "tea"], prepend=bos)[0] == [bos, *ids] and tokenizer.encode([]) == []
     joined, offsets = tokenizer.encode_to_numpy([TEXT, "", "tea"])
-    assert joined.tolist() == ids[1:] + tokenizer.encode("tea") and offsets.tolist() == [0, len(ids) - 1, len(ids) - 1, len(joined)]
-    special = tokenizer.tokenizer.decode(ids[:1])
-    assert tokenizer.decode(tokenizer.encode("a " + special)) == "a " + special
-    assert ids[0] not in tokenizer.encode("a " + special)
-    assert tokenizer.decode(ids[1:]) == TEXT
+    assert joined.tolist() == ids + tokenizer.encode("tea")
+    assert offsets.tolist() == [0, len(ids), len(ids), len(joined)]
+    special = "a " + tokenizer.tokenizer.decode([bos])
+    assert tokenizer.decode(tokenizer.encode(special)) == special and bos not in tokenizer.encode(special)
+    assert tokenizer.decode(ids) == TEXT
     counts = tokenizer.token_bytes()
-    assert counts[ids[0]] == 0
-    assert counts[ids].sum().item() == len(TEXT.encode())
-    assert len(ids) < len(TEXT.encode())  # there are merges among them
+    assert counts[bos] == 0 and counts[ids].sum().item() == len(TEXT.encode()) > len(ids)  # there are merges
 
 
-def test_bits_per_byte_and_samples_run_on_a_foreign_model(gpt2):
+def test_bits_per_byte_and_greedy_samples_equal_the_library(gpt2):
     model, tokenizer = gpt2
     ids = torch.tensor([tokenizer.encode(TEXT, prepend=tokenizer.get_bos_token_id())[:41]])
     bpb = evaluate_bpb(model, [(ids[:, :-1].int(), ids[:, 1:])], 1, tokenizer.token_bytes(), CPU)
@@ -134,63 +130,47 @@ def test_bits_per_byte_and_samples_run_on_a_foreign_model(gpt2):
     nats = -sum(log_probabilities[t, token].item() for t, token in enumerate(ids[0, 1:].tolist()))
     n_bytes = tokenizer.token_bytes()[ids[0, 1:]].sum().item()
     assert bpb == pytest.approx(nats / n_bytes / 0.6931471805599453, rel=1e-6)
-    expected = model.model.generate(
-        torch.tensor([tokenizer.encode("the tea", prepend=tokenizer.get_bos_token_id())]), max_new_tokens=3, do_sample=False
-    )  # fmt: skip
+    prompt = torch.tensor([tokenizer.encode("the tea", prepend=tokenizer.get_bos_token_id())])
+    expected = model.model.generate(prompt, max_new_tokens=3, do_sample=False)
     assert model.complete(tokenizer, "the tea", max_tokens=3) == tokenizer.decode(expected[0, 1:].tolist())
 
 
-def test_mistakes_are_named(tmp_path, monkeypatch):
+def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="could not be loaded"):
         load_hf_model(str(tmp_path), CPU)  # a folder without a model
+    words = SimpleNamespace(get_vocab=lambda: {"a": 0}, bos_token_id=None, eos_token_id=None)
+    with pytest.raises(UserError, match="unknown kind"):
+        HFTokenizer(words, "words").token_bytes()
+    with pytest.raises(UserError, match="neither a bos nor an eos"):
+        HFTokenizer(words, "words").get_bos_token_id()
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="needs the transformers library"):
         load_hf_model("openai-community/gpt2", CPU)
 
 
-def test_a_tokenizer_of_an_unknown_kind_has_no_bytes():
-    class Words:
-        def get_vocab(self):
-            return {"a": 0}
-
-    with pytest.raises(UserError, match="unknown kind"):
-        HFTokenizer(Words(), "words").token_bytes()
-
-
-def write_bundle(folder):
-    """The smallest bundle: one task of two questions."""
-    (folder / "eval_data").mkdir(parents=True)
-    (folder / "core.yaml").write_text(
-        "icl_tasks: [{label: tea, dataset_uri: tea.jsonl, num_fewshot: [1], icl_task_type: multiple_choice}]"
-    )
-    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\ntea,50\n")
-    row = '{"query": "the pot has", "choices": ["tea", "no"], "gold": 0}\n'
-    (folder / "eval_data" / "tea.jsonl").write_text(row * 2)
-
-
-def test_base_eval_writes_a_csv_and_a_section(gpt2_folder, base_dir, capsys):
+def test_base_eval_writes_a_csv_and_a_section_or_says_why_not(gpt2_folder, base_dir, hub, capsys, monkeypatch):
+    from nanochat import dataset
     from nanochat.report import read_jsonl
     from scripts.base_eval import main
 
-    write_bundle(base_dir / "eval_bundle")
-    main(["--hf-path", str(gpt2_folder), "--device-type", "cpu"])
+    arguments = ["--hf-path", str(gpt2_folder), "--device-type", "cpu"]
+    main(arguments)
     [path] = (base_dir / "base_eval").iterdir()
     with open(path, newline="") as file:
-        task, core = csv.DictReader(file)
-    assert task["label"] == "tea" and task["examples"] == "2"
-    assert float(task["centered"]) == pytest.approx(2 * float(task["accuracy"]) - 1)
-    assert core["label"] == "CORE" and core["centered"] == task["centered"]
+        *tasks, core = csv.DictReader(file)
+    centered = {task["label"]: float(task["centered"]) for task in tasks}
+    assert [task["examples"] for task in tasks] == ["12"] * 3
+    assert float(tasks[1]["centered"]) == pytest.approx(2 * float(tasks[1]["accuracy"]) - 1, abs=1e-5)
+    assert core["label"] == "CORE" and float(core["centered"]) == pytest.approx(sum(centered.values()) / 3, abs=1e-5)
     assert "CORE" in capsys.readouterr().out
     [entry] = read_jsonl(base_dir / "report" / "report.jsonl")
-    assert entry["section"] == "Base model evaluation" and entry["data"]["tea"] == float(task["centered"])
+    assert entry["section"] == "Base model evaluation"
+    assert {label: entry["data"][label] for label in centered} == pytest.approx(centered, abs=1e-4)
 
-
-def test_base_eval_says_that_the_bundle_is_out_of_reach(gpt2_folder, base_dir, capsys, monkeypatch):
-    from nanochat import dataset
-    from scripts.base_eval import main
-
+    shutil.rmtree(base_dir / "eval_bundle")
+    hub.faults["eval_bundle.zip"] = [404]
     monkeypatch.setattr(dataset, "WAITS", (0,))
-    main(["--hf-path", str(gpt2_folder), "--device-type", "cpu"])
+    main(arguments)
     assert "CORE skipped: cannot download eval_bundle.zip" in capsys.readouterr().out
 
 
@@ -206,7 +186,7 @@ def test_base_loss_measures_a_folder_of_parquet_files(gpt2_folder, base_dir, tmp
         pq.write_table(pa.table({"text": [TEXT * 3] * 40}), data / f"shard_{i:05d}.parquet")
     flags = ["--hf-path", str(gpt2_folder), "--device-type", "cpu", "--source", str(data), "--device-batch-size", "4"]
     main([*flags, "--split-tokens", "400"])
-    said = capsys.readouterr().out
-    assert "train bpb" in said and "val bpb" in said and "The capital of France is" in said
+    out = capsys.readouterr().out
+    assert "train bpb" in out and "val bpb" in out and "The capital of France is" in out
     with pytest.raises(UserError, match="less than one batch of 192"):
         main([*flags, "--split-tokens", "100"])

@@ -1,4 +1,4 @@
-"""The policy gradient against one derived by hand; a model that learns a tiny task nearly perfectly."""
+"""The policy gradient against its definition; a model that learns a tiny task nearly perfectly."""
 
 import math
 import random
@@ -8,17 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_gpt
 
 from nanochat.common import Compute
 from nanochat.cross_entropy import sampling_log_probs
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.reinforce import Group, policy_batches, policy_step, sample_groups, sync_weights
 from nanochat.scheduler import Sequence
 
 CPU = Compute(torch.device("cpu"), torch.float32)
-SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end", "output_start", "output_end")
+SPECIAL = ("bos", "user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end",
+           "output_start", "output_end")  # fmt: skip
 
 
 class LetterTokenizer:
@@ -61,24 +62,25 @@ class NextLetter:
         return float(completion.startswith(conversation["answer"]))
 
 
-def make_model(seed=0):
-    torch.manual_seed(seed)
-    with torch.device("meta"):
-        model = GPT(GPTConfig(sequence_len=16, vocab_size=TOKENIZER.get_vocab_size(), n_layer=2, n_head=1, n_kv_head=1, n_embd=32))
-    model.to_empty(device="cpu")
-    model.init_weights(dtype=torch.float32)
-    return model
+def make_model(**options):
+    return tiny_gpt(sequence_len=16, vocab_size=TOKENIZER.get_vocab_size(), n_head=1, n_embd=32, **options)
+
+
+def sample_answers(model, task, questions, num_samples=16, max_new_tokens=3, max_sequences=128):
+    """(groups, engine) with answers sampled at temperature 1 from the whole vocabulary."""
+    engine = Engine(model, TOKENIZER, max_sequences=max_sequences)
+    options = {"max_new_tokens": max_new_tokens, "temperature": 1.0, "top_k": None}
+    return sample_groups(engine, TOKENIZER, task, questions, CPU, num_samples, **options), engine
 
 
 def test_a_tiny_task_is_learned_nearly_perfectly():
-    model = make_model()
-    engine = Engine(model, TOKENIZER, max_sequences=128)
-    optimizer = MuonAdamW(model.param_groups(embedding_lr=0.03, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.0, weight_decay=0.0))
+    model = make_model(noise=0.0)
+    rates = {"embedding_lr": 0.03, "unembedding_lr": 0.004, "matrix_lr": 0.02, "scalar_lr": 0.0, "weight_decay": 0.0}
+    optimizer = MuonAdamW(model.param_groups(**rates))
     rewards = []
     for step in range(40):
-        sync_weights(engine, model)
         questions = [(index, 4 * step + index) for index in range(4)]
-        groups = sample_groups(engine, TOKENIZER, NextLetter(), questions, CPU, 32, max_new_tokens=4, temperature=1.0, top_k=None)
+        groups, engine = sample_answers(model, NextLetter(), questions, num_samples=32, max_new_tokens=4)
         _, _, values = policy_step(model, optimizer, groups, CPU, 1024, 1.0, None, engine.python_start)
         rewards.append(values["reward"])
         assert values["sampler_gap"] < 1e-5, "the learner's distribution is the one that was sampled from"
@@ -99,7 +101,8 @@ class Bigrams(torch.nn.Module):
 
     def sampling_log_probs(self, idx, targets, temperature, top_k):
         valid = targets >= 0
-        return sampling_log_probs(self.table[idx[valid].long()], torch.eye(len(self.table)), targets[valid], temperature, top_k)
+        scores, head = self.table[idx[valid].long()], torch.eye(len(self.table))
+        return sampling_log_probs(scores, head, targets[valid], temperature, top_k)
 
 
 class Recorder:
@@ -116,8 +119,15 @@ class Recorder:
         self.table.grad = None
 
 
-def random_groups(seed, temperature, top_k, table, num_groups=3, num_samples=4):
-    """Groups with rewards and tool output, whose log-probabilities are computed in plain Python."""
+def log_probabilities(table, temperature, top_k):
+    """(7, 7) of the k largest softcapped logits, divided by the temperature."""
+    logits = 15 * torch.tanh(table / 15) / temperature
+    smallest = logits.topk(top_k or 7).values[:, -1:]
+    return logits.masked_fill(logits < smallest, -torch.inf).log_softmax(-1)
+
+
+def random_groups(seed, log_probs, num_groups=3, num_samples=4):
+    """Groups with random rewards and tool output, sampled from `log_probs`."""
     rng = random.Random(seed)
     groups = []
     for _ in range(num_groups):
@@ -125,52 +135,43 @@ def random_groups(seed, temperature, top_k, table, num_groups=3, num_samples=4):
         for _ in range(num_samples):
             seq = Sequence(tokens=list(prompt), limit=99, finish_reason="stop")
             for _ in range(rng.randint(1, 5)):
-                mask = int(rng.random() < 0.8)
-                p = probabilities(table[seq.tokens[-1]], temperature, top_k)
-                token = rng.choices(range(7), p)[0] if mask else rng.randrange(7)
-                seq.tokens.append(token), seq.masks.append(mask), seq.log_probs.append(mask and math.log(p[token]))
+                mask, row = int(rng.random() < 0.8), log_probs[seq.tokens[-1]].tolist()
+                token = rng.choices(range(7), [math.exp(p) for p in row])[0] if mask else rng.randrange(7)
+                seq.tokens.append(token), seq.masks.append(mask), seq.log_probs.append(row[token] if mask else 0.0)
             seqs.append(seq)
         groups.append(Group({}, seqs, [float(rng.random() < 0.5) for _ in seqs]))
     return groups
 
 
-def probabilities(raw, temperature, top_k):
-    """Softmax of the k largest softcapped logits, divided by the temperature."""
-    scores = [15 * math.tanh(z / 15) / temperature for z in raw]
-    largest = sorted(range(len(scores)), key=lambda v: -scores[v])[:top_k]
-    weights = [math.exp(scores[v]) if v in largest else 0.0 for v in range(len(scores))]
-    return [w / sum(weights) for w in weights]
+temperatures, top_ks = st.sampled_from([0.5, 1.0, 1.7]), st.sampled_from([None, 1, 3, 7])
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([0.5, 1.0, 1.7]), st.sampled_from([None, 1, 3, 7]), st.sampled_from([1, 20, 1000]))
-def test_the_gradient_equals_the_one_derived_by_hand(seed, temperature, top_k, max_tokens):
-    """d log p(t) / d z_v = (1[v = t] - p(v)) / temperature, and the softcap's slope is 1 - (s / 15)^2 at s = 15 tanh(z / 15)."""
+@given(st.integers(0, 10**6), temperatures, top_ks, st.sampled_from([1, 20, 1000]))
+def test_loss_and_gradient_equal_those_of_the_definition(seed, temperature, top_k, max_tokens):
+    """-1/N * sum of (reward - mean) * log p over the sampled tokens, differentiated by PyTorch in float64."""
     model = Bigrams()
-    table = model.table.tolist()
-    groups = random_groups(seed, temperature, top_k, table)
-    expected, count = [[0.0] * 7 for _ in range(7)], sum(sum(seq.masks) for group in groups for seq in group.seqs)
-    loss = 0.0
+    table = model.table.detach().double().requires_grad_()
+    log_probs = log_probabilities(table, temperature, top_k)
+    groups = random_groups(seed, log_probs)
+    total, count = 0 * table.sum(), 0
     for group in groups:
-        baseline = sum(group.rewards) / len(group.rewards)
         for seq, reward in zip(group.seqs, group.rewards):
-            for place, (token, mask) in enumerate(zip(seq.generated, seq.masks)):
+            for before, token, mask in zip(seq.tokens[seq.prompt_length - 1 :], seq.generated, seq.masks):
                 if mask:
-                    before = seq.tokens[seq.prompt_length + place - 1]
-                    p = probabilities(table[before], temperature, top_k)
-                    loss -= (reward - baseline) * math.log(p[token]) / count
-                    for v in range(7):
-                        slope = 1 - math.tanh(table[before][v] / 15) ** 2
-                        expected[before][v] -= (reward - baseline) / count * ((v == token) - p[v]) / temperature * slope
+                    total = total - (reward - sum(group.rewards) / len(group.rewards)) * log_probs[before, token]
+                    count += 1
+    (total / count).backward()
     optimizer = Recorder(model)
-    measured, tokens, values = policy_step(model, optimizer, groups, CPU, max_tokens, temperature, top_k, python_start=0)
-    assert tokens == count and measured.item() == pytest.approx(loss, abs=1e-5) and values["sampler_gap"] < 1e-5
-    assert torch.allclose(optimizer.gradient, torch.tensor(expected), atol=1e-5)
+    loss, tokens, values = policy_step(model, optimizer, groups, CPU, max_tokens, temperature, top_k, python_start=0)
+    assert tokens == count and values["sampler_gap"] < 1e-5
+    assert loss.item() == pytest.approx((total / count).item(), abs=1e-5)
+    assert torch.allclose(optimizer.gradient, table.grad.float(), atol=1e-5)
 
 
 def test_many_ranks_equal_one(run_ranks):
     """One of three ranks has no group with a non-zero advantage."""
-    groups = random_groups(5, 1.0, None, Bigrams().table.tolist(), num_groups=4)
+    groups = random_groups(5, log_probabilities(Bigrams().table, 1.0, None), num_groups=4)
     groups[1] = Group({}, groups[1].seqs, [1.0] * 4)
     shares = [[groups[0], groups[3]], [groups[1]], [groups[2]]]
 
@@ -184,14 +185,14 @@ def test_many_ranks_equal_one(run_ranks):
     ranks = run_ranks(3, lambda compute: work(compute, shares[compute.rank]))
     assert torch.allclose(sum(gradient for gradient, *_ in ranks), alone[0], atol=1e-6)
     for _, loss, tokens, values in ranks:
-        assert (loss, tokens) == (pytest.approx(alone[1], abs=1e-6), alone[2]) and values == pytest.approx(alone[3], abs=1e-6)
+        assert (loss, tokens) == (pytest.approx(alone[1], abs=1e-6), alone[2])
+        assert values == pytest.approx(alone[3], abs=1e-6)
 
 
 def test_groups_of_equal_rewards_are_skipped():
     model = Bigrams()
-    groups = random_groups(1, 1.0, None, model.table.tolist())
+    groups = random_groups(1, log_probabilities(model.table, 1.0, None))
     equal = [Group({}, group.seqs, [0.25] * 4) for group in groups]
-    assert policy_batches(equal, 8, CPU.device) == []
     model.sampling_log_probs = None  # must not be called
     optimizer = SimpleNamespace(param_groups=[])  # has no step
     loss, _, values = policy_step(model, optimizer, equal, CPU, 8, 1.0, None, python_start=0)
@@ -207,63 +208,50 @@ def test_truncated_answers_get_reward_0():
         def reward(self, conversation, completion):
             return 1.0
 
-    model = make_model()
-    engine = Engine(model, TOKENIZER)
-    groups = sample_groups(engine, TOKENIZER, AlwaysRight(), [(0, 1), (2, 2)], CPU, 16, max_new_tokens=3, temperature=1.0, top_k=None)
-    ends = [(seq.finish_reason, reward) for group in groups for seq, reward in zip(group.seqs, group.rewards)]
-    assert set(ends) == {("stop", 1.0), ("length", 0.0)}
-    _, _, values = policy_step(model, MuonAdamW(model.param_groups()), groups, CPU, 8, 1.0, None, engine.python_start)
-    assert values["truncated"] == sum(reason == "length" for reason, _ in ends) / 32
+    groups, _ = sample_answers(make_model(), AlwaysRight(), [(0, 1), (2, 2)])
+    ends = {(seq.finish_reason, reward) for group in groups for seq, reward in zip(group.seqs, group.rewards)}
+    assert ends == {("stop", 1.0), ("length", 0.0)}
 
 
 def test_answers_depend_on_the_seed_of_their_question_only():
-    model = make_model()
-    options = {"num_samples": 3, "max_new_tokens": 5, "temperature": 1.0, "top_k": 8}
-    together = sample_groups(Engine(model, TOKENIZER), TOKENIZER, NextLetter(), [(0, 10), (1, 11), (0, 12)], CPU, **options)
-    for question, group in zip([(0, 10), (1, 11), (0, 12)], together):
-        (alone,) = sample_groups(Engine(model, TOKENIZER, max_sequences=1), TOKENIZER, NextLetter(), [question], CPU, **options)
+    model, questions = make_model(), [(0, 10), (1, 11), (0, 12)]
+    together, _ = sample_answers(model, NextLetter(), questions)
+    for question, group in zip(questions, together):
+        (alone,), _ = sample_answers(model, NextLetter(), [question], max_sequences=1)
         assert [seq.tokens for seq in alone.seqs] == [seq.tokens for seq in group.seqs]
-    assert [seq.generated for seq in together[0].seqs] != [seq.generated for seq in together[2].seqs], "one question, two seeds"
+    assert [seq.generated for seq in together[0].seqs] != [seq.generated for seq in together[2].seqs], "two seeds"
 
 
-def test_metrics():
-    seqs = [Sequence(tokens=[1, 2], limit=9) for _ in range(2)]
-    for seq, generated, masks, reason in zip(seqs, ([5, 3, 3, 4], [6, 4]), ([1, 0, 0, 1], [1, 1]), ("stop", "length")):
-        seq.tokens += generated
-        seq.masks, seq.log_probs, seq.finish_reason = masks, [-0.5 * mask for mask in masks], reason
-    model = Bigrams()
-    _, tokens, values = policy_step(model, Recorder(model), [Group({}, seqs, [1.0, 0.0])], CPU, 8, 1.0, None, python_start=5)
-    assert tokens == 4
-    del values["sampler_gap"]
-    assert values == {"reward": 0.5, "length": 3.0, "truncated": 0.5, "tool_calls": 0.5, "entropy": 0.5, "nonzero_groups": 1.0}
-
-
-def test_batches_supervise_the_sampled_tokens_only():
-    seq = Sequence(tokens=[1, 2], limit=9)
-    seq.tokens += [5, 3, 4]
-    seq.masks, seq.log_probs = [1, 0, 1], [-0.5, 0.0, -0.25]
-    short = Sequence(tokens=[1], limit=9)
+def test_batches_supervise_the_sampled_tokens_only_and_metrics_count_all():
+    long = Sequence(tokens=[1, 2], limit=9, finish_reason="stop")
+    short = Sequence(tokens=[1], limit=9, finish_reason="length")
+    long.tokens += [5, 3, 4]
+    long.masks, long.log_probs = [1, 0, 1], [-0.5, 0.0, -0.25]
     short.tokens, short.masks, short.log_probs = [1, 6], [1], [-1.0]
-    ((inputs, targets, advantages, log_probs),) = policy_batches([Group({}, [short, seq], [0.0, 1.0])], 8, CPU.device)
+    groups = [Group({}, [short, long], [0.0, 1.0])]
+    ((inputs, targets, advantages, log_probs),) = policy_batches(groups, 8, CPU.device)
     assert inputs.tolist() == [[1, 2, 5, 3], [1, 0, 0, 0]]
     assert targets.tolist() == [[-1, 5, -1, 4], [6, -1, -1, -1]]
     assert log_probs.tolist() == [[0, -0.5, 0, -0.25], [-1.0, 0, 0, 0]]
     assert advantages[:, 0].tolist() == [0.5, -0.5]
+    model = Bigrams()
+    _, tokens, values = policy_step(model, Recorder(model), groups, CPU, 8, 1.0, None, python_start=5)
+    del values["sampler_gap"]
+    expected = {"reward": 0.5, "length": 2.0, "truncated": 0.5, "tool_calls": 0.5, "nonzero_groups": 1.0}
+    assert tokens == 3 and values == {**expected, "entropy": pytest.approx(1.75 / 3)}
 
 
-def test_sync_weights_updates_the_engine():
-    model = make_model()
-    engine = Engine(model, TOKENIZER)
-    sync_weights(engine, model)
-    before = engine.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
+@pytest.mark.parametrize("copied", [False, True])  # on a GPU the engine has a copy in the compute dtype
+def test_sync_weights_updates_the_engine(copied):
+    model = make_model(noise=0.3)
+    engine = Engine(make_model(seed=1) if copied else model, TOKENIZER)
+
+    def reply(engine):
+        return engine.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
+
+    before = reply(engine)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.3)
     sync_weights(engine, model)
-    after = engine.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
-    assert after != before and after == Engine(model, TOKENIZER).generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
-    copy = make_model(seed=1)  # as on a GPU, where the engine has a copy in the compute dtype
-    other = Engine(copy, TOKENIZER)
-    other.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0)
-    sync_weights(other, model)
-    assert other.generate_batch([0, 1, 9, 2, 3], max_tokens=6, temperature=0.0) == after
+    assert reply(engine) == reply(Engine(model, TOKENIZER)) != before

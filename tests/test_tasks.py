@@ -1,4 +1,4 @@
-"""Tasks: views and mixtures, the real data sets through the fake hub, and what counts as right."""
+"""Tasks: views and mixtures, the data sets of the fake hub, and how completions are graded."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ from tasks.smoltalk import SmolTalk
 
 
 class Numbers(Task):
-    """The conversation at index i says i."""
+    """The conversation at index i is its name and i."""
 
     def __init__(self, size, name="n", **view):
         super().__init__(**view)
@@ -37,7 +37,7 @@ class Numbers(Task):
 
 
 def text_of(conversation) -> str:
-    """All that the assistant says last."""
+    """The whole text of the last message."""
     content = conversation["messages"][-1]["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
@@ -55,22 +55,16 @@ def test_a_view_is_a_slice_and_iterating_ends(size, start, stop, step):
         task[len(expected)]
 
 
-def test_mixture_holds_everything_once_shuffled_the_same_way_every_time():
-    parts = [Numbers(50, "a"), Numbers(30, "b", start=10), Numbers(5, "c")]
-    mixture = TaskMixture(parts)
-    assert Counter(mixture) == Counter(item for part in parts for item in part)
-    assert list(mixture) == list(TaskMixture(parts)) != list(TaskMixture(parts, seed=43))
-    assert list(mixture) != list(TaskSequence(parts))
-    assert {item[0] for item in list(mixture)[:20]} >= {"a", "b"}
-    assert list(TaskMixture(parts, stop=7)) == list(mixture)[:7]
+def test_a_mixture_shuffles_all_its_tasks_the_same_way_every_time():
+    tasks = [Numbers(50, "a"), Numbers(30, "b", start=10), Numbers(5, "c"), Numbers(5, "c")]  # one of them twice
+    mixture = TaskMixture(tasks)
+    assert Counter(mixture) == Counter(item for task in tasks for item in task)
+    assert list(mixture) == list(TaskMixture(tasks)) != list(TaskMixture(tasks, seed=43))
+    assert list(mixture) != list(TaskSequence(tasks))
+    assert list(TaskMixture(tasks, stop=7)) == list(mixture)[:7]
 
 
-def test_mixture_oversamples_a_task_named_twice():
-    task = Numbers(5)
-    assert Counter(TaskMixture([task, task])) == Counter(list(task) * 2)
-
-
-def test_sequence_keeps_the_order():
+def test_a_sequence_keeps_the_order():
     sequence = TaskSequence([Numbers(3, "a"), Numbers(0, "b"), Numbers(2, "c")])
     assert list(sequence) == ["a0", "a1", "a2", "c0", "c1"]
     with pytest.raises(IndexError):
@@ -81,13 +75,8 @@ def test_sequence_keeps_the_order():
 # Wording
 
 
-def test_render_mc():
-    text = render_mc("What is ice?", ["A", "B", "C"], ["Water", "Iron", "A gas"])
-    assert text.index("What is ice?") < text.index("Water (A)") < text.index("Iron (B)") < text.index("A gas (C)")
-
-
 @given(st.lists(st.text(max_size=8), min_size=1, max_size=5))
-def test_render_mc_keeps_each_letter_a_piece_of_its_own(choices):
+def test_render_mc_keeps_each_letter_a_segment_of_its_own(choices):
     """So that the token that names a choice is the token that answers. The pattern is SPEC's, run by `regex`."""
     pattern = (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
@@ -95,27 +84,26 @@ def test_render_mc_keeps_each_letter_a_piece_of_its_own(choices):
     )
     letters = list("QXZJK")[: len(choices)]
     choices = ["".join(c for c in choice if c not in letters) for choice in choices]
-    pieces = regex.findall(pattern, render_mc("Which?", letters, choices))
-    assert [piece for piece in pieces if set(piece) & set(letters)] == letters
+    text = render_mc("Which?", letters, choices)
+    assert [segment for segment in regex.findall(pattern, text) if set(segment) & set(letters)] == letters
+    lines = [f"{choice} ({letter})" for letter, choice in zip(letters, choices)]
+    assert text.index("Which?") < text.index(lines[0]) and all(line in text for line in lines)
 
 
-@pytest.mark.parametrize(
-    "text, number",
-    [
-        ("#### 72", 72),
-        ("so it is 5.\n#### -3", -3),
-        ("####1,234,567", 1234567),
-        ("#### $1,250.50", Decimal("1250.5")),
-        ("#### -$5.00", -5),
-        ("#### 18.", 18),
-        ("#### .5", Decimal("0.5")),
-        ("#### 7 apples\n#### 8", 7),
-        ("#### seven", None),
-        ("72", None),
-        ("### 72", None),
-        ("", None),
-    ],
-)
+@pytest.mark.parametrize("text, number", [
+    ("#### 72", 72),
+    ("so it is 5.\n#### -3", -3),
+    ("####1,234,567", 1234567),
+    ("#### $1,250.50", Decimal("1250.5")),
+    ("#### -$5.00", -5),
+    ("#### 18.", 18),
+    ("#### .5", Decimal("0.5")),
+    ("#### 7 apples\n#### 8", 7),
+    ("#### seven", None),
+    ("72", None),
+    ("### 72", None),
+    ("", None),
+])  # fmt: skip
 def test_final_number(text, number):
     assert final_number(text) == number
 
@@ -126,18 +114,6 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [user("a"), assistant("b")],
-        [{"role": "system", "content": "s"}, user("a"), assistant("b"), user("c"), assistant("d")],
-        [user("a"), assistant([{"type": "text", "text": "b"}, {"type": "python", "text": "1+1"}])],
-    ],
-)
-def test_conversations_that_are_well_formed(messages):
-    assert check_conversation({"messages": messages}) == {"messages": messages}
 
 
 BAD_MESSAGES = [
@@ -157,19 +133,14 @@ BAD_MESSAGES = [
 ]
 
 
-@pytest.mark.parametrize("messages", BAD_MESSAGES)
-def test_conversations_that_are_not(messages):
-    with pytest.raises(ValueError):
-        check_conversation({"messages": messages})
-
-
 # -----------------------------------------------------------------------------
-# Files of one's own
+# The user's files
 
 
 def test_customjson_reads_both_forms(tmp_path):
     path = tmp_path / "mine.jsonl"
-    first, second = [user("Wer bist du?"), assistant("Käthe 🌼")], [user("a"), assistant("b")]
+    first = [user("Wer bist du?"), assistant("Käthe 🌼"), user("c"), assistant("d")]
+    second = [{"role": "system", "content": "s"}, user("a"), assistant([{"type": "python", "text": "1+1"}])]
     lines = [json.dumps(first, ensure_ascii=False), "", json.dumps({"messages": second})]
     path.write_text("\n".join(lines), encoding="utf-8")
     task = CustomJSON(path)
@@ -194,39 +165,34 @@ def test_customjson_without_a_file_or_a_conversation(tmp_path):
         CustomJSON(tmp_path / "empty.jsonl")
 
 
-def test_identity_conversations(base_dir, capsys):
+def test_identity_conversations_are_500_different_ones_fixed_by_the_seed(base_dir, capsys):
     gen_identity([])
     task = CustomJSON(base_dir / "identity_conversations.jsonl")
-    assert len(task) == 500 and str(base_dir) in capsys.readouterr().out
-    assert len({json.dumps(conversation) for conversation in task}) == 500
+    assert str(base_dir) in capsys.readouterr().out
+    assert len({json.dumps(conversation) for conversation in task}) == len(task) == 500
     assert [conversation["messages"] for conversation in task] == conversations(500, 42) != conversations(500, 43)
     assert sum("nanochat" in text_of(conversation) for conversation in task) > 100
-    multi_turn = [len(conversation["messages"]) for conversation in task if len(conversation["messages"]) > 2]
-    assert len(multi_turn) > 100
+    assert sum(len(conversation["messages"]) > 2 for conversation in task) > 100
 
 
 # -----------------------------------------------------------------------------
 # Data sets of the hub
 
 
-def test_arc(hub):
-    task = ARC("ARC-Easy", "test")
-    assert len(task) == len(ARC("ARC-Challenge", "test")) == 40 and (task.eval_type, task.baseline) == ("categorical", 0.25)
-    for conversation in task:
-        check_conversation(conversation)
-        question, answer = (message["content"] for message in conversation["messages"])
-        assert all(f" ({letter})" in question for letter in conversation["letters"])
-        assert [task.evaluate(conversation, letter) for letter in conversation["letters"]].count(True) == 1
-        assert task.evaluate(conversation, answer)
-    with pytest.raises(AssertionError):
-        task.evaluate(task[0], "a word")
-
-
-def test_the_order_is_that_of_a_shuffle_with_seed_42(hub):
+def test_arc_is_shuffled_with_seed_42_and_grades_letters(hub):
     import datasets
 
+    task = ARC("ARC-Easy", "test")
+    assert len(task) == len(ARC("ARC-Challenge", "test")) == 40
+    assert (task.eval_type, task.baseline) == ("categorical", 0.25)
     rows = datasets.load_dataset("allenai/ai2_arc", "ARC-Easy", split="test").shuffle(seed=42)
-    assert [rows[i]["question"] in ARC("ARC-Easy", "test")[i]["messages"][0]["content"] for i in range(5)] == [True] * 5
+    for row, conversation in zip(rows, task, strict=True):
+        check_conversation(conversation)
+        question, answer = (message["content"] for message in conversation["messages"])
+        assert row["question"] in question and all(f" ({letter})" in question for letter in conversation["letters"])
+        assert [letter for letter in conversation["letters"] if task.evaluate(conversation, letter)] == [answer]
+    with pytest.raises(AssertionError):
+        task.evaluate(task[0], "a word")
 
 
 @pytest.mark.parametrize("subset, split", [("all", "test"), ("all", "validation"), ("auxiliary_train", "train")])
@@ -260,7 +226,8 @@ def test_gsm8k(hub):
         assert task.evaluate(conversation, f"#### {right:,}") and task.reward(conversation, f"#### ${right}.00") == 1
         assert not task.evaluate(conversation, f"#### {right + 1}") and task.reward(conversation, f"{right}") == 0
         _, call, output, _ = conversation["messages"][-1]["content"]
-        assert (call["type"], output["type"]) == ("python", "python_output") and str(use_calculator(call["text"])) == output["text"]
+        assert (call["type"], output["type"]) == ("python", "python_output")
+        assert str(use_calculator(call["text"])) == output["text"]
 
 
 def test_smoltalk(hub):
@@ -270,21 +237,18 @@ def test_smoltalk(hub):
         assert all(conversation["messages"][-1]["role"] == "assistant" for conversation in task)
 
 
-def test_a_hub_that_is_down_is_reported_at_once(monkeypatch):
+def test_a_hub_that_is_down_or_lacks_a_data_set_is_named(hub, monkeypatch):
+    with pytest.raises(UserError, match="cannot load the data set some/set .*doesn't exist"):
+        load_hub_dataset("some/set", None, "test")
+    with pytest.raises(UserError, match="cannot load the data set openai/gsm8k .*test"):
+        load_hub_dataset("openai/gsm8k", "main", "validation")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"some/set \(small, test\) from http://127.0.0.1:9: nothing answers there"):
         load_hub_dataset("some/set", "small", "test")
 
 
-def test_a_missing_data_set_is_named(hub):
-    with pytest.raises(UserError, match="cannot load the data set some/set .*doesn't exist"):
-        load_hub_dataset("some/set", None, "test")
-    with pytest.raises(UserError, match="cannot load the data set openai/gsm8k .*test"):
-        load_hub_dataset("openai/gsm8k", "main", "validation")
-
-
 @pytest.mark.parametrize("status", [503, 429])
-def test_a_hub_in_trouble_is_an_error_of_one_sentence(hub, status, monkeypatch, tmp_path):
+def test_a_failing_hub_is_an_error_of_one_line(hub, status, monkeypatch, tmp_path):
     hub.faults["trouble/resolve/.*parquet"] = [status] * 1000
     with monkeypatch.context() as patch:
         patch.setattr("time.sleep", lambda seconds: None)  # of the library's retries

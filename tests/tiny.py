@@ -1,0 +1,52 @@
+"""What the model tests share: a tiny GPT in which every weight matters, and a tokenizer of bytes."""
+
+import torch
+
+from nanochat.gpt import GPT, GPTConfig
+
+SPECIALS = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
+BOS, END = 256, 257
+
+
+def tiny_gpt(seed=0, noise=0.05, head_std=0.0, dtype=torch.float32, **config) -> GPT:
+    """`noise` is added to all weights: fresh output projections are zero, which hides everything before them.
+
+    `head_std` is the standard deviation of the head's weights; a large one makes greedy output varied.
+    """
+    small = {"sequence_len": 64, "vocab_size": 262, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 64}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{**small, **config}))
+    model.to_empty(device="cpu")
+    torch.manual_seed(seed)
+    model.init_weights(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += noise * torch.randn(p.shape)
+        if head_std:
+            model.lm_head.weight.normal_(std=head_std)
+    return model
+
+
+class ByteTokenizer:
+    """A byte is a token; special tokens come after the 256 bytes."""
+
+    def encode_special(self, name):
+        name = name.strip("<|>")
+        return 256 + SPECIALS.index(name) if name in SPECIALS else 300
+
+    def get_bos_token_id(self):
+        return BOS
+
+    def encode(self, text, prepend=None):
+        if isinstance(text, list):
+            return [self.encode(t, prepend) for t in text]
+        return [*([] if prepend is None else [prepend]), *text.encode()]
+
+    def id_to_bytes(self, i):
+        return bytes([i]) if i < 256 else f"<|{SPECIALS[i - 256]}|>".encode()
+
+    def decode(self, ids):
+        return b"".join(map(self.id_to_bytes, ids)).decode(errors="replace")
+
+    def render_for_completion(self, conversation):
+        return [BOS, *self.encode(conversation["messages"][0]["content"])]
