@@ -1,4 +1,4 @@
-"""The run scripts, dev/estimate.py and dev/plot.py.
+"""The run scripts, the commands that documents quote, dev/estimate.py and dev/plot.py.
 
 Fakes of python, torchrun and nvidia-smi record their arguments, so that speedrun.sh on eight GPUs takes a second; every
 recorded command is then checked against the --help of its module. The slow tests run the scripts for real at toy size.
@@ -93,15 +93,22 @@ def help_of(module):
     return out.getvalue()
 
 
-def assert_flags_exist(calls):
-    commands = [re.search(r"-m ([\w.]+)(.*)", line) for line in calls if " -m " in line]
+def assert_flags_exist(commands):
+    """Of each `... -m MODULE FLAGS`, the module exists and knows the flags."""
+    commands = [match for line in commands if (match := re.search(r"-m ([\w.]+)(.*)", line))]
     assert commands
-    for command in commands:
-        text = help_of(command[1])
-        if command[1] == "dev.estimate":  # it also accepts the flags of base_train
+    for _, module, arguments in [match.group(0, 1, 2) for match in commands]:
+        text = help_of(module)
+        if module == "dev.estimate":  # it also accepts the flags of base_train
             text += help_of("scripts.base_train")
-        for flag in re.findall(r"(?<=\s)--?[a-zA-Z][\w-]*", command[2]):
-            assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), f"{command[1]} has no {flag}"
+        for flag in re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", arguments):
+            assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), f"{module} has no {flag}"
+
+
+def test_documents_quote_commands_and_flags_that_exist():
+    for document in ("README.md", "AGENTS.md"):
+        commands = re.findall(r"python (-m (?:scripts|nanochat|dev)[\w.]*[^\n`#|&]*)", (ROOT / document).read_text())
+        assert_flags_exist(commands)
 
 
 # -----------------------------------------------------------------------------
