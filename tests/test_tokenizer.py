@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import regex
+import requests
 import rustbpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -245,7 +246,7 @@ def test_a_published_vocabulary(tokenizer, monkeypatch, tmp_path):
 
 
 def unreachable():
-    raise OSError("no network")
+    raise requests.exceptions.ConnectionError("Failed to resolve")
 
 
 @pytest.mark.parametrize("constructor", [unreachable, threading.Event().wait])
