@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -162,7 +160,7 @@ def test_a_failing_evaluation_costs_a_line_and_the_exit_code_but_not_the_run(bas
 
 def test_core_is_measured_while_training(base_dir, hub):
     flags = ["--num-iterations=2", "--core-metric-every=1", "--core-metric-max-per-task=3", "--model-tag=c"]
-    run("base_train", *BASE, *flags)
+    run("base_train", *BASE, *flags, "--device-batch-size=-1")
     lines = [json.loads(line) for line in (base_dir / "base_checkpoints/c/metrics.jsonl").read_text().splitlines()]
     cores = [(line["step"], line["core"]) for line in lines if "core" in line]
     assert [step for step, _ in cores] == [1, 2] and all(-1 <= core <= 1 for _, core in cores)
@@ -176,40 +174,6 @@ def test_a_wandb_run_continues_after_a_resume(base_dir, monkeypatch, tmp_path):
     run("base_train", *BASE, *flags, "--num-iterations=4", "--resume-from-step=latest")
     first, last = (meta_of(base_dir / f"base_checkpoints/w/step_00000{step}")["loop_state"]["wandb_id"] for step in (2, 4))
     assert first == last and list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))
-
-
-def test_the_device_batch_size_changes_neither_data_nor_horizon(base_dir, pipeline):
-    """Also on resume: the first half with micro-batches of 4 rows, the second with the automatic size (8 on a CPU)."""
-    folder, before = (base / "base_checkpoints/d2" for base in (base_dir, pipeline))
-    shutil.rmtree(folder / "step_000008")
-    run("base_train", *BASE, "--device-batch-size=-1", "--resume-from-step=latest")
-    for one, other in zip(losses(folder), losses(before), strict=True):
-        assert one == pytest.approx(other, abs=2e-5, nan_ok=True) if None not in one[1:3] else one[0] == other[0]
-    assert meta_of(folder / "step_000008")["loader_state"] == meta_of(before / "step_000008")["loader_state"]
-
-
-def test_a_new_run_sets_the_earlier_one_aside(base_dir, capsys):
-    run("base_train", *BASE, "--num-iterations=2")
-    assert "d2.old" in capsys.readouterr().out
-    assert [path.name for path in (base_dir / "base_checkpoints/d2").glob("step_*")] == ["step_000002"]
-    assert len(list((base_dir / "base_checkpoints/d2.old").glob("step_*"))) == 2
-
-
-def test_sigterm_from_outside(base_dir):
-    """A real process, a real signal: it exits 0 with a line that says how to continue."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "scripts.base_train", *BASE, "--num-iterations=100000", f"--source={base_dir}/text", "--model-tag=k"],
-        cwd=ROOT, env={**os.environ, "NANOCHAT_BASE_DIR": str(base_dir)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )
-    output = []
-    for line in process.stdout:
-        output.append(line)
-        if line.startswith("step 00002 ("):
-            process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0, "".join(output)
-    assert "--resume-from-step=latest" in output[-1]
-    saved = list((base_dir / "base_checkpoints" / "k").glob("step_*"))
-    assert len(saved) == 1 and (saved[0] / "model.safetensors").exists()
 
 
 def test_evaluating_and_chatting(base_dir, capsys):

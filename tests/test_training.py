@@ -14,7 +14,7 @@ from test_checkpoint_manager import CPU, save
 from nanochat.common import UserError
 from nanochat.device import largest_batch
 from nanochat.optim import MuonAdamW
-from nanochat.training import LossScale, Meter, StopSignal, due, inherit, set_rates, step_to_resume, train_step
+from nanochat.training import LossScale, Meter, StopSignal, inherit, set_rates, step_to_resume, train_step
 
 
 class TinyModel(torch.nn.Module):
@@ -138,12 +138,6 @@ def test_loss_scaling_leaves_the_gradient_as_it_is():
     assert resumed.get_scale() == scale.get_scale()
 
 
-def test_due():
-    assert [step for step in range(10) if due(step, 4)] == [4, 8]
-    assert due(9, 4, last=True) and due(9, -1, last=True)
-    assert not due(8, -1) and not due(0, 4) and not due(9, 0, last=True)
-
-
 def test_set_rates_updates_the_groups():
     group = {"params": [], "weight_decay": 0.4}
     optimizer = MuonAdamW([{"kind": "muon", "lr": 0.02, **group}, {"kind": "adamw", "lr": 0.3, **group}])
@@ -261,6 +255,7 @@ def test_where_to_resume(tmp_path, capsys):
     assert step_to_resume(directory, "-1", restarted=False) is None
     save(directory, 20)
     save(directory, 10)
+    (directory / ".lock").touch()
     assert step_to_resume(directory, "latest", restarted=False) == 20
     assert [step_to_resume(directory, wanted, restarted=True) for wanted in ("-1", "latest", "10")] == [20] * 3
     with pytest.raises(UserError, match="neither a step nor"):
@@ -270,11 +265,12 @@ def test_where_to_resume(tmp_path, capsys):
     assert "later steps to" in capsys.readouterr().out and step_to_resume(directory, "latest", restarted=False) == 10
     # A new run never mixes with what an earlier one left under its tag
     assert step_to_resume(directory, "-1", restarted=False) is None
-    assert "d4.old" in capsys.readouterr().out and not list(directory.glob("step_*"))
+    assert "d4.old" in capsys.readouterr().out and [path.name for path in directory.iterdir()] == [".lock"]
     assert [path.name for path in (tmp_path / "d4.old").glob("step_*")] == ["step_000010"]
     assert step_to_resume(directory, "-1", restarted=True) is None
-    with pytest.raises(UserError):
-        step_to_resume(directory, "latest", restarted=False)
+    save(directory, 30)  # of a third run
+    assert step_to_resume(directory, "-1", restarted=False) is None
+    assert [path.name for path in (tmp_path / "d4.old").glob("step_*")] == ["step_000030"]
 
 
 def test_inherit_takes_flags_that_were_not_given_from_the_initial_model():
