@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_checkpoint_manager import assert_same
+from tiktoken_ext import openai_public
 
 from nanochat import loss_eval, task_eval, training
 from nanochat.common import UserError
+from nanochat.tokenizer import get_tokenizer
 from tasks.sample_world import SampleWorld
 
 ROOT = Path(__file__).parent.parent
@@ -176,12 +178,16 @@ def test_a_wandb_run_continues_after_a_resume(base_dir, monkeypatch, tmp_path):
     assert first == last and list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))
 
 
-def test_evaluating_and_chatting(base_dir, capsys):
+def test_evaluating_and_chatting(base_dir, capsys, monkeypatch):
+    tokenizer = get_tokenizer()
+    parts = {"mergeable_ranks": tokenizer.ranks, "pat_str": tokenizer.pattern, "special_tokens": {}}
+    monkeypatch.setattr(openai_public, "ENCODING_CONSTRUCTORS", {"cl100k_base": lambda: parts})
     run("tok_eval", "--source=SOURCE")
     run("base_loss", "--split-tokens=512", "--device-batch-size=4")
     run("chat_eval", "-i", "sft", "-a", "SampleWorld", "-x", "4", "-m", "8")
     run("chat_cli", "-p", "What is the capital of France?", "-i", "sft")
     out = capsys.readouterr().out
+    assert "left out GPT-2" in out and "GPT-4" in out and "\nKorean " in out and "\nval " in out
     assert "val bpb" in out and "The capital of France is" in out and "SampleWorld" in out
     importlib.import_module("nanochat.report").main(["generate"])
     text = (base_dir / "report" / "report.md").read_text()
@@ -199,6 +205,8 @@ def test_a_batch_of_one_short_row_survives_long_conversations(base_dir, capsys):
 
 
 USER_ERRORS = [
+    ("too little text", ["tok_train", "--source=SOURCE", "--vocab-size=1000000"], "at most", []),
+    ("no characters", ["tok_train", "--source=SOURCE", "--max-chars=0"], "max-chars", []),
     ("no tokenizer", ["base_train", *BASE], "tok_train", ["tokenizer"]),
     ("no checkpoint", ["mid_train", *CHAT], "base_train", ["base_checkpoints"]),
     ("no checkpoint", ["chat_sft", *CHAT], "mid_train", ["mid_checkpoints"]),
