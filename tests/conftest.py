@@ -26,6 +26,17 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def finish(processes) -> list[str]:
+    """The outputs of processes that must all succeed."""
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+    return outputs
+
+
 def pytest_configure(config) -> None:
     """Hermetic: no public address, no cache or artifacts of the user."""
     config.hub_port = free_port()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import free_port
+from conftest import finish, free_port
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -34,17 +34,6 @@ def start(launcher, base, command):
 
 def base_train(base, tag, *flags):
     return ["-m", "scripts.base_train", *BASE, "--total-batch-size=512", f"--source={base}/text", f"--model-tag={tag}", *flags]
-
-
-def finish(processes):
-    """The outputs of processes that must all succeed."""
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
-    return outputs
 
 
 def metrics(base, tag, folder="base_checkpoints"):

@@ -122,7 +122,7 @@ def test_shell_scripts_have_no_syntax_errors():
         subprocess.run(["bash", "-n", script], check=True)
 
 
-def test_speedrun_runs_every_stage(run, tmp_path):
+def test_speedrun_runs_every_stage_once(run, tmp_path):
     code, output, calls = run("speedrun.sh", RL="1")
     assert code == 0, output
     assert calls[0] == "setup gpu"
@@ -141,13 +141,9 @@ def test_speedrun_runs_every_stage(run, tmp_path):
     assert "--resume-from-step" not in text and "--target-param-data-ratio=9.4" in training
     for stage in ("estimate", "dataset", "tok_train", "base_train", "chat_eval"):
         assert f".{stage} " in (tmp_path / "base/log/d22" / f"{stage}.log").read_text()
-
-
-def test_finished_stages_are_skipped(run):
-    assert run("speedrun.sh")[0] == 0
+    # A second run skips what is finished; chat_sft and chat_rl run again, since their fakes save no checkpoint
     code, output, calls = run("speedrun.sh")
     assert code == 0 and "base_train: already done" in output
-    # chat_sft runs again, since its fake saves no checkpoint
     assert [stage for stage in stages_of(calls) if stage not in ("estimate", "dataset")] == ["chat_sft", "report", "chat_cli"]
     assert not any("report reset" in line for line in calls)
 
@@ -157,9 +153,9 @@ def test_a_stopped_training_ends_the_script_and_resumes_when_it_is_run_again(run
     assert code == 1 and "error: mid_train was stopped; run this again" in output
     assert stages_of(calls)[-1] == "mid_train"
     code, output, calls = run("speedrun.sh")
-    assert code == 0, output
     trainings = [line for line in calls if "_train" in line]
-    assert len(trainings) == 1 and "mid_train" in trainings[0] and trainings[0].endswith("--resume-from-step=latest")
+    assert code == 0 and len(trainings) == 1
+    assert "mid_train" in trainings[0] and trainings[0].endswith("--resume-from-step=latest")
     shutil.rmtree(tmp_path / "base/base_checkpoints")  # a new start
     _, _, calls = run("speedrun.sh")
     assert any("base_train" in line and "--resume" not in line for line in calls)
@@ -174,31 +170,27 @@ def test_an_error_ends_the_script(run, fails, last):
     assert [stage for stage in stages_of(calls) if stage != "dataset" or last == "dataset"][-1] == last
 
 
-def test_too_few_gpus(run):
+def test_too_few_gpus_are_an_error_before_setup(run):
     code, output, calls = run("speedrun.sh", gpus=2)
-    assert code == 1 and not calls, "checked before setup"
+    assert code == 1 and not calls
     assert output == "error: 8 GPUs are needed and this machine has 2. Use NPROC=2; the same run then takes longer\n"
     assert "no GPU was found" in run("miniseries.sh", gpus=0)[1]
-    code, output, calls = run("speedrun.sh", gpus=2, NPROC="2")
-    assert code == 0 and "torchrun --standalone --nproc-per-node=2 -m scripts.base_train" in "\n".join(calls)
+    _, _, calls = run("speedrun.sh", gpus=2, NPROC="2")
+    assert "torchrun --standalone --nproc-per-node=2 -m scripts.base_train" in "\n".join(calls)
 
 
-def test_run1000_is_the_speedrun_of_a_larger_model(run):
-    code, output, calls = run("run1000.sh", BASE_FLAGS="--fp8", TAG="d34")
-    assert code == 0, output
-    assert_flags_exist(calls)
-    training = next(line for line in calls if "scripts.base_train" in line)
-    assert "--depth=34" in training and "--target-param-data-ratio=20" in training and "--device-batch-size=-1 --fp8" in training
-
-
-def test_miniseries_trains_each_depth_and_plots_all(run):
-    code, output, calls = run("miniseries.sh", DEPTHS="4 6 8")
-    assert code == 0, output
-    assert_flags_exist(calls)
-    trainings = [re.search(r"--depth=(\d+) --model-tag=(\w+)", line).groups() for line in calls if "scripts.base_train" in line]
-    assert trainings == [("4", "mini_d4"), ("6", "mini_d6"), ("8", "mini_d8")]
-    assert [line for line in calls if "--add" in line] == [f"python -m dev.plot --add mini_d{depth}" for depth in (4, 6, 8)]
-    assert calls[-1] == "python -m dev.plot mini_d4 mini_d6 mini_d8"
+def test_run1000_is_the_speedrun_of_a_larger_model_and_the_miniseries_of_several(run):
+    training_flags = {}
+    for script, variables in (("run1000.sh", {"BASE_FLAGS": "--fp8", "TAG": "d34"}), ("miniseries.sh", {"DEPTHS": "4 6"})):
+        code, output, calls = run(script, **variables)
+        assert code == 0, output
+        assert_flags_exist(calls)
+        training_flags[script] = [line.split(" -- ")[1] for line in calls if "scripts.base_train" in line]
+    assert re.search("--depth=34 .*--target-param-data-ratio=20 .*--device-batch-size=-1 --fp8", *training_flags["run1000.sh"])
+    for depth, flags in zip((4, 6), training_flags["miniseries.sh"], strict=True):
+        assert f"--depth={depth} --model-tag=mini_d{depth} " in flags
+        assert f"python -m dev.plot --add mini_d{depth}" in calls
+    assert calls[-1] == "python -m dev.plot mini_d4 mini_d6"
 
 
 # -----------------------------------------------------------------------------

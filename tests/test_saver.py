@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import free_port
+from conftest import finish, free_port
 from test_checkpoint_manager import BYTES, CPU, OPTIMIZER, assert_same, names_in, some_state
 
 from nanochat import checkpoint_manager as cm
@@ -20,27 +21,16 @@ from nanochat.common import UserError
 from nanochat.saver import Saver
 
 
-@pytest.fixture
-def blocked(monkeypatch):
-    """Saves write nothing before this event is set."""
-    event, real = threading.Event(), cm._write_tensors
-
-    def write(path, state):
-        assert event.wait(60)
-        return real(path, state)
-
-    monkeypatch.setattr(cm, "_write_tensors", write)
-    return event
-
-
-def test_a_save_has_the_state_at_its_call_and_only_the_next_save_waits_for_it(tmp_path, blocked, capsys):
+def test_a_save_has_the_state_at_its_call_and_only_the_next_save_waits_for_it(tmp_path, monkeypatch, capsys):
+    unblocked, write = threading.Event(), cm._write_tensors
+    monkeypatch.setattr(cm, "_write_tensors", lambda *arguments: unblocked.wait(60) and write(*arguments))
     saver = Saver(tmp_path, CPU)
     model, optimizer = some_state(), {name: tensor.clone() for name, tensor in OPTIMIZER.items()}
     saver.save(1, model, optimizer, {}, BYTES)
     for tensor in (*model.values(), *optimizer.values()):
         tensor.zero_()  # training continues
     assert list_steps(tmp_path) == []
-    threading.Timer(0.5, blocked.set).start()
+    threading.Timer(0.5, unblocked.set).start()
     saver.save(2, model, None, {}, BYTES)
     assert 1 in list_steps(tmp_path)
     saver.close()
@@ -74,10 +64,7 @@ def test_a_failed_save_is_printed_at_once_and_raised_at_the_end_only(tmp_path, c
 
 
 def test_a_closed_stdout_does_not_fail_a_save(tmp_path, monkeypatch):
-    def closed(*args):
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
-    monkeypatch.setattr("nanochat.saver.print0", closed)
+    monkeypatch.setattr("builtins.print", Mock(side_effect=BrokenPipeError))
     saver = Saver(tmp_path, CPU)
     saver.save(1, some_state(), None, {}, BYTES)
     saver.close()
@@ -86,10 +73,7 @@ def test_a_closed_stdout_does_not_fail_a_save(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [NotImplementedError("flock"), OSError(errno.ENOLCK, "No locks available")])
 def test_saving_works_where_files_cannot_be_locked(tmp_path, monkeypatch, capsys, error):
-    def acquire(self, timeout):
-        raise error
-
-    monkeypatch.setattr("nanochat.saver.FileLock.acquire", acquire)
+    monkeypatch.setattr("nanochat.saver.FileLock.acquire", Mock(side_effect=error))
     saver = Saver(tmp_path, CPU)
     saver.save(1, some_state(), None, {}, BYTES)
     saver.close()
@@ -98,9 +82,10 @@ def test_saving_works_where_files_cannot_be_locked(tmp_path, monkeypatch, capsys
 
 
 def start(code, *arguments, **variables):
+    """Start Python code in a process that imports what this one does."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **variables}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **variables}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
 HOLDER = """
@@ -168,9 +153,9 @@ for step in (1, 2, 3):
         mine.zero_()
         assert compute.sum(torch.ones(100)).tolist() == [2.0] * 100
 saver.wait()
-state = load_checkpoint(directory, 3, compute, {"w.exp_avg[500:1500]": torch.zeros(1000)})
-assert state[0]["w"].tolist() == [30.0] * 1000
-assert state[1]["w.exp_avg[500:1500]"].tolist() == [30.0] * 500 + [31.0] * 500
+model, optimizer, _ = load_checkpoint(directory, 3, compute, {"w.exp_avg[500:1500]": torch.zeros(1000)})
+assert model["w"].tolist() == [30.0] * 1000
+assert optimizer["w.exp_avg[500:1500]"].tolist() == [30.0] * 500 + [31.0] * 500
 
 real = cm._write_tensors
 def full(path, state):
@@ -189,13 +174,7 @@ dist.destroy_process_group()
 
 def test_two_ranks_save_while_they_train(tmp_path):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    processes = [start(RANK, tmp_path, RANK=str(rank), **place) for rank in range(2)]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = finish([start(RANK, tmp_path, RANK=str(rank), **place) for rank in range(2)])
     assert "saved step 3" in outputs[0]
     assert "error: step 4 was not saved: [Errno 28] on rank 1: No space left" in outputs[0]
     assert "raised: [Errno 28] on rank 1: No space left on device: 'optimizer_rank1.safetensors'" in outputs[0]
