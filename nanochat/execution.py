@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,6 @@ def execute_code(
     `tests` import what they test from the module `program`. Arguments and results are copies, made of None, numbers,
     strings, bytes, lists, tuples, sets and dicts; exceptions arrive as the builtin of the same name or RuntimeError.
     The memory limit is on address space. Output beyond 1 MiB is cut. `layers` are those to try.
-
     Never raises for anything the program does. UserError if too few layers are active, unless `allow_unsafe`.
 
     >>> execute_code("def double(x): return 2 * x", tests="from program import double; assert double(2) == 4").success
@@ -104,9 +104,7 @@ def run_sandbox(request: dict, tests: str | None, timeout: float) -> tuple[str, 
                         report, timed_out = expired.stdout or b"", True
                         process.terminate()  # the judge kills and collects the program
             finally:
-                try:
+                with suppress(ProcessLookupError, PermissionError):  # none is left, on macOS only a zombie
                     os.killpg(process.pid, signal.SIGKILL)
-                except (ProcessLookupError, PermissionError):
-                    pass  # none is left (macOS says EPERM if only a zombie is)
         output, errors = (os.pread(file.fileno(), MAX_OUTPUT_BYTES, 0) for file in (stdout, stderr))
         return *(data.decode(errors="replace") for data in (report, output, errors)), timed_out

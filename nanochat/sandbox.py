@@ -40,11 +40,10 @@ def is_safe(layers) -> bool:
 
 def main() -> None:
     """The judge. Returns in the program's process only, whose interpreter then exits as that of any program."""
-    output, parent = map(int, sys.argv[1:])
+    output, parent = int(sys.argv.pop(1)), int(sys.argv.pop(1))
     report = os.dup(1)
     os.dup2(output, 1)
     os.close(output)
-    sys.argv[1:] = []
     requests = open(0, "rb", buffering=0, closefd=False)  # unbuffered: what follows the request is not read yet
     request = marshal.load(requests)
     layers = []
@@ -55,7 +54,8 @@ def main() -> None:
         except (OSError, AttributeError, KeyError):
             pass  # not allowed, or not Linux; having left some of our rights already does no harm
     os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd())
-    layers = confine(request, layers, "limits", "landlock")  # before the fork: landlock stops signals between siblings
+    # before the fork, as landlock stops signals between siblings
+    confine(request, layers, limits=limit_resources, landlock=restrict_files)
     die_with_parent()
     if os.getppid() != parent:
         os._exit(1)  # it died before we asked for that
@@ -68,7 +68,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: os.kill(program, signal.SIGKILL))  # timeout: so that we can collect it
     request["may_kill"] = program
     try:
-        confine(request, layers, "seccomp")
+        confine(request, layers, seccomp=filter_system_calls)
         error = judge(request, program, open(ours, "rb"), secret, requests, report)
     except BaseException as failure:
         error = f"the sandbox failed: {describe(failure)}"
@@ -84,7 +84,9 @@ def judge(request: dict, program: int, channel, secret: bytes, requests, report:
     os.write(report, f"{kind} {layers}".encode())
     if is_safe(layers.split()) or request["allow_unsafe"]:
         send(channel.fileno(), "run")
-    kind, error = receive(channel, secret)
+        kind, error = receive(channel, secret)
+    else:
+        kind, error = "failed", "too few layers"
     tests = marshal.load(requests)
     if kind == "ended" and tests is not None:
         error = run_tests(channel, secret, tests)
@@ -129,9 +131,9 @@ def run_program(request: dict, layers: list, channel: int, secret: bytes) -> Non
     os.dup2(channel, 3)
     os.closerange(4, 256)  # no inherited descriptor has a higher number
     calls = open(3, "rb", closefd=False)
-    layers = confine(request, layers, "seccomp")
+    confine(request, layers, seccomp=filter_system_calls)
     send(3, secret, "layers", " ".join(name for name in LAYERS if name in layers))
-    marshal.load(calls)  # EOFError if the layers are too few, or if the judge died before we asked to die with it
+    marshal.load(calls)  # EOFError if the layers are too few or the judge is already dead
     builtins.exit = builtins.quit = sys.exit  # which the module `site` defines otherwise
     error = execute(request["program"], "program.py")
     module = sys.modules["__main__"]
@@ -220,21 +222,19 @@ def die_with_parent() -> None:
         call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: other processes cannot trace this one
 
 
-def confine(request: dict, layers: list, *names: str) -> list:
-    """Apply the layers `names` to this process, as requested and as far as they are supported, and add them."""
-    layers = [*layers]
+def confine(request: dict, layers: list, **steps) -> None:
+    """Apply the layers `steps` to this process, as requested and as far as supported, and add them to `layers`."""
     if sys.platform == "linux":
         call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, which landlock and seccomp require
-    for name in names:
+    for name, apply in steps.items():
         try:
-            if name == "seccomp":
-                drop_capabilities()  # after landlock has opened its folders, before seccomp forbids it
+            if name == "seccomp":  # drop all capabilities first: _LINUX_CAPABILITY_VERSION_3, this thread
+                call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
             if name in request["layers"]:
-                APPLY[name](request, "namespaces" in layers)
+                apply(request, "namespaces" in layers)
                 layers.append(name)
         except (OSError, AttributeError, KeyError, ValueError):
             pass  # not supported here
-    return layers
 
 
 def limit_resources(request: dict, namespaces: bool) -> None:
@@ -307,10 +307,9 @@ def restrict_files(request: dict, namespaces: bool) -> None:
     abi = call("syscall", 444, None, 0, 1)  # landlock_create_ruleset(LANDLOCK_CREATE_RULESET_VERSION)
     if abi < 3 and not namespaces:
         raise OSError("before version 3 files could be truncated")
-    # access_fs.h: execute 1, write 2, read 4, list 8, then removing and making; bits added by versions 2, 3 and 5
+    # access_fs.h: execute 1, write 2, read 4, list 8, then removing and making; versions 2, 3 and 5 added bits
     files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
-    # files, TCP, abstract sockets and signals
-    attributes = (ctypes.c_uint64 * 3)(files, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
+    attributes = (ctypes.c_uint64 * 3)(files, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)  # files, TCP, signals
     rules = call("syscall", 444, attributes, 24 if abi >= 6 else 16 if abi >= 4 else 8, 0)
     allowed = [(path, 4 | 8 if os.path.isdir(path) else 4) for path in readable()] + [(path, 2 | 4) for path in DEVICES]
     # in /tmp all but running programs and making devices
@@ -322,11 +321,6 @@ def restrict_files(request: dict, namespaces: bool) -> None:
         os.close(fd)
     call("syscall", 446, rules, 0)  # landlock_restrict_self
     os.close(rules)
-
-
-def drop_capabilities() -> None:
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
-    call("capset", header, (ctypes.c_uint32 * 6)())
 
 
 # name:number on x86_64/number on aarch64. What CPython, its threads and asyncio need, and nothing that reaches another
@@ -365,7 +359,6 @@ def filter_system_calls(request: dict, namespaces: bool) -> None:
     any_bit = lambda mask, yes, no: (0x45, yes, no, mask)  # noqa: E731
     ret = lambda value: (0x06, 0, 0, value)  # noqa: E731
     allow, kill, no, unknown = ret(0x7FFF0000), ret(0x80000000), ret(0x0005000D), ret(0x00050026)  # EACCES, ENOSYS
-
     kill_one = [argument(0), equal(request.get("may_kill", os.getpid()), 1, 0), no, allow]
     checks = {
         # CLONE_THREAD, and no other flags than those that C libraries use for a thread
@@ -392,8 +385,6 @@ def filter_system_calls(request: dict, namespaces: bool) -> None:
     fprog = (ctypes.c_uint64 * 2)(len(program), ctypes.addressof(filter_))  # struct sock_fprog
     call("prctl", 22, 2, ctypes.byref(fprog), 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
-
-APPLY = {"limits": limit_resources, "landlock": restrict_files, "seccomp": filter_system_calls}
 
 if __name__ == "__main__":
     main()

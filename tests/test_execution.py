@@ -4,10 +4,12 @@ import os
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
+from nanochat import execution
 from nanochat.common import UserError
 from nanochat.execution import MAX_OUTPUT_BYTES, execute_code
 from nanochat.sandbox import LAYERS, is_safe
@@ -38,22 +40,15 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     "code, error",
     [
-        ("1 / 0", "ZeroDivisionError: division by zero"),
-        ("assert 1 == 2, 'no'", "AssertionError: no"),
-        ("def f(:", "SyntaxError"),
-        ("a\0b", ("SyntaxError", "ValueError")),  # the second before Python 3.12
-        ("'\ud800'", "UnicodeEncodeError"),
-        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-        ("raise ValueError('\\ud800' + 'x' * 10**7)", "ValueError: \\ud800xxx"),
-        ("import ctypes; ctypes.string_at(0)", "killed by signal 11"),
-        ("import os; os._exit(3)", "left early with code 3"),
+        ("1 / 0", "ZeroDivisionError: division by zero"), ("assert 1 == 2, 'no'", "AssertionError: no"),
+        ("def f(:", "SyntaxError"), ("a\0b", ("SyntaxError", "ValueError")),  # the second before Python 3.12
+        ("'\ud800'", "UnicodeEncodeError"), ("raise ValueError('\\ud800' + 'x' * 10**7)", "ValueError: \\ud800xxx"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"), ("exit()", "SystemExit"), ("input()", "EOFError"),
+        ("import ctypes; ctypes.string_at(0)", "killed by signal 11"), ("import nanochat", "ModuleNotFoundError"),
+        ("import os; os._exit(3)", "left early with code 3"), ("import os; os.fork()", "PermissionError"),
         ("import atexit, os; atexit.register(os._exit, 7)", "left after its end with code 7"),
-        ("exit()", "SystemExit"),
-        ("input()", "EOFError"),
-        ("import nanochat", "ModuleNotFoundError"),
-        ("import os; os.fork()", "PermissionError"),
     ],
-)
+)  # fmt: skip
 def test_failures_are_named(code, error):
     result = execute_code(code)
     assert not result.success and result.error.startswith(error) and len(result.error) < 600, result
@@ -61,12 +56,8 @@ def test_failures_are_named(code, error):
 
 
 def test_the_traceback_shows_only_frames_of_the_program():
-    assert execute_code("def f():\n    1 / 0\nf()").stderr.splitlines()[:4] == [
-        "Traceback (most recent call last):",
-        '  File "program.py", line 3, in <module>',
-        '  File "program.py", line 2, in f',
-        "ZeroDivisionError: division by zero",
-    ]
+    lines = execute_code("def f():\n    1 / 0\nf()").stderr.splitlines()
+    assert lines[1:3] == ['  File "program.py", line 3, in <module>', '  File "program.py", line 2, in f']
 
 
 def test_timeout_kills_the_program_and_keeps_its_output():
@@ -84,12 +75,9 @@ print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pi
 """
     result = execute_code(code, timeout=1, allow_unsafe=True, layers=("limits",))
     assert result.timeout == bool(ending) and result.layers == ("limits",)
-    for _ in range(100):  # where nobody collects it, the killed child stays a zombie
-        pid = int(result.stdout)
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return
-        time.sleep(0.02)
-    raise AssertionError("the child still runs")
+    child, deadline = int(result.stdout), time.monotonic() + 5
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
 
 
 @on_linux
@@ -121,15 +109,8 @@ def test_the_folder_is_empty_and_is_removed(tmp_path, monkeypatch):
 @with_namespaces
 def test_with_namespaces_the_folder_is_writable(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = """
-import os, shutil, tempfile
-print(os.getcwd(), os.listdir("."), tempfile.gettempdir(), os.environ["HOME"])
-open("note", "w").write("x")
-os.rename("note", "letter")
-shutil.copyfile("letter", "copy")
-print(sorted(os.listdir(".")))
-"""
-    assert execute_code(code).stdout == "/tmp [] /tmp /tmp\n['copy', 'letter']\n" and os.listdir(tmp_path) == []
+    code = "import os, tempfile\nopen('a', 'w').write('x')\nos.rename('a', 'b')\nprint(os.getcwd(), os.listdir('.'))"
+    assert execute_code(code).stdout == "/tmp ['b']\n" and os.listdir(tmp_path) == []
 
 
 @on_linux
@@ -144,9 +125,9 @@ def test_too_few_layers_are_refused_unless_allowed(layers):
 
 @with_namespaces
 def test_a_system_that_forbids_mounts_falls_back_to_the_other_layers(monkeypatch, tmp_path):
-    monkeypatch.setattr("nanochat.execution.SANDBOX", str(tmp_path / "sandbox.py"))
-    source = (open(os.path.dirname(__file__) + "/../nanochat/sandbox.py").read()).replace('call("mount"', 'call("no_mount"')
-    (tmp_path / "sandbox.py").write_text(source)
+    source = Path(execution.SANDBOX).read_text()
+    monkeypatch.setattr(execution, "SANDBOX", str(tmp_path / "sandbox.py"))
+    (tmp_path / "sandbox.py").write_text(source.replace('call("mount"', 'call("no_mount"'))
     assert execute_code("print(1)").layers == LAYERS[1:]
 
 
@@ -164,12 +145,12 @@ def test_the_parent_leaks_nothing():
         ("return 2 * x", "assert f(2) == 4 and f(x=-1) == -2"),
         ("return (None, [2.5, {'a': {3}}], frozenset({4}), b'\\xff', True, 1j, 10**400)",
          "assert f(0) == (None, [2.5, {'a': {3}}], frozenset({4}), b'\\xff', True, 1j, 10**400)"),
-        ("return x", "assert f(float('inf')) == float('inf') and str(f(-0.0)) == '-0.0' and f('\\ud800\\0草') == '\\ud800\\0草'"),
+        ("return x", "assert f(float('inf')) == float('inf') and f('\\ud800\\0草') == '\\ud800\\0草'"),
         ("import collections; return collections.Counter(x)", "assert f('aab') == {'a': 2, 'b': 1}"),
         ("import collections; return collections.namedtuple('P', 'x y')(x, 2)", "assert f(1) == (1, 2)"),
         ("import enum; return enum.IntEnum('E', 'A B').B", "assert f(0) == 2"),
         ("return {}[x]", "try: f(7)\nexcept KeyError: pass\nelse: raise SystemExit"),
-        ("class Own(Exception): pass\n    raise Own('text')", "try: f(7)\nexcept RuntimeError as e: assert str(e) == 'text'"),
+        ("class E(Exception): pass\n    raise E('no')", "try: f(7)\nexcept RuntimeError as e: assert str(e) == 'no'"),
     ],
 )  # fmt: skip
 def test_functions_pass_their_tests(body, tests):
