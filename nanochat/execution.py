@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.common import UserError
-from nanochat.sandbox import LAYERS, is_safe
+from nanochat.sandbox import LAYERS, WRITABLE, is_safe
 
 SANDBOX = str(Path(__file__).with_name("sandbox.py"))
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}  # and HOME and TMPDIR, its folder
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": WRITABLE, "TMPDIR": WRITABLE}
 MAX_OUTPUT_BYTES = 1024 * 1024  # returned of each of stdout and stderr
 SECONDS_TO_COLLECT = 2.0  # for killing and collecting the processes, which takes a hundredth of it
 MAX_FILE_BYTES = 16 * 1024 * 1024  # of any file the program writes, its output included

@@ -53,7 +53,6 @@ def main() -> None:
             layers.append("namespaces")
         except (OSError, AttributeError, KeyError):
             pass  # not allowed, or not Linux; having left some of our rights already does no harm
-    os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd())
     # before the fork, as landlock stops signals between siblings
     confine(request, layers, limits=limit_resources, landlock=restrict_files)
     die_with_parent()

@@ -109,7 +109,7 @@ def test_the_folder_is_empty_and_is_removed(tmp_path, monkeypatch):
 @with_namespaces
 def test_with_namespaces_the_folder_is_writable(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = "import os, tempfile\nopen('a', 'w').write('x')\nos.rename('a', 'b')\nprint(os.getcwd(), os.listdir('.'))"
+    code = "import os, tempfile\nopen('a', 'w').write('x')\nos.rename('a', 'b')\nprint(tempfile.gettempdir(), os.listdir('.'))"
     assert execute_code(code).stdout == "/tmp ['b']\n" and os.listdir(tmp_path) == []
 
 

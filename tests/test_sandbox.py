@@ -144,8 +144,10 @@ PROGRAMS = {
         "for c in object.__subclasses__():\n    g = getattr(c.__init__, '__globals__', {})\n"
         "    if 'system' in g and g['system'](f'touch {OUTSIDE}/made') == 0: breach('system')",
         # x86_64 runs 335 and 336, uretprobe and uprobe, before seccomp; they kill their caller
-        "for n in range(600):\n    for n in (n, n | 0x40000000):\n        if n not in {*NUMBERS.values(), 335, 336} and not ("
-        "libc.syscall(n, -1, -1, -1, -1, -1, -1) == -1 and ctypes.get_errno() == 13): breach(n)",
+        "for n in range(600):\n    for n in (n, n | 0x40000000):\n"
+        "        if n in {*NUMBERS.values(), 335, 336}: continue\n"
+        "        result = libc.syscall(n, -1, -1, -1, -1, -1, -1)\n"
+        "        if (result, ctypes.get_errno()) != (-1, 13): breach(n)",
     ],
     FAILS: [
         "threading.stack_size(32768)\nsleep_in_threads()",
