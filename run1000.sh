@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# The larger model: what eight H100s make for about 1000 dollars in a day and a half. It is speedrun.sh with other
-# numbers, and takes the same variables.
+# The larger model: eight H100s for a day and a half, about 1000 dollars. It is speedrun.sh with other numbers and
+# takes the same variables.
 #
 #     bash run1000.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # Depth 34 at 20 tokens per scaling parameter is 5.3e20 FLOPs, 37 hours at half of the bf16 peak (python -m dev.estimate
-# --depth 34 --vocab-size 49152 --ratio 20 --chat): 900 dollars, and something in reserve. The same money makes depth 38
-# at the 10 to 12 tokens that are compute-optimal. Near the optimum loss hardly depends on the shape (Hoffmann et al.,
-# arXiv:2203.15556), and the smaller model fits a batch into 80 GB and answers faster for the rest of its life
-# (the reasoning of LLaMA, arXiv:2302.13971).
+# --depth 34 --vocab-size 49152 --ratio 20 --chat): 900 dollars. The same money would train depth 38 at the
+# compute-optimal 10 to 12 tokens. Near the optimum the loss hardly depends on the shape (Hoffmann et al.,
+# arXiv:2203.15556), and the smaller model fits a batch into 80 GB and is cheaper to run (as LLaMA argues,
+# arXiv:2302.13971).
 export DEPTH=${DEPTH:-34} RATIO=${RATIO:-20}
 # The best vocabulary grows slowly with the model: 43 thousand at 3 billion parameters (arXiv:2407.13623). So the
-# speedrun's will do, and its tokenizer is used where it is there.
+# speedrun's is kept, and its tokenizer is reused if it exists.
 export VOCAB_SIZE=${VOCAB_SIZE:-49152}
-# How many rows fit is tried out at the start. A batch that does not fit is accumulated.
+# The number of rows that fit is determined at the start; the rest of the batch is accumulated
 export BASE_FLAGS="--device-batch-size=-1 ${BASE_FLAGS:-}"
 exec bash speedrun.sh

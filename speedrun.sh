@@ -1,43 +1,43 @@
 #!/usr/bin/env bash
-# The main job on a blank node of eight H100s, in about two hours: set-up, tokenizer, base, mid, SFT, measurements,
-# report, a chat. The base model is meant to reach GPT-2's CORE; with this code nobody has seen it yet.
+# The main job on a new node of eight H100s, in about two hours: setup, tokenizer, base, mid, SFT, evaluations, report,
+# a chat. The base model is meant to reach GPT-2's CORE; this has not been run yet.
 #
 #     bash speedrun.sh                      # in tmux or screen, so that it outlives your connection
 #     NPROC=1 DEPTH=12 bash speedrun.sh     # one GPU, a smaller model
-#     TINY=1 bash speedrun.sh               # a useless model on a CPU, without a data hub: all the same stages in minutes
+#     TINY=1 bash speedrun.sh               # all stages in minutes on a CPU, without a data hub; the model is useless
 #
-# Run it again after any interruption: what is done is passed over, and training goes on from its newest checkpoint.
-# To begin anew, remove log/TAG and TAG's folders of checkpoints in the base folder. Everything printed is also in log/TAG.
+# After an interruption run it again: finished stages are skipped, and training resumes from its newest checkpoint.
+# To start over, remove log/TAG and the checkpoint folders of TAG in the base folder. All output is also in log/TAG.
 #
 # Variables, with their defaults:
-#     NANOCHAT_BASE_DIR  ~/.cache/nanochat: where everything goes
+#     NANOCHAT_BASE_DIR  ~/.cache/nanochat: folder of all artifacts
 #     NPROC              8: GPUs of this node; the model is the same with fewer
 #     DEPTH, VOCAB_SIZE, RATIO    22, 49152, 9.4: the model and its tokens per scaling parameter
 #     SOURCE             climbmix: or fineweb-edu, or a folder of parquet files
-#     BASE_FLAGS         more flags of scripts.base_train, such as --fp8, or --device-batch-size=-1 on smaller GPUs
+#     BASE_FLAGS         more flags for scripts.base_train, such as --fp8, or --device-batch-size=-1 on smaller GPUs
 #     DOLLARS            3: per GPU and hour, for the estimate
 #     RL                 1 adds reinforcement learning on GSM8K
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source dev/stages.sh
 
-# The recipe. Depth 22, 49152 tokens and 9.4 tokens per scaling parameter, by a comparable implementation on 8 H100s:
-# CORE 0.2618 +- 0.0023 over six runs, in 81.8 minutes of training. GPT-2 has 0.2565. Compute-optimal are about 10 to 12
-# tokens per scaling parameter, so this is a slightly large model, trained slightly short.
+# The recipe: depth 22, a vocabulary of 49152, 9.4 tokens per scaling parameter. A comparable implementation on 8 H100s
+# reached CORE 0.2618 +- 0.0023 with it over six runs, in 81.8 minutes of training; GPT-2 has 0.2565. About 10 to 12
+# tokens per scaling parameter are compute-optimal, so the model is slightly large for its training time.
 DEPTH=${DEPTH:-22} VOCAB_SIZE=${VOCAB_SIZE:-49152} RATIO=${RATIO:-9.4}
 # ClimbMix (arXiv:2504.13161) instead of FineWeb-Edu took 27% off the time to GPT-2's CORE. Its licence, CC BY-NC 4.0,
-# is for research; FineWeb-Edu's (ODC-By) is not so narrow.
-# What is not given is base_train's: 32 rows of 2048 tokens per GPU, which fit 80 GB because logits never exist at once;
-# the batch follows from the horizon, 2^20 tokens here, two passes on each of eight GPUs. CORE is measured afterwards by
-# base_eval, on all questions. Measured every 500 steps, bits per byte cost 1 or 2% of the time; saving as often, all
-# that an accident can cost is ten minutes. --fp8 is left to you: it made depth 26 17% faster (scaled per tensor; scaled
-# per row it was slower than bfloat16), smaller models less so, and these figures are not this code's.
+# is for research; FineWeb-Edu's (ODC-By) also permits commercial use.
+# All other flags have base_train's defaults: 32 rows of 2048 tokens per GPU, which fit 80 GB thanks to the chunked loss;
+# the batch follows from the horizon, here 2^20 tokens, two micro-batches on each of eight GPUs. base_eval measures CORE
+# afterwards, on all questions. Bits per byte every 500 steps take 1 or 2% of the time; with checkpoints as often, a
+# failure costs at most ten minutes. --fp8 is optional: it made depth 26 17% faster (scaled per tensor; scaled per row
+# it was slower than bfloat16) and smaller models less so, according to others.
 base=(--depth="$DEPTH" --target-param-data-ratio="$RATIO" --source="$SOURCE" --eval-every=500 --save-every=500 --keep-last=2
     --core-metric-every=-1 --sample-every=-1)
 read -ra more <<<"${BASE_FLAGS:-}"
 base+=("${more[@]}")
-# Fine-tuning has 22 thousand conversations, some 5 to 10 million tokens: a handful of steps of pretraining's size, about a
-# hundred of 2^16. The learning rate follows the batch. Four rows fill that on eight GPUs, and are accumulated on fewer.
+# SFT has 22 thousand conversations, 5 to 10 million tokens: a few steps of pretraining's size, or about a hundred of
+# 2^16 tokens. The learning rate follows the batch. That is four rows on each of eight GPUs; fewer GPUs accumulate.
 sft=(--device-batch-size=4 --total-batch-size=65536)
 loss=() core=() mid=() tasks=() rl=() rl_tasks=(-a GSM8K) estimate=(--check)
 
@@ -52,7 +52,7 @@ fi
 TAG=d$DEPTH
 prepare "$NANOCHAT_BASE_DIR/log/$TAG"
 
-# Hours, dollars and disk. Reached elsewhere on H100s: 46% of the bf16 peak at depth 18, 50% at 24.
+# Hours, dollars and disk. Others reached 46% of the bf16 peak of H100s at depth 18, and 50% at depth 24
 estimate+=("${base[@]}" --vocab-size="$VOCAB_SIZE" --gpus="$NPROC" --mfu=0.5 --dollars-per-gpu-hour="${DOLLARS:-3}" --chat)
 logged estimate python -m dev.estimate "${estimate[@]}"
 shards=$(python -m dev.estimate "${estimate[@]}" --shards)
@@ -81,4 +81,4 @@ echo "you: $question"
 echo -n "nanochat: "
 python -m scripts.chat_cli -i "$newest" -g "$TAG" -p "$question"
 echo
-echo "Talk to it yourself: source .venv/bin/activate && python -m scripts.chat_web -i $newest -g $TAG"
+echo "To chat with it: source .venv/bin/activate && python -m scripts.chat_web -i $newest -g $TAG"

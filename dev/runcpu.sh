@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The main job end to end on a CPU, in minutes: tokenizer, base, mid, SFT, measurements, report, a chat.
+# The main job end to end on a CPU, in minutes: tokenizer, base, mid, SFT, evaluations, report, a chat.
 #
 #     bash dev/runcpu.sh
 #
-# With a data hub in reach (HF_ENDPOINT, else the public one) it trains on real text and conversations.
-# Without one it says so and trains on the sample world that is built in; the models it then makes answer
-# questions on what that world teaches. Artifacts go to $NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
+# If a data hub can be reached (HF_ENDPOINT, or the public one), it trains on real text and conversations.
+# Otherwise it trains on the built-in sample world, and the model answers questions about that world.
+# Artifacts go to $NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash dev/setup.sh cpu
@@ -14,7 +14,7 @@ source .venv/bin/activate
 python -m nanochat.report reset
 python -m dev.gen_identity
 if python -m nanochat.dataset -n 2 --source climbmix; then
-    # 50 million characters of text make a vocabulary of 16384; at depth 4 a larger one costs more than it saves.
+    # A vocabulary of 16384 from 50 million characters: at depth 4 a larger one costs more time than it saves
     python -m scripts.tok_train --source climbmix --vocab-size 16384 --max-chars 50000000
     python -m scripts.tok_eval --source climbmix
     python -m scripts.base_train --source climbmix --depth 4 --max-seq-len 512 --device-batch-size 8 \
@@ -26,7 +26,7 @@ if python -m nanochat.dataset -n 2 --source climbmix; then
     python -m scripts.chat_eval -i sft -x 20 -m 128
     question="Why is the sky blue?"
 else
-    echo "No data hub in reach (see above): training on the built-in sample world instead."
+    echo "No data hub can be reached (see above): training on the built-in sample world instead."
     python -m scripts.tok_train --source sample --vocab-size 4096
     python -m scripts.tok_eval --source sample
     python -m scripts.base_train --source sample --depth 4 --max-seq-len 512 --device-batch-size 8 \
@@ -43,4 +43,4 @@ echo "you: $question"
 echo -n "nanochat: "
 python -m scripts.chat_cli -i sft -t 0 -p "$question"
 echo
-echo "Talk to it yourself: source .venv/bin/activate && python -m scripts.chat_cli"
+echo "To chat with it: source .venv/bin/activate && python -m scripts.chat_cli"

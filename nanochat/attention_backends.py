@@ -2,23 +2,23 @@
 
 `BACKENDS[name](device)` either returns `attend(q, k, v, window) -> y`, differentiable and free of graph
 breaks, or raises with the reason why it cannot. Shapes are Flash Attention's: q, y (B, T, H, D); k, v (B, T,
-H_kv, D); a query sees `window` tokens before itself and itself, all of them if it is -1. Nothing here
-decides: `flash_attention.choose` tries each against exact attention, and believes only what it sees.
+H_kv, D); a query sees `window` tokens before itself and itself, or all if it is -1. The choice is made by
+`flash_attention.choose`, which compares each with exact attention.
 
-What is known of their speed, in TFLOP/s on an H100 at head dimension 128 and 2,048 tokens, as others have
-measured it. None of these figures is ours; `dev/bench/gpu.py` is there to replace them.
+Published speeds in TFLOP/s on an H100 at head dimension 128 and 2,048 tokens. None of them was measured by us;
+`dev/bench/gpu.py` does that.
 
                              forward, causal    backward, not causal
     Flash Attention 3             521                  501               arXiv:2407.08608, figures 5 and 6
     cuDNN 9 (July 2024)           484                  465               the same
-    Flash Attention 2             298                  291               the same; PyTorch's aten kernel is one
-    written out in PyTorch         34                  159               the same
+    Flash Attention 2             298                  291               the same; also PyTorch's aten kernel
+    plain PyTorch operations         34                  159               the same
 
 On a B200 Flash Attention 4 is up to 1.3 times as fast as cuDNN 9.13 (arXiv:2603.05451, abstract). With a window
-the ratio of kernels is about the same, as blocks outside of it are skipped by all but cuDNN SDPA, which has none.
+these ratios hold roughly, since all but cuDNN SDPA, which has no window, skip the blocks outside of it.
 
 FlexAttention is left out: its announcement (pytorch.org/blog/flexattention) gives it 0.9 times the speed of Flash
-Attention 2 forward and 0.85 times backward, it needs a block mask per length, and every chip it would serve has aten.
+Attention 2 forward and 0.85 times backward, it needs a block mask per length, and aten runs on every GPU that it supports.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 
 def order(device: torch.device) -> tuple[str, ...]:
-    """Names to try on a GPU, fastest first by the figures above; what comes after all of them is exact blockwise SDPA."""
+    """Names to try on a GPU, fastest first by the figures above. The fallback after them is exact blockwise SDPA."""
     major = torch.cuda.get_device_capability(device)[0]
     if major == 9:  # Hopper
         return "fa3", "cudnn", "fa4", "cudnn_sdpa", "aten"
@@ -54,10 +54,7 @@ def _needs(device: torch.device, *majors: int) -> None:
 
 @lru_cache(maxsize=None)
 def fa3_module():
-    """Flash Attention 3 as it was built here, else a build for this torch from the `kernels` hub.
-
-    The hub numbers what it offers; before that there were repositories without a version, which are retired.
-    """
+    """The installed Flash Attention 3, or else a build for this torch from the `kernels` hub, whose builds are versioned."""
     if find_spec("flash_attn_interface") is not None:
         import flash_attn_interface
 
@@ -75,17 +72,17 @@ def fa3(device: torch.device):
 
     def attend(q, k, v, window):
         y = kernel(q, k, v, causal=True, window_size=(window, 0))
-        return y[0] if isinstance(y, tuple) else y  # builds of 2024 give the log-sum-exp too
+        return y[0] if isinstance(y, tuple) else y  # builds of 2024 return the log-sum-exp as well
 
     return attend
 
 
 # -----------------------------------------------------------------------------
-# What PyTorch brings along
+# Kernels in PyTorch
 
 
 def aten(device: torch.device):
-    """PyTorch's own Flash Attention 2, below `scaled_dot_product_attention`, which cannot tell it a window."""
+    """PyTorch's Flash Attention 2, called directly, since `scaled_dot_product_attention` has no window."""
     _needs(device)
 
     def attend(q, k, v, window):
@@ -114,7 +111,7 @@ def cudnn_sdpa(device: torch.device):
 
 
 # -----------------------------------------------------------------------------
-# Kernels that come as two plain functions: one pair of operators makes them differentiable and opaque to the compiler
+# Kernels that are a forward and a backward function: custom operators make them differentiable and opaque to the compiler
 
 
 @torch.library.custom_op("nanochat::attention", mutates_args=())
@@ -122,7 +119,7 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y (B, T, H, D), log-sum-exp (B, H, T, 1) float32), both contiguous."""
-    return KERNELS[kernel][0](q.detach(), k.detach(), v.detach(), window)  # DLPack refuses what asks for gradients
+    return KERNELS[kernel][0](q.detach(), k.detach(), v.detach(), window)  # DLPack refuses tensors that require gradients
 
 
 @attention.register_fake
@@ -136,7 +133,7 @@ def attention_backward(
     d_y: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, lse: torch.Tensor,
     window: int, kernel: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The gradients by q, k and v, contiguous."""
+    """The gradients with respect to q, k and v, contiguous."""
     return KERNELS[kernel][1](*(x.detach() for x in (d_y, q, k, v, y, lse)), window)
 
 
@@ -165,8 +162,8 @@ def cudnn_graphs(device: torch.device):
 
     def attend(q, k, v, window):
         T = q.size(1)
-        pad = -T % 128  # a graph is built for one shape: evaluation with its many lengths gets by with a few
-        if pad:  # padded keys stand after every real query
+        pad = -T % 128  # a graph is built per shape; padding keeps their number small in evaluation
+        if pad:  # padded keys come after all real queries
             q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (q, k, v))
         return attention(q, k, v, window, "cudnn")[0][:, :T]
 
@@ -174,7 +171,7 @@ def cudnn_graphs(device: torch.device):
 
 
 def fa4(device: torch.device):
-    """Flash Attention 4 by the two functions that PyTorch's own registration of it calls; its public one breaks the graph."""
+    """Flash Attention 4 through its forward and backward functions; its public function causes a graph break."""
     _needs(device, 9, 10)
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
         raise ImportError("not installed")
@@ -225,7 +222,7 @@ KERNELS = {"cudnn": (_cudnn_forward, _cudnn_backward), "fa4": (_fa4_forward, _fa
 
 
 def _run_cudnn(backward: bool, window: int, lse: torch.Tensor, inputs: tuple, outputs: tuple) -> None:
-    """Run the graph of these shapes on the current stream, from and to (B, T, H, D) where they lie."""
+    """Run the graph for these shapes on the current stream; tensors are (B, T, H, D), read and written in place."""
     import cudnn
 
     tensors = [lse, *(x.transpose(1, 2) for x in (*map(_aligned, inputs), *outputs))]
@@ -239,7 +236,7 @@ def _run_cudnn(backward: bool, window: int, lse: torch.Tensor, inputs: tuple, ou
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x itself where cuDNN can read it: by 16 bytes at a time, and on Hopper it does not notice when it cannot."""
+    """x, copied if it is not aligned to the 16 bytes that cuDNN reads at a time, which it does not check on Hopper."""
     step = 16 // x.element_size()
     fits = x.stride(-1) == 1 and all(s > 0 and s % step == 0 for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
@@ -254,9 +251,9 @@ def _cudnn_handle(device: torch.device):
 
 @lru_cache(maxsize=256)
 def cudnn_graph(backward: bool, window: int, dtype: torch.dtype, geometry: tuple, handle):
-    """A finished graph and its slots for lse, q, k, v, y and, backward, d_y, d_q, d_k, d_v; all (B, H, T, D) by shape and stride.
+    """A built graph and its tensors lse, q, k, v, y and, backward, d_y, d_q, d_k, d_v; all (B, H, T, D) by shape and stride.
 
-    `geometry` is the (shape, stride) of each. Built once per shape; backward it wants working memory as large as q in
+    `geometry` is the (shape, stride) of each. Built once per shape. The backward graph needs working memory as large as q in
     float32 (docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/Attention.html).
     """
     import cudnn
@@ -276,13 +273,13 @@ def cudnn_graph(backward: bool, window: int, dtype: torch.dtype, geometry: tuple
     q, k, v = map(declare, (1, 2, 3))
     if backward:
         lse, y, d_y = map(declare, (0, 4, 5))
-        written = graph.sdpa_backward(q=q, k=k, v=v, o=y, dO=d_y, stats=lse, **options)
-        slots, first = (lse, q, k, v, y, d_y, *written), 6
+        outputs = graph.sdpa_backward(q=q, k=k, v=v, o=y, dO=d_y, stats=lse, **options)
+        slots, first = (lse, q, k, v, y, d_y, *outputs), 6
     else:
         y, lse = graph.sdpa(q=q, k=k, v=v, generate_stats=True, **options)
         lse.set_output(True).set_data_type(single)
-        written, slots, first = (y,), (lse, q, k, v, y), 4
-    for x, (shape, stride) in zip(written, geometry[first:]):
+        outputs, slots, first = (y,), (lse, q, k, v, y), 4
+    for x, (shape, stride) in zip(outputs, geometry[first:]):
         x.set_output(True).set_dim(list(shape)).set_stride(list(stride))
     graph.validate()
     graph.build_operation_graph()

@@ -39,16 +39,6 @@ STAGES = {  # stage -> (folder, the script that trains it)
     "sft": ("chatsft_checkpoints", "chat_sft"),
     "rl": ("chatrl_checkpoints", "chat_rl"),
 }
-DTYPES = {  # as a safetensors file names them
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 State = dict[str, torch.Tensor]
 
 
@@ -175,31 +165,18 @@ def _on_every_rank(work: Callable, compute: Compute, group) -> list:
 
 
 def _write_tensors(path: Path, state: State) -> dict:
-    """Write a safetensors file and flush it to the disk; returns its {"size", "sha256"}.
+    """Write a safetensors file and flush it to the disk; returns its {"size", "sha256"}. Other threads run meanwhile."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-    The library's own `save_file` holds the GIL meanwhile, and training would stall for seconds. The format: the length
-    of the header in 8 bytes, the header (JSON, padded to a multiple of 8), the bytes of all tensors.
-    """
-    # Wide dtypes first, so that all tensors start at a multiple of their item size
-    tensors = sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header, end = {}, 0
-    for name, tensor in tensors:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    sha = hashlib.sha256()
     try:
-        with open(path, "wb") as file:
-            for part in (len(head).to_bytes(8, "little"), head, *(tensor for _, tensor in tensors)):
-                if isinstance(part, torch.Tensor):
-                    part = part.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-                file.write(part)
-                sha.update(part)
-        flush_to_disk(path)
-    except OSError as error:  # add the file's name
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    return {"size": 8 + len(head) + end, "sha256": sha.hexdigest()}
+        save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, path)
+    except SafetensorError as error:
+        system_error = re.search(r"os error (\d+)", str(error))  # a full disk, for example
+        number = int(system_error[1]) if system_error else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+    flush_to_disk(path)
+    return _describe(path)
 
 
 def _write_meta(folder: Path, meta: dict) -> None:

@@ -421,10 +421,20 @@ def print0(*args, **kwargs) -> None:
         print(*args, **kwargs, flush=True)
 
 
+def check_wandb(run: str) -> None:
+    """Raise UserError if `--run` names a wandb run and there is no login. Called before anything is built."""
+    if run == "dummy" or ranks()[0] != 0 or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return
+    import wandb
+
+    if not wandb.login(prompt=False):
+        raise UserError(f"--run={run} needs a login to wandb: run `wandb login`, set WANDB_MODE=offline, or omit --run")
+
+
 def wandb_run(project: str, run: str, config: dict, id: str | None = None):
     """A Weights & Biases run on the main rank if `--run` names one, else None. Pass a saved run's `.id` to continue it.
 
-    Raises UserError if wandb cannot start, for example without a login.
+    Raises UserError if wandb cannot start.
     """
     if run == "dummy" or ranks()[0] != 0:
         return None
@@ -433,4 +443,4 @@ def wandb_run(project: str, run: str, config: dict, id: str | None = None):
     try:
         return wandb.init(project=project, name=run, config=config, id=id, resume="allow" if id else None)
     except wandb.Error as error:
-        raise UserError(f"--run={run} needs wandb: {error} Or set WANDB_MODE=offline, or leave --run out") from error
+        raise UserError(f"wandb could not start: {error}; set WANDB_MODE=offline, or omit --run") from error

@@ -1,13 +1,12 @@
 """CORE: the score of a base model on the 22 in-context tasks of the DCLM paper.
 
-The one idea to know: every question of every task becomes a few *options*, each a list of token
-ids with a mark where scoring starts. Multiple choice has one context and several continuations,
-a schema several contexts and one continuation, language modelling just one of each. The first
-two are answered by the option whose scored tokens have the lowest mean loss, the last is right
-when each scored token is what the model itself would have said.
+Every question becomes a few *options*, each a list of token ids and the position where scoring starts.
+Multiple choice has one context and several continuations, a schema several contexts and one continuation,
+language modelling one of each. The answer to the first two is the option with the lowest mean loss of its
+scored tokens; a language modelling question is right if each scored token is the argmax.
 
-Prompts, few-shot examples and order of the rows follow the published scores to the letter (see
-`read_rows`, `fewshot_text`, `mark_question`). Nothing is sampled here, and nothing is trained.
+Prompts, few-shot examples and the order of the rows are those of the published scores (see `read_rows`,
+`fewshot_text`, `mark_question`).
 
 DCLM: Li et al. 2024, arXiv:2406.11794, section 3.5 and appendix G.
 """
@@ -97,25 +96,25 @@ def fetch_bundle(compute: Compute) -> Path:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack `eval_bundle/...` of a zip as `folder`, completely or not at all.
 
-    Raises UserError for what is not a whole zip file, not the bundle, or would write elsewhere.
+    Raises UserError if the zip file is damaged, is not the bundle, or would write elsewhere.
     """
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         with zipfile.ZipFile(archive) as bundle:
             members = bundle.infolist()
             for member in members:
-                if not (aside / member.filename).resolve().is_relative_to(aside.resolve()):
-                    raise UserError(f"{archive} was not unpacked: it holds {member.filename!r}, which lies outside")
+                if not (tmp / member.filename).resolve().is_relative_to(tmp.resolve()):
+                    raise UserError(f"{archive} was not unpacked: its member {member.filename!r} has a path outside the folder")
             if sum(member.file_size for member in members) > BUNDLE_LIMIT:
                 raise UserError(f"{archive} unpacks to more than {BUNDLE_LIMIT >> 30} GiB; it is not the CORE bundle")
-            bundle.extractall(aside)  # checks each member's checksum
-        if not (aside / "eval_bundle" / "core.yaml").exists():
+            bundle.extractall(tmp)  # checks each member's checksum
+        if not (tmp / "eval_bundle" / "core.yaml").exists():
             raise UserError(f"{archive} is not the CORE bundle: it has no eval_bundle/core.yaml. Delete it.")
-        os.replace(aside / "eval_bundle", folder)
+        os.replace(tmp / "eval_bundle", folder)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{archive} is not a whole zip file ({error}). Delete it and run this again.") from None
+        raise UserError(f"{archive} is damaged ({error}). Delete it and run this again.") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def load_tasks(bundle: Path) -> list[CoreTask]:
@@ -167,7 +166,7 @@ def row_options(row: dict, kind: str) -> list[tuple[str, str]]:
 def fewshot_text(rows: list[dict], i: int, task: CoreTask) -> str:
     """The solved examples that precede row i, each followed by a blank line.
 
-    They are drawn from all other rows; a task with too few of them gives those it has.
+    They are sampled from all other rows, or are all of them if the task has too few.
     """
     others = [j for j in range(len(rows)) if j != i]
     shots = random.Random(1234 + i).sample(others, min(task.num_fewshot, len(others)))
@@ -346,7 +345,7 @@ def evaluate_core(
 
 
 def summarize(tasks: list[CoreTask], counts: list[list[int]]) -> dict:
-    """Accuracies from (right, questions) per task; centred so that guessing gives 0 and knowing gives 1."""
+    """Accuracies from (right, questions) per task; centred so that guessing scores 0 and a perfect model 1."""
     results = {}
     for task, (right, total) in zip(tasks, counts):
         if total == 0:

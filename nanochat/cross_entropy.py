@@ -112,7 +112,7 @@ def _compiled_exp_and_slope():
 def _linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compiled: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(summed loss, its gradient by hidden, its gradient by weight); opaque to the compiler, so there is no graph break.
+    """(summed loss, its gradients with respect to hidden and weight); opaque to the compiler, so there is no graph break.
 
     With p = softmax(s) of a token, dL/dz = (p - onehot(target)) * ds/dz. The division by the token's
     sum of exp(s) is done on the small sides of the two products of dL/dz, not on itself. Logits stand

@@ -10,7 +10,6 @@ nothing of tokens and batches.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import http.client
 import logging
@@ -24,6 +23,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, Iterator
 
+from nanochat import flags
 from nanochat.common import Unreachable, UserError, atomic, get_base_dir, hub_endpoint, print0, run_script
 
 # Source -> (data set on the hub, number of its last shard), see https://huggingface.co/datasets/ID
@@ -232,7 +232,7 @@ def _download_shard(source: str, path: Path) -> None:
         open_shard(path).close()
     except UserError as error:
         path.unlink()
-        raise UserError(f"{error}; it was deleted, run this again to download it anew") from error
+        raise UserError(f"{error}; it was deleted, run this again to download it") from error
 
 
 # -----------------------------------------------------------------------------
@@ -292,18 +292,14 @@ def _download(url: str, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Download pretraining text and check it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("-n", "--num-shards", type=int, default=8,
+    parser = flags.make_parser("Download pretraining text and check it.")
+    parser.add_argument("-n", "--num-shards", type=flags.number(int, 0, or_=-1), default=8,
                         help="training shards to download besides the validation shard; -1 for all")
-    parser.add_argument("-w", "--num-workers", type=int, default=4, help="number of simultaneous downloads")
+    parser.add_argument("-w", "--num-workers", type=flags.COUNT, default=4, help="number of simultaneous downloads")
     parser.add_argument("--source", default=DEFAULT_SOURCE,
                         help=f"{', '.join([*SOURCES, SAMPLE])}, or a folder of parquet files. "
                         "The licence of climbmix is CC BY-NC 4.0: not for commercial use")
     args = parser.parse_args(argv)
-    if args.num_shards < -1 or args.num_workers < 1:
-        raise UserError(f"-n must be -1 or more and -w 1 or more, not {args.num_shards} and {args.num_workers}")
     if args.source in SOURCES:
         num_train = args.num_shards if args.num_shards >= 0 else SOURCES[args.source][1]
         download_shards(args.source, num_train, args.num_workers)

@@ -1,12 +1,12 @@
 """Attention of one new token per row to a cache, as a Triton kernel, for GPUs without Flash Attention 3.
 
-The one idea: reading the cache is all the work there is, so keys and values are read once, where they lie, and
-only those that are seen; PyTorch's own attention would first copy the rows and then read all of their length. A row's
-keys are cut into parts, so that few rows too keep the whole chip busy, and a second kernel puts the parts together
-(flash decoding, arXiv:2311.01282). The new token's own key and value are put into the cache on the way.
+Decoding is bound by reading the cache, so visible keys and values are read once and in place; PyTorch's attention
+would copy the rows first and then read their whole length. The keys of a row are split into parts, so that a few rows
+also occupy the whole GPU, and a second kernel combines the parts (flash decoding, arXiv:2311.01282). The first kernel
+also writes the new token's key and value to the cache.
 
-Triton is imported when a kernel is first asked for. In its interpreter (TRITON_INTERPRET=1) the same kernels run on a CPU,
-which is how they are tested.
+Triton is imported at the first call. In its interpreter (TRITON_INTERPRET=1) the kernels run on a CPU, where they are
+tested.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from functools import lru_cache
 
 import torch
 
-BLOCK = 64  # keys that a program looks at at a time, for one query head; fewer where several share a key
-PROGRAMS = 256  # about two for each multiprocessor of a Hopper GPU
+BLOCK = 64  # keys per iteration for one query head; fewer if several heads share a key
+PROGRAMS = 256  # about two per multiprocessor of a Hopper GPU
 
 
 @lru_cache(maxsize=None)
 def kernels():
-    """(attend, combine). Inside a function so that importing this file needs no Triton."""
-    global tl  # the kernels look for it among the names of this file
+    """(attend, combine). In a function, so that importing this module needs no Triton."""
+    global tl  # Triton resolves it among the globals of this module
     import triton
     import triton.language as tl
 
@@ -34,7 +34,7 @@ def kernels():
     ):  # fmt: skip
         """One part of one row's keys, for the GROUP query heads (padded to G) that share a key head."""
         b, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        last = tl.load(seqlens + b)  # where the new token stands
+        last = tl.load(seqlens + b)  # position of the new token
         first = tl.maximum(last - window, 0)
         share = tl.cdiv(tl.cdiv(last + 1 - first, parts), BLOCK) * BLOCK
         start = first + part * share
@@ -44,16 +44,16 @@ def kernels():
         heads, dims = tl.arange(0, G), tl.arange(0, D)
         real = heads < GROUP
         queries = (b * KV_HEADS + h) * GROUP + heads
-        asked = tl.load(q + queries[:, None] * D + dims[None, :], mask=real[:, None], other=0.0).to(tl.float32)  # (G, D)
+        query = tl.load(q + queries[:, None] * D + dims[None, :], mask=real[:, None], other=0.0).to(tl.float32)  # (G, D)
         own = (b * KV_HEADS + h) * D + dims
         key, value = tl.load(k_new + own), tl.load(v_new + own)
         if (start <= last) & (last < end):
             tl.store(k_cache + base + last * position_stride + dims, key)
             tl.store(v_cache + base + last * position_stride + dims, value)
 
-        best = tl.full((G,), -float("inf"), tl.float32)
+        maximum = tl.full((G,), -float("inf"), tl.float32)
         total = tl.zeros((G,), tl.float32)
-        mixed = tl.zeros((G, D), tl.float32)
+        weighted = tl.zeros((G, D), tl.float32)
         for at in range(start, end, BLOCK):
             positions = at + tl.arange(0, BLOCK)
             cached, new = positions < tl.minimum(end, last), positions == last
@@ -62,41 +62,41 @@ def kernels():
             keys = tl.where(new[:, None], key.to(tl.float32)[None, :], keys)
             values = tl.load(v_cache + where, mask=cached[:, None], other=0.0).to(tl.float32)
             values = tl.where(new[:, None], value.to(tl.float32)[None, :], values)
-            scores = tl.sum(asked[:, None, :] * keys[None, :, :], axis=2) * scale  # (G, BLOCK)
+            scores = tl.sum(query[:, None, :] * keys[None, :, :], axis=2) * scale  # (G, BLOCK)
             scores = tl.where((cached | (new & (positions < end)))[None, :], scores, -float("inf"))
-            larger = tl.maximum(best, tl.max(scores, axis=1))
-            weights = tl.exp(scores - larger[:, None])
-            shrink = tl.exp(best - larger)
-            total = total * shrink + tl.sum(weights, axis=1)
-            mixed = mixed * shrink[:, None] + tl.sum(weights[:, :, None] * values[None, :, :], axis=1)
-            best = larger
+            new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+            weights = tl.exp(scores - new_maximum[:, None])
+            rescale = tl.exp(maximum - new_maximum)
+            total = total * rescale + tl.sum(weights, axis=1)
+            weighted = weighted * rescale[:, None] + tl.sum(weights[:, :, None] * values[None, :, :], axis=1)
+            maximum = new_maximum
         place = queries * parts + part
-        tl.store(out + place[:, None] * D + dims[None, :], mixed, mask=real[:, None])
-        tl.store(stats + place * 2, best, mask=real)
+        tl.store(out + place[:, None] * D + dims[None, :], weighted, mask=real[:, None])
+        tl.store(stats + place * 2, maximum, mask=real)
         tl.store(stats + place * 2 + 1, total, mask=real)
 
     @triton.jit
     def combine(out, stats, y, parts, PARTS: tl.constexpr, D: tl.constexpr):
-        """The parts of one query head, each weighed by its sum of exponentials."""
+        """Combines the parts of one query head, weighted by their sums of exponentials."""
         query = tl.program_id(0)
         each, dims = tl.arange(0, PARTS), tl.arange(0, D)
-        there = each < parts
-        best = tl.load(stats + (query * parts + each) * 2, mask=there, other=-float("inf"))
-        total = tl.load(stats + (query * parts + each) * 2 + 1, mask=there, other=0.0)
-        weights = tl.exp(best - tl.max(best, axis=0))  # 0 for a part that saw nothing
-        mixed = tl.load(out + (query * parts + each)[:, None] * D + dims[None, :], mask=there[:, None], other=0.0)
-        result = tl.sum(weights[:, None] * mixed, axis=0) / tl.sum(weights * total, axis=0)
+        valid = each < parts
+        maximum = tl.load(stats + (query * parts + each) * 2, mask=valid, other=-float("inf"))
+        total = tl.load(stats + (query * parts + each) * 2 + 1, mask=valid, other=0.0)
+        weights = tl.exp(maximum - tl.max(maximum, axis=0))  # 0 for an empty part
+        weighted = tl.load(out + (query * parts + each)[:, None] * D + dims[None, :], mask=valid[:, None], other=0.0)
+        result = tl.sum(weights[:, None] * weighted, axis=0) / tl.sum(weights * total, axis=0)
         tl.store(y + query * D + dims, result.to(y.dtype.element_ty))
 
     return attend, combine
 
 
 def decode_attention(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=None, window: int = -1) -> torch.Tensor:
-    """q (B, 1, H, D) of the new tokens, after k, v (B, 1, H_kv, D) have been put into the cache; returns (B, 1, H, D).
+    """Attention of q (B, 1, H, D) to a cache, after k, v (B, 1, H_kv, D) have been written to it; returns (B, 1, H, D).
 
-    k_cache, v_cache (R, S, H_kv, D); D a power of two. Row b's token stands at cache_seqlens[b] (int32) of row
-    cache_batch_idx[b] (None: b) and sees `window` tokens before itself (-1: all). Nothing here waits for the GPU or depends
-    on a length, so it can be captured as a CUDA graph.
+    k_cache, v_cache (R, S, H_kv, D); D a power of two. Token b has the position cache_seqlens[b] (int32) in row
+    cache_batch_idx[b] (None: b) and sees `window` tokens before itself (-1: all). Nothing here waits for the GPU or
+    depends on a length, so it can be captured in a CUDA graph.
     """
     B, _, H, D = q.shape
     kv_heads = k.size(2)

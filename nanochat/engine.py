@@ -28,7 +28,7 @@ class KVCache:
 
     k_cache, v_cache: (layers, batch, seq, heads, dim). cache_seqlens: int32 (batch,), filled positions per
     sequence. last_tokens: int64 (batch,), the newest token of each sequence or -1, for the model's smear.
-    slots: None, or int32 (batch,) in a view made by `select`: the rows of the tensors that it stands for.
+    slots: None, or int32 (batch,) in a view made by `select`: its rows of the tensors.
     """
 
     slots: torch.Tensor | None = None
@@ -142,7 +142,7 @@ PREFILL_BUDGET = {"cpu": 128, "cuda": 2048}
 
 
 class Engine:
-    """Continues prompts with `model`; `tokenizer` is used for tool calls, stop strings and terminal tokens.
+    """Continues prompts with `model`; `tokenizer` is used for tool calls and terminal tokens.
 
     At most `max_sequences` run at once, if half of the free memory suffices; others wait. Memory is allocated as
     needed. `context` limits the tokens of a sequence, prompt included (None: the model's context).
@@ -169,15 +169,14 @@ class Engine:
 
     def submit(
         self, tokens: list[int], max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float = 1.0, seed: int = 42, stop: list[str] = (), sample_index: int = 0,
+        top_p: float = 1.0, seed: int = 42, sample_index: int = 0,
     ) -> Sequence:  # fmt: skip
         """Add a prompt, which `step` continues. The tokens depend on these arguments only.
 
-        The sequence ends with a terminal token (assistant_end or bos), after `max_tokens`, when the context is
-        full, or once its text contains one of the strings in `stop`. Samples with the same seed differ by
-        `sample_index`. Raises UserError for invalid arguments.
+        The sequence ends with a terminal token (assistant_end or bos), after `max_tokens`, or when the context is
+        full. Samples with the same seed differ by `sample_index`. Raises UserError for invalid arguments.
         """
-        seq = self._make_sequence(tokens, max_tokens, temperature, top_k, top_p, seed, stop, sample_index)
+        seq = self._make_sequence(tokens, max_tokens, temperature, top_k, top_p, seed, sample_index)
         self.scheduler.add(seq)
         return seq
 
@@ -240,7 +239,7 @@ class Engine:
         """
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}; it must be 1 or more")
-        seqs = [self._make_sequence(tokens, max_tokens, temperature, top_k, 1.0, seed, (), i) for i in range(num_samples)]
+        seqs = [self._make_sequence(tokens, max_tokens, temperature, top_k, 1.0, seed, i) for i in range(num_samples)]
         return self._columns(seqs)
 
     def generate_batch(
@@ -276,7 +275,7 @@ class Engine:
     # -------------------------------------------------------------------------
     # Inside a step
 
-    def _make_sequence(self, tokens, max_tokens, temperature, top_k, top_p, seed, stop, sample_index) -> Sequence:
+    def _make_sequence(self, tokens, max_tokens, temperature, top_k, top_p, seed, sample_index) -> Sequence:
         room = self.context - len(tokens)
         for valid, message in (
             (tokens, "The prompt is empty; it must contain at least bos"),
@@ -298,7 +297,6 @@ class Engine:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            stop=tuple(text.encode() for text in stop if text),
             rng=random.Random(f"{seed}/{sample_index}"),  # unrelated streams for neighbouring seeds and samples
         )
 
@@ -375,7 +373,7 @@ class Engine:
         if token in self.terminal_tokens:
             return True
         if token == self.python_start:
-            seq.call, seq.tail = [], b""
+            seq.call = []
         elif token == self.python_end and seq.call is not None:
             result = use_calculator(self.tokenizer.decode(seq.call))
             seq.call = None
@@ -383,10 +381,6 @@ class Engine:
                 seq.forced.extend([self.output_start, *self.tokenizer.encode(str(result)), self.output_end])
         elif seq.call is not None:
             seq.call.append(token)
-        elif seq.stop:
-            text = seq.tail + self.tokenizer.id_to_bytes(token)
-            seq.tail = text[-max(map(len, seq.stop)) :]
-            return any(stop in text for stop in seq.stop)
         return False
 
     # -------------------------------------------------------------------------

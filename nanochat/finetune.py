@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 
 from nanochat import flags
-from nanochat.common import Compute, UserError, compute_cleanup, compute_init, print0, wandb_run
+from nanochat.common import Compute, UserError, check_wandb, compute_cleanup, compute_init, print0, wandb_run
 
 NAMES = {"mid": "Midtraining", "sft": "Supervised fine-tuning"}
 
@@ -64,6 +64,7 @@ def finetune(stage: str, args: argparse.Namespace, load_data: Callable[[Compute]
         warm_start,
     )
 
+    check_wandb(args.run)
     compute = compute_init(args.device_type)
 
     # The initial model, and the settings inherited from its training

@@ -10,15 +10,21 @@ import argparse
 from typing import Callable
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each help text that does not explain it itself."""
+
+    def _get_help_string(self, action):
+        explained = action.default in (None, False, "") or "(default" in action.help
+        return action.help if explained else super()._get_help_string(action)
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser that shows defaults and refuses abbreviated flags."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
-def number(kind: type, least: float, or_: float | None = None) -> Callable[[str], float]:
-    """A type for argparse: a finite number of at least `least`, or the special value `or_`.
+def number(kind: type, least: float, most: float = float("inf"), or_: float | None = None) -> Callable[[str], float]:
+    """A type for argparse: a finite number from `least` to `most`, or the special value `or_`.
 
     >>> number(int, 1, or_=-1)("0")
     Traceback (most recent call last):
@@ -30,9 +36,10 @@ def number(kind: type, least: float, or_: float | None = None) -> Callable[[str]
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
-        if value != or_ and not least <= value < float("inf"):
+        if value != or_ and not (least <= value <= most and abs(value) < float("inf")):
+            expected = f"at least {least}" if most == float("inf") else f"from {least} to {most}"
             also = "" if or_ is None else f", or {or_}"
-            raise argparse.ArgumentTypeError(f"{text} is not allowed: must be at least {least}{also}")
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: must be {expected}{also}")
         return value
 
     return parse
@@ -42,12 +49,35 @@ COUNT = number(int, 1)  # 1, 2, ...
 COUNT_OR_AUTO = number(int, 1, or_=-1)  # -1: chosen by the program
 INTERVAL = number(int, 0, or_=-1)  # steps; -1: at the end only, 0: never
 FRACTION = number(float, 0)
+TEMPERATURE = number(float, 0, 2)
+TOP_K = number(int, 0, 200)  # 0: all tokens
+
+
+def add_device_flag(group) -> None:
+    group.add_argument("--device-type", default="", help="cuda, mps or cpu (default: the first that is available)")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--run", default="dummy", help="name of the wandb run (dummy: no wandb)")
-    group.add_argument("--device-type", default="", help="cuda, mps or cpu (empty: the best available)")
+    add_device_flag(group)
+
+
+def add_model_flags(parser: argparse.ArgumentParser, stages: list[str] | None = None, default: str = "sft") -> None:
+    """The model that a script evaluates or serves."""
+    group = parser.add_argument_group("model")
+    if stages:
+        group.add_argument("-i", "--stage", default=default, choices=stages, help="the model's stage")
+    group.add_argument("-g", "--model-tag", help="the model's tag (default: the newest model of the stage)")
+    group.add_argument("-s", "--step", "--model-step", type=number(int, 0), help="the checkpoint's step (default: the last)")
+    add_device_flag(group)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_tokens: str = "--max-tokens") -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("-t", "--temperature", type=TEMPERATURE, default=temperature, help="0 is greedy")
+    group.add_argument("-k", "--top-k", type=TOP_K, default=50, help="sample from the k most likely tokens; 0 for all")
+    group.add_argument("-m", max_tokens, type=COUNT, default=512, help="maximum length of a reply in tokens")
 
 
 def add_origin_flags(parser: argparse.ArgumentParser, stages: list[str], default: str) -> None:

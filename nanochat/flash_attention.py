@@ -4,12 +4,12 @@ The layout and the arguments are Flash Attention's: tensors are (B, T, H, D), ke
 values may have fewer heads than queries (grouped-query attention), and `window_size` is
 `(left, 0)`: a query sees `left` tokens before itself and itself; -1 means no limit.
 
-On a GPU the fastest kernel that is right is chosen once for each kind of call (`choose`): those of
-`attention_backends` run forward and backward, plain and compiled, against exact attention in
-float32, and what raises or strays is passed over with its reason. Everywhere else, and behind
-them all, PyTorch's `scaled_dot_product_attention` does the work, and a window is still not paid
-in full: queries are cut into blocks of the window's length, and each block attends to its own
-keys and those of the block before. That is exact and costs O(T * window).
+On a GPU the fastest correct kernel is selected once per kind of call (`choose`): each of
+`attention_backends` is compared with exact attention in float32, forward and backward, eager and
+compiled, and skipped with its reason if it raises or its error is too large. On other devices, and
+if all kernels fail, PyTorch's `scaled_dot_product_attention` is used. A window saves work there too:
+queries are cut into blocks of the window's length, and each block attends to its own keys and
+those of the previous block. That is exact and costs O(T * window).
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from nanochat import attention_backends
 from nanochat.common import UserError, print0
 from nanochat.decode_attention import decode_attention
 
-HAS_FA3 = any(find_spec(name) is not None for name in ("flash_attn_interface", "kernels"))  # whether it runs, `choose` sees
+HAS_FA3 = any(find_spec(name) is not None for name in ("flash_attn_interface", "kernels"))  # installed; `choose` finds out whether it runs
 _override_impl = None  # tests and benchmarks set "sdpa" or a name of attention_backends.BACKENDS
 
-TRIED_ON = ("cuda",)  # the devices that have a choice
+TRIED_ON = ("cuda",)  # devices with several kernels
 TRIED_TOKENS = 2048  # some kernels refuse long sequences only
-MAX_ERROR = 2e-2  # relative to exact attention; rounding to bfloat16 makes 5e-3 of it, a mask off by one 0.8
+MAX_ERROR = 2e-2  # relative to exact attention; rounding to bfloat16 causes 5e-3, a mask that is off by one 0.8
 
 
 # -----------------------------------------------------------------------------
-# The choice
+# Selection
 
 _chosen = {}  # kind of call -> (name, function)
-_said = set()
+_printed = set()
 
 
 def choose(device, dtype: torch.dtype, n_head: int, n_kv_head: int, head_dim: int, window: int = -1) -> str:
-    """The name of what attends in calls of this kind; the first time it is found out, in seconds, and told in one line.
+    """The name of the kernel for calls of this kind. The first call tests the kernels, for seconds, and prints a line.
 
-    To be called before a model is compiled or captured in a CUDA graph, once for each of its windows; an eager
-    call does it by itself. Raises UserError where `_override_impl` names what does not run here.
+    Call this for each window of a model before it is compiled or captured in a CUDA graph; eager calls do so
+    themselves. Raises UserError if `_override_impl` names a kernel that does not run here.
     """
     return _choice(device, dtype, (n_head, n_kv_head, head_dim), window)[0]
 
@@ -62,7 +62,7 @@ def _choice(device, dtype, heads, use):
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     key = (device, dtype, heads, use, _override_impl)
-    if key not in _chosen:  # a compiled graph takes what it finds for a constant, and is made anew if that changes
+    if key not in _chosen:  # a compiled graph treats the entry as a constant and recompiles if it changes
         if torch.compiler.is_compiling() or device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("call flash_attention.choose (choose_cached) for this shape before compiling or capturing")
         _chosen[key] = _try_all(device, dtype, heads, use)
@@ -71,14 +71,14 @@ def _choice(device, dtype, heads, use):
 
 def _try_all(device, dtype, heads, use):
     if _override_impl is not None and _override_impl not in attention_backends.BACKENDS:
-        raise UserError(f"no attention is called {_override_impl!r}; there are sdpa, {', '.join(attention_backends.BACKENDS)}")
+        raise UserError(f"unknown attention kernel {_override_impl!r}; choose from sdpa, {', '.join(attention_backends.BACKENDS)}")
     names = attention_backends.order(device) if _override_impl is None else (_override_impl,)
     load, check, reasons = _load, _check, []
     if use == "cache":
         names, load, check = [name for name in names if name == "fa3"], _load_cached, _check_cached
         names += ["triton"] if _override_impl is None else []
     if dtype not in (torch.bfloat16, torch.float16):
-        names, reasons = [], [f"no kernel takes {str(dtype).removeprefix('torch.')}"]
+        names, reasons = [], [f"no kernel supports {str(dtype).removeprefix('torch.')}"]
     for name in names:
         try:
             attend = load(name, device)
@@ -86,15 +86,15 @@ def _try_all(device, dtype, heads, use):
                 raise attend
             check(attend, device, dtype, heads, use)
             break
-        except Exception as error:  # of any kind: it is shown, and what comes next is tried
+        except Exception as error:  # any failure: its reason is printed, and the next kernel is tried
             reasons.append(f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0][:100]}")
     else:
         name, attend = "sdpa", _cached if use == "cache" else _blockwise
         if _override_impl is not None and (use != "cache" or _override_impl == "fa3"):
-            raise UserError(f"attention was told to be {_override_impl}, which does not run here: {'; '.join(reasons)}")
+            raise UserError(f"attention kernel {_override_impl} does not run here: {'; '.join(reasons)}")
     found = name + (f" ({'; '.join(reasons)})" if reasons else "")
-    if (use == "cache", found) not in _said:  # windows mostly find what the full context has found
-        _said.add((use == "cache", found))
+    if (use == "cache", found) not in _printed:  # most windows have the result of the full context
+        _printed.add((use == "cache", found))
         where = " with a cache" if use == "cache" else f" in a window of {use}" if use >= 0 else ""
         print0(f"attention{where}: {found}")
     return name, attend
@@ -119,10 +119,10 @@ def _load_cached(name: str, device: torch.device):
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _check(attend, device, dtype, heads, window) -> None:
-    """Raise unless `attend` agrees with exact attention, forward and backward, plain and as one compiled graph.
+    """Raise unless `attend` agrees with exact attention, forward and backward, eager and as one compiled graph.
 
-    Queries look out for three keys that an error by one would show or hide: the next token's, the first one in
-    the window and the last one out of it.
+    The queries are made similar to the keys that a mask off by one would show or hide: the next token's, the first
+    in the window and the last before it.
     """
     import torch._dynamo
 
@@ -140,7 +140,7 @@ def _check(attend, device, dtype, heads, window) -> None:
         return y.detach(), *torch.autograd.grad(y, leaves, d_y)
 
     expected = run(_blockwise, *(x.float() for x in inputs))
-    with torch._dynamo.config.patch(recompile_limit=256):  # one for each kind of call that is ever tried
+    with torch._dynamo.config.patch(recompile_limit=256):  # one per kind of call
         for how in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=False)):
             _compare(("y", "dq", "dk", "dv"), run(how, *(x.clone() for x in inputs)), expected)
 
@@ -148,15 +148,15 @@ def _check(attend, device, dtype, heads, window) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _check_cached(attend, device, dtype, heads, _use) -> None:
-    """Raise unless `attend` agrees with `_cached` for two rows out of four, of unlike lengths, with and without a window.
+    """Raise unless `attend` agrees with `_cached` for two rows of four, of different lengths, with and without a window.
 
-    Both when three tokens are new and two of them ask, and when there is one.
+    Tested with three new tokens of which two are queries, and with one.
     """
     H, H_kv, D = heads
     g = torch.Generator(device).manual_seed(0)
     lengths, rows = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([7, 280], [2, 0]))
-    for new, asking, window in ((3, 2, -1), (3, 2, 5), (1, 1, -1), (1, 1, 5)):
-        shapes = ((2, asking, H), (4, 300, H_kv), (4, 300, H_kv), (2, new, H_kv), (2, new, H_kv))
+    for new, queries, window in ((3, 2, -1), (3, 2, 5), (1, 1, -1), (1, 1, 5)):
+        shapes = ((2, queries, H), (4, 300, H_kv), (4, 300, H_kv), (2, new, H_kv), (2, new, H_kv))
         inputs = [torch.randn(*shape, D, generator=g, device=device).to(dtype) for shape in shapes]
         found = []
         for how, xs in ((attend, [x.clone() for x in inputs]), (_cached, [x.float() for x in inputs])):
@@ -168,8 +168,8 @@ def _check_cached(attend, device, dtype, heads, _use) -> None:
 def _compare(names, got, expected) -> None:
     for name, a, b in zip(names, got, expected):
         error = ((a.float() - b).norm() / b.norm()).item()
-        if not error <= MAX_ERROR:  # NaN is not
-            raise ValueError(f"{name} is wrong by {error:.2g}")
+        if not error <= MAX_ERROR:  # also if it is NaN
+            raise ValueError(f"{name} has a relative error of {error:.2g}")
 
 
 # -----------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def _windowed(q, k, v, window: int):
     B, H, T, D = q.shape
     blocks = -(-T // window)
     pad = blocks * window - T
-    if pad:  # keys that are padded stand after every real query, so no real query sees them
+    if pad:  # padded keys come after all real queries, which do not see them
         q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
     first = _sdpa(*(x[:, :, :window] for x in (q, k, v)), causal=True)  # (B, H, w, D)
 
@@ -232,7 +232,7 @@ def flash_attn_func(q, k, v, causal=True, window_size=(-1, -1)):
 
     q (B, T, H, D); k, v (B, T, H_kv, D) with H_kv dividing H; returns (B, T, H, D).
     """
-    assert causal, "only causal attention is written"
+    assert causal, "only causal attention is implemented"
     left = window_size[0] if 0 <= window_size[0] < q.size(1) - 1 else -1
     _, attend = _choice(q.device, q.dtype, (q.size(2), k.size(2), q.size(3)), left)
     return attend(q, k, v, left)
@@ -241,16 +241,16 @@ def flash_attn_func(q, k, v, causal=True, window_size=(-1, -1)):
 def flash_attn_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, cache_batch_idx=None, causal=True, window_size=(-1, -1)
 ):
-    """Attention of new tokens to a cache, which first takes in their keys and values in place.
+    """Attention of new tokens to a cache, into which their keys and values are written first, in place.
 
     k, v (B, T, H_kv, D) of the new tokens; q (B, Q, H, D) of the last Q <= T of them; k_cache, v_cache
-    (R, S, H_kv, D); cache_seqlens (B,) int32, how many positions of each row are already
-    filled; cache_batch_idx (B,) int32, which rows of the cache are meant (None: all, in order).
-    Row b's new tokens stand at cache_seqlens[b] .. cache_seqlens[b] + T - 1. The caller moves
-    `cache_seqlens` forward. Returns (B, Q, H, D).
+    (R, S, H_kv, D); cache_seqlens (B,) int32, the number of filled positions of each row;
+    cache_batch_idx (B,) int32, the rows of the cache (None: all, in order). The new tokens of row b
+    have the positions cache_seqlens[b] .. cache_seqlens[b] + T - 1. The caller advances
+    `cache_seqlens`. Returns (B, Q, H, D).
     """
-    assert causal, "only causal attention is written"
-    attend = _cached  # in a compiled graph always: Flash Attention 3 writes to the cache behind the compiler's back
+    assert causal, "only causal attention is implemented"
+    attend = _cached  # always in a compiled graph: the compiler does not see that Flash Attention 3 writes to the cache
     if not torch.compiler.is_compiling():
         _, attend = _choice(q.device, q.dtype, (q.size(2), k_cache.size(2), q.size(3)), "cache")
     return attend(
@@ -260,7 +260,7 @@ def flash_attn_with_kvcache(
 
 
 def _cached(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, cache_batch_idx=None, causal=True, window_size=(-1, -1)):
-    """The same, exact and on any device."""
+    """`flash_attn_with_kvcache`, exact and on any device."""
     B, Q = q.shape[:2]
     T = Q if k is None else k.size(1)
     rows = torch.arange(B, device=q.device) if cache_batch_idx is None else cache_batch_idx
@@ -280,17 +280,17 @@ def _cached(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, cache_batch
 
 
 def _triton_cached(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=None, causal=True, window_size=(-1, -1)):
-    """The same, where one token is new by a kernel that copies nothing."""
+    """`flash_attn_with_kvcache` that decodes one new token per row with our Triton kernel."""
     if k.size(1) > 1:
         return _cached(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, causal, window_size)
     return decode_attention(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, window_size[0])
 
 
 def _cached_by_groups(q, k_cache, v_cache, rows: list[int], starts: list[int], window: int):
-    """The same where reading a number costs nothing: only keys that are seen are read, and none is copied.
+    """`_cached` for a CPU, where lengths are known without waiting: reads only visible keys and copies none.
 
-    The queries of a row stand at `starts` and after. Rows that lie next to one another in the cache and are about
-    as long are one call; others are calls of their own. A row that is alone needs no mask.
+    The queries of a row begin at position `starts[row]`. Neighbouring rows of similar length share one call. A row
+    with a call of its own needs no mask.
     """
     Q, outputs, first = q.size(1), [], 0
     for group in _groups(rows, starts):
@@ -309,7 +309,7 @@ def _cached_by_groups(q, k_cache, v_cache, rows: list[int], starts: list[int], w
 
 
 def _groups(rows: list[int], seqlens: list[int]) -> list[list[int]]:
-    """The lengths of rows, cut where two are not neighbours and where the longest would cost the others too much.
+    """The lengths of rows, split where rows are not neighbours and where padding to the longest would cost too much.
 
     >>> _groups([3, 4, 5, 9], [100, 110, 900, 100])
     [[100, 110], [900], [100]]

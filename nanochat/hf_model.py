@@ -1,9 +1,8 @@
 """Any causal language model of the `transformers` library behind the few names that our evaluations use.
 
-The one idea to know: CORE and bits per byte ask a model only for `hidden`, `logits`, losses,
-`config.sequence_len` and its device, and a tokenizer only for `encode`, `encode_to_numpy`, `decode`,
-its bos and its bytes per token. Giving a foreign model those names measures it on the very same yardstick.
-It does not train, export or convert anything.
+CORE and bits per byte use only `hidden`, `logits`, the losses, `config.sequence_len` and the device of a model, and
+only `encode`, `encode_to_numpy`, `decode`, bos and the bytes per token of a tokenizer. The classes here provide these
+names for a foreign model. Nothing is trained, exported or converted.
 """
 
 from __future__ import annotations
@@ -69,8 +68,8 @@ class HFModel:
     def __call__(self, idx: torch.Tensor, targets: torch.Tensor, loss_reduction: str = "none") -> torch.Tensor:
         """Loss in nats of each target, (B, T) float32, 0 where a target is -1."""
         assert loss_reduction == "none", "a foreign model is measured here, not trained"
-        pieces = zip(self.hidden(idx).flatten(0, 1).split(LOGIT_ROWS), targets.flatten().split(LOGIT_ROWS))
-        losses = [F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none") for h, t in pieces]
+        chunks = zip(self.hidden(idx).flatten(0, 1).split(LOGIT_ROWS), targets.flatten().split(LOGIT_ROWS))
+        losses = [F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks]
         return torch.cat(losses).view_as(targets)
 
     @torch.inference_mode()

@@ -67,11 +67,11 @@ def sample_groups(
     from tqdm import tqdm
 
     room = engine.context - min(max_new_tokens, engine.context // 4)  # at least a quarter of the context is left for the reply
-    asked, conversation_of = [], {}
+    submitted, conversation_of = [], {}
     for index, seed in questions:
         ((_, conversation, ids, _),) = render_prompts(task, tokenizer, [index], room)
         seqs = [engine.submit(ids, max_new_tokens, temperature, top_k, seed=seed, sample_index=i) for i in range(num_samples)]
-        asked.append((conversation, seqs))
+        submitted.append((conversation, seqs))
         conversation_of |= dict.fromkeys(seqs, conversation)
 
     def grade(seq: Sequence) -> float:
@@ -79,7 +79,7 @@ def sample_groups(
 
     graded = generate_and_grade(engine, grade, compute)
     rewards = dict(tqdm(graded, total=len(conversation_of), desc="answers", leave=False, disable=None if compute.is_main else True))
-    return [Group(conversation, seqs, [rewards[seq] for seq in seqs]) for conversation, seqs in asked]
+    return [Group(conversation, seqs, [rewards[seq] for seq in seqs]) for conversation, seqs in submitted]
 
 
 def policy_batches(groups: list[Group], max_tokens: int, device: torch.device) -> list[tuple[torch.Tensor, ...]]:

@@ -1,16 +1,15 @@
 """The report card of a run: JSON lines in, one page of markdown and its plots out.
 
-    python -m nanochat.report reset       # begin: notes the environment; an earlier report is kept beside
-    python -m nanochat.report generate    # write report/report.md from what the stages have logged
+    python -m nanochat.report reset       # start a report; an earlier one is renamed
+    python -m nanochat.report generate    # write report/report.md from the log of the stages
 
-The one idea to know: numbers stay numbers. A stage calls `log(section, data)`, which appends one
-line of JSON to report/report.jsonl; everything that wants a number reads it there. The page is
-made from those lines alone, as often as one likes. Four keys of `data` mean something here:
+A stage calls `log(section, data)`, which appends one line of JSON to report/report.jsonl. The page is
+generated from these lines alone. Four keys of `data` have a meaning here:
 
     "stage"    "base", "mid", "sft" or "rl": the column of the final table
     "scores"   {metric: number}: that column's rows
-    "metrics"  path of the run's metrics.jsonl: becomes a plot and the training time
-    "samples"  list of texts, or of conversations (lists of {"role", "content"}): shown as they are
+    "metrics"  path of the run's metrics.jsonl: for a plot and the training time
+    "samples"  list of texts, or of conversations (lists of {"role", "content"}): shown verbatim
 
 All other keys are shown as a table. Only the main rank may call `log`.
 """
@@ -46,7 +45,7 @@ def log(section: str, data: dict) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The objects in a file of JSON lines. A line cut short by a crash is left out."""
+    """The objects in a file of JSON lines. A line that a crash has truncated is skipped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -57,7 +56,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def environment() -> dict:
-    """What this run stands on: source, versions, machine."""
+    """The source, versions and machine of this run."""
     import psutil
 
     root = Path(__file__).resolve().parent.parent
@@ -114,13 +113,13 @@ def table(header: list, rows: list[list]) -> str:
 
 
 def fenced(text: str) -> str:
-    """`text` as a code block, by a fence longer than any within it."""
+    """`text` as a code block, with a fence longer than any in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}\n"
 
 
 def sample_text(sample) -> str:
-    """A sample is a text, or a conversation of which each message gets a line."""
+    """A sample as text: a conversation has one line per message."""
     if isinstance(sample, str):
         return sample
     return "\n".join(f"{message['role']}: {message['content']}" for message in sample)
@@ -133,7 +132,7 @@ def duration(seconds: float) -> str:
 
 
 def section_text(section: str, data: dict, plot: str | None) -> str:
-    """One stage's part of the page: its values, one table per value that is a table itself, plot, samples."""
+    """The section of one stage: its values, one table per value that is a table, plot, samples."""
     tables = {key: value for key, value in data.items() if is_table(value) and key not in SPECIAL_KEYS}
     plain = {key: value for key, value in data.items() if key not in tables and key not in SPECIAL_KEYS}
     parts = [f"## {section}\n"]
@@ -154,19 +153,19 @@ def is_table(value) -> bool:
 
 
 def final_table(entries: list[dict]) -> str:
-    """Metrics down, stages across; where a stage was measured twice the later number stands."""
+    """A row per metric, a column per stage; of repeated measurements the last."""
     scores = {stage: {} for stage in STAGES}
     for entry in entries:
         scores.setdefault(entry["data"].get("stage"), {}).update(entry["data"].get("scores", {}))
     stages = [stage for stage in scores if scores[stage]]
     metrics = list(dict.fromkeys(metric for stage in stages for metric in scores[stage]))
     if not metrics:
-        return "No stage has been measured yet.\n"
+        return "No stage has been evaluated yet.\n"
     return table(["metric", *stages], [[m, *(scores[stage].get(m, "-") for stage in stages)] for m in metrics])
 
 
 def clock_table(entries: list[dict], training_time: dict[int, float]) -> str:
-    """When each section was logged, and how long its training took, its evaluations left out."""
+    """When each section was logged, and how long its training took without evaluations."""
     start = entries[0]["time"]
     rows = [
         [e["section"], duration(e["time"] - start), duration(training_time[i]) if i in training_time else ""]
@@ -180,12 +179,12 @@ def clock_table(entries: list[dict], training_time: dict[int, float]) -> str:
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
-    """A run's curves as a PNG: what each step gave on the left, what was measured on held-out data on the right.
+    """A run's curves as a PNG: a value of each training step on the left, evaluations on held-out data on the right.
 
-    In reinforcement learning that is the reward by step and the accuracy of the likeliest answers with its 95% interval
-    by training time; elsewhere training loss and validation bits per byte.
+    For reinforcement learning: the reward by step, and the accuracy of greedy answers with its 95% interval by training
+    time. Otherwise: training loss and validation bits per byte.
     """
-    from matplotlib.figure import Figure  # no pyplot: no window system, no global state
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -216,11 +215,11 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
 
 
 # -----------------------------------------------------------------------------
-# The two commands
+# Commands
 
 
 def reset() -> None:
-    """Begin a report. One that is there already moves to report-DATE-TIME."""
+    """Start a report. An existing one is renamed to report-DATE-TIME."""
     folder = report_dir()
     if (folder / "report.jsonl").exists():
         folder.rename(folder.with_name(time.strftime("report-%Y%m%d-%H%M%S")))
@@ -228,12 +227,12 @@ def reset() -> None:
 
 
 def generate() -> Path:
-    """Write report.md and its plots, and return the page's path. UserError when nothing has been logged."""
+    """Write report.md and its plots; returns its path. Raises UserError if nothing has been logged."""
     folder = report_dir()
     source = folder / "report.jsonl"
     entries = read_jsonl(source) if source.exists() else []
     if not entries:
-        raise UserError(f"nothing has been logged in {source} yet; run a stage first, for instance scripts.base_train")
+        raise UserError(f"{source} is empty or missing; run a stage first, for instance scripts.base_train")
     if not any(entry["section"] == "Environment" for entry in entries):
         entries.insert(0, {"section": "Environment", "time": entries[0]["time"], "data": environment()})
     sections, training_time = [], {}
@@ -247,7 +246,7 @@ def generate() -> Path:
     begin = time.strftime("%Y-%m-%d %H:%M", time.localtime(entries[0]["time"]))
     page = [
         "# nanochat report\n",
-        f"Begun {begin}, {duration(entries[-1]['time'] - entries[0]['time'])} to the last stage.\n",
+        f"Started {begin}, {duration(entries[-1]['time'] - entries[0]['time'])} until the last stage.\n",
         "## Results\n",
         final_table(entries),
         "## Wall clock\n",
@@ -264,7 +263,7 @@ def main(argv=None):
     parser.add_argument("command", choices=["reset", "generate"], nargs="?", default="generate")
     if parser.parse_args(argv).command == "reset":
         reset()
-        print(f"report begun: {report_dir() / 'report.jsonl'}")
+        print(f"started a report: {report_dir() / 'report.jsonl'}")
     else:
         path = generate()
         results, _, _ = path.read_text(encoding="utf-8").partition("## Wall clock")

@@ -29,11 +29,9 @@ class Sequence:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
-    stop: tuple[bytes, ...] = ()  # stop strings
     rng: random.Random | None = None
     forced: deque[int] = field(default_factory=deque)  # tokens of a tool's output that come next
     call: list[int] | None = None  # tokens of an unfinished tool call
-    tail: bytes = b""  # its newest text, as far as a stop string may start in it
     masks: list[int] = field(default_factory=list)  # of the generated tokens: 1 sampled, 0 forced by a tool
     log_probs: list[float] = field(default_factory=list)  # of the generated tokens under the settings; 0 if forced
     finish_reason: str | None = None  # "stop", "length", "context" or "cancelled" once finished

@@ -5,7 +5,7 @@ generative task the engine samples replies, which the task grades; with several 
 any of them is right (pass@n).
 
 Blocks of problems are assigned to the ranks in turn, and only sums are communicated. Nothing here depends on the
-number of ranks: padding stands to the right, where causal attention does not look, and a problem's seed is its index.
+number of ranks: padding is on the right, where causal attention does not see it, and a problem's seed is its index.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def count_right(
     counts = _tally(outcomes, n, mine, name, compute, progress and compute.is_main, stop)
     if stop and compute.sum(torch.tensor(int(stop()))) > 0:
         return None
-    right, asked, cropped = compute.sum(counts.to(compute.device)).cpu()
-    assert (asked == 1).all(), f"{(asked == 1).sum()} of {n} problems were asked"
+    right, evaluated, cropped = compute.sum(counts.to(compute.device)).cpu()
+    assert (evaluated == 1).all(), f"{(evaluated == 1).sum()} of {n} problems were evaluated"
     if cropped.any():
         context = model.config.sequence_len
         print0(f"{name}: {cropped.sum()} of {n} prompts exceeded the context of {context} tokens and lost their beginning")
@@ -105,16 +105,16 @@ def _blocks(n: int, size: int, compute: Compute) -> list[range]:
 
 
 def _tally(outcomes, n: int, mine: int, name: str, compute: Compute, show: bool, stop: Callable | None) -> torch.Tensor:
-    """(3, n) per problem: right answers, whether it was asked on this rank, whether its prompt was cropped."""
+    """(3, n) per problem: right answers, whether it was evaluated on this rank, whether its prompt was cropped."""
     from tqdm import tqdm
 
     counts = torch.zeros(3, n, dtype=torch.long)
-    asked = solved = 0
+    done = solved = 0
     with tqdm(total=mine, desc=name, disable=not show, leave=False) as bar:
         for index, right, was_cropped in outcomes:
             counts[:, index] = torch.tensor([right, 1, was_cropped])
-            asked, solved = asked + 1, solved + (right > 0)
-            bar.set_postfix_str(f"{solved}/{asked} = {100 * solved / asked:.1f}%", refresh=False)
+            done, solved = done + 1, solved + (right > 0)
+            bar.set_postfix_str(f"{solved}/{done} = {100 * solved / done:.1f}%", refresh=False)
             bar.update()
             compute.heartbeat()
             if stop and stop():

@@ -235,11 +235,11 @@ class RustBPETokenizer:
 
     @cached_property
     def _bulk_encoder(self):
-        """Our rustbpe with these ranks; None if the published package is installed instead, or for a pattern that
-        ours would split with another regex engine than tiktoken's."""
+        """Our rustbpe with these ranks; None if the published package is installed instead, or for another pattern than
+        the one that ours splits by."""
         import rustbpe
 
-        if not hasattr(rustbpe.Tokenizer, "encode_to_numpy") or not rustbpe.is_known(self.pattern):
+        if not hasattr(rustbpe.Tokenizer, "encode_to_numpy") or self.pattern != rustbpe.PATTERN:
             return None
         return rustbpe.Tokenizer.from_ranks(self.ranks, self.pattern)
 
@@ -284,7 +284,7 @@ class StreamDecoder:
     """Decodes ids one at a time without cutting characters.
 
     The returned strings, joined, equal `tokenizer.decode` of all ids: "é" split over two tokens
-    gives "" and then "é".
+    returns "" and then "é".
     """
 
     def __init__(self, tokenizer: RustBPETokenizer):

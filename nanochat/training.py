@@ -1,7 +1,7 @@
 """The steps that all training scripts share: one gradient step, the meter, the stop signal, saving and resuming.
 
-The loop itself (data, model, the order of events) stands in the script of its stage, or in finetune.py
-for the two that share it. There is no Trainer class.
+The loop itself (data, model, the order of events) is in the script of each stage, or in finetune.py for the two
+that share it. There is no Trainer class.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Builds the Rust core with cargo and packs it as plain data: one wheel serves every Python of a platform."""
+"""Builds the Rust core with cargo and packages it as plain data, so that one wheel serves every Python version."""
 
 import shutil
 import subprocess
@@ -15,14 +15,14 @@ CORE = {"win32": "rustbpe.dll", "darwin": "librustbpe.dylib"}.get(sys.platform, 
 class BuildWithCore(build_py):
     def run(self):
         if not self.editable_mode:
-            shutil.rmtree(self.build_lib, ignore_errors=True)  # an earlier build may have left files that are no more
+            shutil.rmtree(self.build_lib, ignore_errors=True)  # files of an earlier build
         super().run()
         if not shutil.which("cargo"):
-            sys.exit("rustbpe is written in Rust: install a toolchain first (cargo, from 1.70 on)")
+            sys.exit("rustbpe is written in Rust: install a toolchain first (cargo 1.70 or newer)")
         built = Path("build", "cargo").absolute()
         subprocess.run(["cargo", "build", "--release", "--offline", "--target-dir", built], check=True)
         package = Path("python" if self.editable_mode else self.build_lib, "rustbpe")
-        newest = max(built.rglob(f"release/{CORE}"), key=lambda path: path.stat().st_mtime)  # in target/TRIPLE for some
+        newest = max(built.rglob(f"release/{CORE}"), key=lambda path: path.stat().st_mtime)  # in a folder for the target, if one is configured
         shutil.copy(newest, package / CORE)
 
 

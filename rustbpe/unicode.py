@@ -1,53 +1,42 @@
-"""Writes src/unicode.rs: the class of every character, as the regex engine inside tiktoken has it.
+"""Writes src/unicode.rs, the character classes of the regex engine inside tiktoken: `python rustbpe/unicode.py`.
 
-    python rustbpe/unicode.py
-
-The one idea to know: our scanners must cut text exactly where tiktoken's patterns cut it, and
-Unicode's classes change with its version. So tiktoken itself is asked, character by character,
-through encodings of one class each: text that a pattern does not match gives no ids.
+Unicode's classes change with its version, and our splitting must equal tiktoken's. Therefore the classes are taken
+from tiktoken itself: its encoding drops text that the pattern does not match.
 """
 
+import textwrap
 from pathlib import Path
 
 import tiktoken
 
-FLAGS = {  # as in split.rs
-    1: r"\p{L}",
-    2: r"\p{N}",
-    4: r"\s",
-    8: r"[\r\n]",
-    16: r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
-    32: r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
-}
+CLASSES = {"LETTERS": r"\p{L}", "NUMBERS": r"\p{N}", "SPACES": r"\s"}
+TABLE = Path(__file__).parent / "src" / "unicode.rs"
 
 
-def character_classes() -> list[int]:
-    """Flags of all code points; 0 for surrogates, which no text has."""
-    classes = [0] * 0x110000
-    for flag, pattern in FLAGS.items():
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        encoding = tiktoken.Encoding(pattern, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        for code_point in range(0x110000):
-            if not 0xD800 <= code_point < 0xE000 and encoding.encode_ordinary(chr(code_point)):
-                classes[code_point] |= flag
-    return classes
+def run_lengths(pattern: str) -> list[int]:
+    """Code points outside the class, then inside it, and so on: "[b-dg]" -> [98, 3, 2, 1]."""
+    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))  # all but surrogates
+    byte_ranks = {bytes([byte]): byte for byte in range(256)}
+    encoding = tiktoken.Encoding("class", pat_str=pattern, mergeable_ranks=byte_ranks, special_tokens={})
+    matched = sorted(map(ord, encoding.decode(encoding.encode_ordinary(text))))
+    edges = [0]  # where runs begin, alternately outside and inside
+    for code_point in matched:
+        if code_point == edges[-1] and len(edges) > 1:
+            edges[-1] += 1
+        else:
+            edges += [code_point, code_point + 1]
+    return [end - start for start, end in zip(edges, edges[1:])]
 
 
-def main() -> None:
-    classes = character_classes()
-    starts = [c for c in range(len(classes)) if c == 0 or classes[c] != classes[c - 1]]
-    runs = [f"({start:#x},{classes[start]})" for start in starts]
-    lines, line = [], ""
-    for run in runs:
-        if len(line) + len(run) > 110:
-            lines.append(line)
-            line = ""
-        line += run + ","
-    text = f"//! Made by unicode.py from the classes of tiktoken {tiktoken.__version__}; do not edit.\n\n"
-    text += "/// (first code point, flags) of each run of characters of one class.\n#[rustfmt::skip]\n"
-    text += f"pub const RUNS: [(u32, u8); {len(runs)}] = [\n" + "\n".join(lines + [line]) + "\n];\n"
-    (Path(__file__).parent / "src" / "unicode.rs").write_text(text)
+def table() -> str:
+    """The source text of src/unicode.rs."""
+    text = "//! Made by unicode.py from tiktoken's character classes; do not edit.\n\n"
+    text += "// Lengths of runs of code points, alternately outside and inside the class.\n"
+    for name, pattern in CLASSES.items():
+        numbers = textwrap.fill(", ".join(map(str, run_lengths(pattern))), 115)
+        text += f"#[rustfmt::skip]\npub const {name}: &[u16] = &[\n{numbers}\n];\n"
+    return text
 
 
 if __name__ == "__main__":
-    main()
+    TABLE.write_text(table())

@@ -1,4 +1,4 @@
-"""Measure a base model, ours or any of Hugging Face's, on CORE: 22 tasks answered from examples alone.
+"""Evaluate a base model, ours or one of Hugging Face, on CORE: 22 in-context tasks.
 
     python -m scripts.base_eval
     torchrun --nproc_per_node=8 -m scripts.base_eval -- --max-per-task=500
@@ -9,19 +9,15 @@ Prints a table, writes it to base_eval/NAME.csv in the base folder and adds it t
 
 from __future__ import annotations
 
-import argparse
-
+from nanochat import flags
 from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, print0, run_script
 
 
 def main(argv=None):
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="CORE of a base model.", formatter_class=formatter)
-    parser.add_argument("--hf-path", default="", help="measure this Hugging Face model (folder or id) instead of ours")
-    parser.add_argument("--model-tag", default=None, help="which model (newest if not given)")
-    parser.add_argument("--step", "--model-step", type=int, default=None, help="which step of it (last if not given)")
-    parser.add_argument("--max-per-task", type=int, default=-1, help="questions per task (-1: all)")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (empty: the best there is)")
+    parser = flags.make_parser("CORE of a base model.")
+    flags.add_model_flags(parser)
+    parser.add_argument("--hf-path", default="", help="evaluate this Hugging Face model (folder or id) instead of ours")
+    parser.add_argument("--max-per-task", type=flags.COUNT_OR_AUTO, default=-1, help="questions per task (-1: all)")
     args = parser.parse_args(argv)
 
     from nanochat import report

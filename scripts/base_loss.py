@@ -1,29 +1,25 @@
-"""Bits per byte of a base model, ours or any of Hugging Face's, on train and val text, and what it says.
+"""Bits per byte of a base model, ours or one of Hugging Face, on train and val text, and samples of its text.
 
     python -m scripts.base_loss
     torchrun --nproc_per_node=8 -m scripts.base_loss -- --split-tokens=20971520
     python -m scripts.base_loss --hf-path openai-community/gpt2 --source climbmix
 
-Bits per byte do not depend on the vocabulary, so models with different tokenizers compare.
+Bits per byte do not depend on the vocabulary, so models with different tokenizers can be compared.
 """
 
 from __future__ import annotations
 
-import argparse
-
+from nanochat import flags
 from nanochat.common import UserError, compute_cleanup, compute_init, print0, run_script
 
 
 def main(argv=None):
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="Loss of a base model.", formatter_class=formatter)
-    parser.add_argument("--hf-path", default="", help="measure this Hugging Face model (folder or id) instead of ours")
-    parser.add_argument("--model-tag", default=None, help="which model (newest if not given)")
-    parser.add_argument("--model-step", "--step", type=int, default=None, help="which step of it (last if not given)")
-    parser.add_argument("--source", default="", help="the text (empty: as in training; for --hf-path climbmix)")
-    parser.add_argument("--split-tokens", type=int, default=-1, help="tokens per split (-1: 20971520, on a CPU 262144)")
-    parser.add_argument("--device-batch-size", type=int, default=32, help="rows per forward pass and rank")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (empty: the best there is)")
+    parser = flags.make_parser("Loss of a base model.")
+    flags.add_model_flags(parser)
+    parser.add_argument("--hf-path", default="", help="evaluate this Hugging Face model (folder or id) instead of ours")
+    parser.add_argument("--source", default="", help="the text (default: as in training; with --hf-path: climbmix)")
+    parser.add_argument("--split-tokens", type=flags.COUNT_OR_AUTO, default=-1, help="tokens per split (-1: 20971520, on a CPU 262144)")
+    parser.add_argument("--device-batch-size", type=flags.COUNT, default=32, help="rows per forward pass and rank")
     args = parser.parse_args(argv)
 
     from nanochat import report
@@ -37,7 +33,7 @@ def main(argv=None):
         model, tokenizer = compute.main_first(lambda: load_hf_model(args.hf_path, compute))
         token_bytes, source, name = tokenizer.token_bytes(), args.source or "climbmix", args.hf_path
     else:
-        directory, step = compute.on_main(lambda: resolve_checkpoint("base", args.model_tag, args.model_step))
+        directory, step = compute.on_main(lambda: resolve_checkpoint("base", args.model_tag, args.step))
         model, tokenizer, meta = load_model("base", compute, directory.name, step)
         token_bytes, source = tokenizer.token_bytes(), args.source or meta.get("user_config", {}).get("source", "climbmix")
         name = f"{directory.name} step {step}"
@@ -48,7 +44,7 @@ def main(argv=None):
     if split_tokens < batch_tokens:
         raise UserError(
             f"--split-tokens {split_tokens} is less than one batch of {batch_tokens} (--device-batch-size "
-            f"{args.device_batch_size} x {T} tokens). Ask for more or a smaller batch."
+            f"{args.device_batch_size} x {T} tokens); increase it or use a smaller batch"
         )
     results = {"model": name, "source": source}
     for split in ("train", "val"):

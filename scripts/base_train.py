@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 from nanochat import flags
-from nanochat.common import UserError, compute_cleanup, compute_init, print0, run_script, wandb_run
+from nanochat.common import UserError, check_wandb, compute_cleanup, compute_init, print0, run_script, wandb_run
 
 
 def main(argv=None):
@@ -79,6 +79,7 @@ def main(argv=None):
         train_step,
     )
 
+    check_wandb(args.run)
     compute = compute_init(args.device_type)
     tokenizer = get_tokenizer()
     tag = args.model_tag or f"d{args.depth}"

@@ -1,46 +1,39 @@
-"""Talk to a model in the terminal.
+"""Chat with a model in the terminal.
 
     python -m scripts.chat_cli                  # a conversation with the newest fine-tuned model
-    python -m scripts.chat_cli -p "hello"       # one answer, and nothing else on standard output
-    python -m scripts.chat_cli -i base          # a base model knows no turns: it continues raw text
+    python -m scripts.chat_cli -p "hello"       # one reply, and nothing else on standard output
+    python -m scripts.chat_cli -i base          # a base model does not chat: it continues the text
 
-`clear` forgets the conversation, `quit` leaves. Ctrl-C stops the answer that is being written;
-at the prompt it leaves. The conversation is kept as the very tokens that were said, so nothing
-is encoded twice; when the context is full the oldest turns are forgotten, and a line says so.
+`clear` starts a new conversation, `quit` exits. Ctrl-C stops the current reply; at the prompt it exits.
+The conversation is kept as tokens. When the context is full, the oldest turns are dropped, with a note.
 """
 
-import argparse
 import sys
 from contextlib import closing, suppress
 
+from nanochat import flags
 from nanochat.common import UserError, compute_init, run_script
 
-HELP = "Type 'clear' to forget the conversation and 'quit' to leave. Ctrl-C stops an answer."
-# How a call of the calculator is shown: [48/2]=[24]
+HELP = "Type 'clear' for a new conversation and 'quit' to exit. Ctrl-C stops a reply."
+# A call of the calculator is shown as [48/2]=[24]
 SHOWN = {"<|python_start|>": "[", "<|python_end|>": "]", "<|output_start|>": "=[", "<|output_end|>": "]"}
 
 
 def parse_args(argv):
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
-    parser.add_argument("-p", "--prompt", help="answer this and leave; None: hold a conversation")
-    parser.add_argument("-i", "--stage", default="sft", choices=["base", "mid", "sft", "rl"], help="the model's stage")
-    parser.add_argument("-g", "--model-tag", help="which model of that stage; None: the newest")
-    parser.add_argument("-s", "--step", type=int, help="which checkpoint; None: the last")
-    parser.add_argument("-t", "--temperature", type=float, default=0.6, help="0 takes the likeliest token")
-    parser.add_argument("-k", "--top-k", type=int, default=50, help="sample among the k likeliest tokens; 0 for all")
-    parser.add_argument("-m", "--max-tokens", type=int, default=512, help="length of an answer")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
+    parser = flags.make_parser(__doc__.split("\n")[0])
+    parser.add_argument("-p", "--prompt", help="print the reply to this prompt and exit (default: a conversation)")
+    flags.add_model_flags(parser, ["base", "mid", "sft", "rl"])
+    flags.add_sampling_flags(parser, temperature=0.6)
     return parser.parse_args(argv)
 
 
 def note(text: str) -> None:
-    """Something about the conversation and not part of it: standard output holds only what the model says."""
+    """Print a note to standard error; standard output holds only the text of the model."""
     print(f"({text})", file=sys.stderr, flush=True)
 
 
 class Chat:
-    """A conversation with one model: what was said so far, as tokens, and how to go on."""
+    """A conversation with one model, as tokens."""
 
     def __init__(self, engine, raw: bool, max_tokens: int, temperature: float, top_k: int | None):
         self.engine = engine
@@ -49,15 +42,15 @@ class Chat:
         self.raw = raw  # continue text instead of answering
         self.max_tokens, self.temperature, self.top_k = max_tokens, temperature, top_k
         self.turns: list[list[int]] = []  # each: user_start .. user_end assistant_start .. assistant_end
-        self.asked = 0  # seeds the next answer, so that asking again may say something else
-        self.cut_short = ""  # why the last answer did not end by itself
+        self.asked = 0  # the next reply's seed, so that repeating a question can give another reply
+        self.cut_short = ""  # why the last reply is incomplete
         self.assistant_end = self.tokenizer.encode_special("<|assistant_end|>")
         self.shown = {self.tokenizer.encode_special(name): text for name, text in SHOWN.items()}
 
     def ask(self, text: str):
-        """Yield the answer to `text` in pieces of whole characters.
+        """Yield the reply to `text` in chunks of whole characters.
 
-        However it ends (done, stopped half way, interrupted), what was said is remembered.
+        The reply becomes part of the conversation, also if it is stopped or interrupted.
         """
         bos = self.tokenizer.get_bos_token_id()
         turn = self._open_turn(text)
@@ -71,28 +64,28 @@ class Chat:
                 self.turns.append([*turn, *said, self.assistant_end])
 
     def _open_turn(self, text: str) -> list[int]:
-        """The tokens that open a turn, after forgetting as many of the oldest turns as it takes to make room."""
+        """The tokens of a user message, after dropping the oldest turns as far as needed to make room."""
         if self.raw:
             turn = self.tokenizer.encode(text)
         else:
             conversation = {"messages": [{"role": "user", "content": text}]}
-            turn = self.tokenizer.render_for_completion(conversation)[1:]  # bos stands only before the first turn
-        room = self.context - 1 - min(self.max_tokens, self.context // 4)  # the rest is for bos and the answer
+            turn = self.tokenizer.render_for_completion(conversation)[1:]  # bos comes only before the first turn
+        room = self.context - 1 - min(self.max_tokens, self.context // 4)  # the rest is for bos and the reply
         if len(turn) > room:
             raise UserError(
-                f"that has {len(turn)} tokens, but the model's context holds {self.context}; keep it below {room}"
+                f"the message has {len(turn)} tokens and the model's context is {self.context}; keep it below {room}"
             )
-        forgotten = 0
+        dropped = 0
         while sum(map(len, self.turns)) + len(turn) > room:
             self.turns.pop(0)
-            forgotten += 1
-        if forgotten:
-            turns = "turn is" if forgotten == 1 else f"{forgotten} turns are"
-            note(f"the context of {self.context} tokens is full: the oldest {turns} forgotten; 'clear' starts afresh")
+            dropped += 1
+        if dropped:
+            turns = "turn was" if dropped == 1 else f"{dropped} turns were"
+            note(f"the context of {self.context} tokens is full: the oldest {turns} dropped; 'clear' starts a new conversation")
         return turn
 
     def _say(self, prompt: list[int], said: list[int]):
-        """Yield the answer's tokens, gathering them in `said`."""
+        """Yield the tokens of the reply and append them to `said`."""
         for (token,), _ in self._columns(prompt):
             if token not in self.engine.terminal_tokens:
                 said.append(token)
@@ -104,12 +97,12 @@ class Chat:
             prompt, max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, seed=self.asked
         )
         if reason == "context":
-            self.cut_short = f"cut off: the context of {self.context} tokens is full; 'clear' starts afresh"
+            self.cut_short = f"cut off: the context of {self.context} tokens is full; 'clear' starts a new conversation"
         elif reason == "length":
-            self.cut_short = f"cut off after {self.max_tokens} tokens; -m allows more"
+            self.cut_short = f"cut off after {self.max_tokens} tokens; raise -m for longer replies"
 
     def _decode(self, tokens):
-        """Turn tokens into text as they come, never cutting a character."""
+        """Yield the tokens as text without cutting a character."""
         from nanochat.tokenizer import StreamDecoder
 
         decoder = StreamDecoder(self.tokenizer)
@@ -119,9 +112,9 @@ class Chat:
 
 
 def converse(chat: Chat) -> None:
-    """Read, answer, print, until the user leaves."""
+    """Read messages and print replies until the user exits."""
     with suppress(ImportError):
-        import readline  # noqa: F401  (arrow keys and history at the prompt, where the system has it)
+        import readline  # noqa: F401  # arrow keys and history at the prompt, if available
     print(HELP)
     while True:
         try:
@@ -133,19 +126,19 @@ def converse(chat: Chat) -> None:
             return
         if text == "clear":
             chat.turns.clear()
-            print("Forgotten.")
+            print("New conversation.")
         elif text:
             answer(chat, text)
 
 
 def answer(chat: Chat, text: str) -> None:
-    """Print one answer as it comes. Ctrl-C and a text that does not fit end the answer, not the conversation."""
+    """Print one reply while it is generated. Ctrl-C and a message that is too long end the reply, not the conversation."""
     try:
-        with closing(chat.ask(text)) as pieces:
-            first = next(pieces, "")  # nothing is printed yet if the text turns out not to fit
+        with closing(chat.ask(text)) as chunks:
+            first = next(chunks, "")  # raises before anything is printed if the message is too long
             print((text if chat.raw else "Assistant: ") + first, end="", flush=True)
-            for piece in pieces:
-                print(piece, end="", flush=True)
+            for chunk in chunks:
+                print(chunk, end="", flush=True)
         print()
         if chat.cut_short:
             note(chat.cut_short)
@@ -159,15 +152,13 @@ def answer(chat: Chat, text: str) -> None:
 def main(argv=None):
     args = parse_args(argv)
     if args.prompt is not None and not args.prompt.strip():
-        raise UserError("the prompt is empty; write something after -p, or leave -p away for a conversation")
-    if args.max_tokens < 1:
-        raise UserError(f"-m is {args.max_tokens}; it must be 1 or more")
+        raise UserError("the prompt is empty; give -p a text, or omit it for a conversation")
 
     from nanochat.checkpoint_manager import load_model
     from nanochat.device import prepare_for_inference
     from nanochat.engine import Engine
 
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the chat
+    sys.stdout.reconfigure(errors="replace")  # for terminals that cannot encode a character
     compute = compute_init(args.device_type)
     model, tokenizer, meta = load_model(args.stage, compute, model_tag=args.model_tag, step=args.step)
     engine = Engine(prepare_for_inference(model), tokenizer, max_sequences=1)
@@ -175,8 +166,8 @@ def main(argv=None):
     if args.prompt is None:
         converse(chat)
         return
-    for piece in chat.ask(args.prompt):
-        print(piece, end="", flush=True)
+    for chunk in chat.ask(args.prompt):
+        print(chunk, end="", flush=True)
     print()
 
 

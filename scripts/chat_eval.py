@@ -1,17 +1,17 @@
 """Measure a chat model on tasks with answers that can be checked.
 
-    python -m scripts.chat_eval -i sft                       # the six of ChatCORE
+    python -m scripts.chat_eval -i sft                       # the six tasks of ChatCORE
     python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K"   # some of them
     torchrun --nproc_per_node=8 -m scripts.chat_eval -- -i mid -x 500
 
-ChatCORE is the mean over six tasks of (accuracy - baseline) / (1 - baseline), where the
-baseline is what guessing gives: 0 for a model that guesses, 1 for one that is always right.
-It is printed only when all six ran. Accuracies are shown with their standard error.
+ChatCORE is the mean over six tasks of (accuracy - baseline) / (1 - baseline), where the baseline
+is the accuracy of guessing: 0 for a model that guesses, 1 for one that is always right. It is
+printed only if all six tasks were run. Accuracies are shown with their standard error.
 """
 
-import argparse
 import json
 
+from nanochat import flags
 from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, print0, run_script
 
 CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
@@ -19,38 +19,33 @@ TASK_NAMES = (*CHATCORE, "SampleWorld")
 
 
 def parse_args(argv):
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
-    parser.add_argument("-i", "--stage", default="sft", choices=["base", "mid", "sft", "rl"], help="the model's stage")
-    task_help = f"a task, or several joined by |; may be repeated; None: ChatCORE's six; of {', '.join(TASK_NAMES)}"
-    parser.add_argument("-a", "--task-name", action="append", metavar="NAME", help=task_help)
-    parser.add_argument("-t", "--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    parser.add_argument("-m", "--max-new-tokens", type=int, default=512, help="length of a written answer")
-    parser.add_argument("-n", "--num-samples", type=int, default=1, help="answers per problem; one right one solves it")
-    parser.add_argument("-k", "--top-k", type=int, default=50, help="sample among the k likeliest tokens; 0 for all")
-    parser.add_argument("-b", "--batch-size", type=int, default=8, help="problems with letters per forward pass")
-    parser.add_argument("-g", "--model-tag", help="which model of that stage; None: the newest")
-    parser.add_argument("-s", "--step", type=int, help="which checkpoint; None: the last")
-    parser.add_argument("-x", "--max-problems", type=int, help="the first so many problems of each task; None: all")
-    unsafe_help = "run HumanEval also where the system cannot keep model-written code from your files and the network"
-    parser.add_argument("--allow-unsafe-code", action="store_true", help=unsafe_help)
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
+    parser = flags.make_parser(__doc__.split("\n")[0])
+    flags.add_model_flags(parser, ["base", "mid", "sft", "rl"])
+    group = parser.add_argument_group("tasks")
+    task_help = f"a task, or several joined by |; may be repeated (default: the six of ChatCORE): {', '.join(TASK_NAMES)}"
+    group.add_argument("-a", "--task-name", action="append", metavar="NAME", help=task_help)
+    group.add_argument("-x", "--max-problems", type=flags.COUNT, help="use only the first problems of each task (default: all)")
+    group.add_argument("-n", "--num-samples", type=flags.COUNT, default=1, help="replies per problem, which is solved if one is right")
+    group.add_argument("-b", "--batch-size", type=flags.COUNT, default=8, help="multiple-choice problems per forward pass")
+    unsafe_help = "run HumanEval even if the system cannot isolate model-written code from your files and the network"
+    group.add_argument("--allow-unsafe-code", action="store_true", help=unsafe_help)
+    flags.add_sampling_flags(parser, temperature=0.0, max_tokens="--max-new-tokens")
     return parser.parse_args(argv)
 
 
 def chosen_tasks(task_name: list[str] | None) -> tuple[str, ...]:
-    """The names asked for with -a, in order and without repeats; the six of ChatCORE if none was."""
+    """The names given with -a, in order and without duplicates; the six of ChatCORE by default."""
     if not task_name:
         return CHATCORE
     names = tuple(dict.fromkeys(name.strip() for value in task_name for name in value.split("|") if name.strip()))
     unknown = [name for name in names if name not in TASK_NAMES]
     if unknown or not names:
-        raise UserError(f"no task is called {', '.join(unknown) or 'that'}; known: {', '.join(TASK_NAMES)}")
+        raise UserError(f"unknown task {', '.join(unknown) or repr(task_name)}; choose from {', '.join(TASK_NAMES)}")
     return names
 
 
 def make_task(name: str, allow_unsafe_code: bool = False):
-    """The task of that name with the questions it is measured on. Its data comes from the hub, so this may fail."""
+    """The task with its test questions. Its data comes from the hub, so this may raise UserError."""
     from tasks.arc import ARC
     from tasks.gsm8k import GSM8K
     from tasks.humaneval import HumanEval
@@ -82,11 +77,8 @@ def chat_core(results: dict[str, dict]) -> float | None:
 def main(argv=None):
     args = parse_args(argv)
     names = chosen_tasks(args.task_name)
-    for flag, value in (("-x", args.max_problems), ("-b", args.batch_size), ("-n", args.num_samples)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} is {value}; it must be 1 or more")
     if args.num_samples > 1 and args.temperature == 0:
-        raise UserError(f"-n {args.num_samples} samples at temperature 0 would all be equal; add for instance -t 1.0")
+        raise UserError(f"-n {args.num_samples}: samples at temperature 0 are all equal; add for instance -t 1.0")
 
     from nanochat import report
     from nanochat.checkpoint_manager import load_model
@@ -103,7 +95,7 @@ def main(argv=None):
         try:
             task = compute.main_first(lambda: make_task(name, args.allow_unsafe_code))
         except UserError as error:
-            if args.task_name:  # asked for by name: going on without it would be a silently different result
+            if args.task_name:  # requested by name: a result without it would be silently different
                 raise
             print0(f"{name:14s} skipped: {error}")
             continue
@@ -117,15 +109,15 @@ def main(argv=None):
         error = standard_error(accuracy, n)
         results[name] = {"accuracy": accuracy, "stderr": error, "n": n, "baseline": task.baseline}
         score = f"{100 * accuracy:6.2f}% +- {100 * error:.2f}"
-        print0(f"{name:14s} {score}  ({n} problems, guessing gives {100 * task.baseline:.0f}%)")
+        print0(f"{name:14s} {score}  ({n} problems, guessing scores {100 * task.baseline:.0f}%)")
     if not results:
-        raise UserError("none of the tasks could be run; see above, or try -a SampleWorld, which needs no data hub")
+        raise UserError("none of the tasks could be run (reasons above); -a SampleWorld needs no data hub")
 
     core = chat_core(results)
     if core is not None:
         print0(f"ChatCORE {core:.4f}")
     elif not args.task_name:
-        print0(f"ChatCORE is not given: it needs all of {', '.join(CHATCORE)}")
+        print0(f"no ChatCORE, which needs all of {', '.join(CHATCORE)}")
     if compute.is_main:
         scores = {name: result["accuracy"] for name, result in results.items()}
         if core is not None:

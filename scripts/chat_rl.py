@@ -14,7 +14,7 @@ import argparse
 import random
 
 from nanochat import flags
-from nanochat.common import UserError, compute_cleanup, compute_init, print0, run_script, wandb_run
+from nanochat.common import UserError, check_wandb, compute_cleanup, compute_init, print0, run_script, wandb_run
 
 
 def main(argv=None):
@@ -71,6 +71,7 @@ def main(argv=None):
     from tasks.sample_world import ARITHMETIC, SampleWorld
     from tasks.spellingbee import SpellingBee
 
+    check_wandb(args.run)
     compute = compute_init(args.device_type)
 
     # The initial model, and the settings inherited from its training; its rates belong to its total batch size

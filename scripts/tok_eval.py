@@ -1,18 +1,16 @@
-"""Compare our tokenizer with GPT-2's and GPT-4's: how many bytes of text does one token carry?
+"""Compare our tokenizer with GPT-2's and GPT-4's by bytes of text per token.
 
     python -m scripts.tok_eval
     python -m scripts.tok_eval --source sample
 
-The one idea to know: more bytes per token mean shorter sequences for the same text. GPT-2 has 50,257
-tokens and GPT-4 100,277, so on ground foreign to ours (Korean, code) they should win; on text like
-that which ours was trained on it should keep up. tiktoken fetches the two the first time; without
-a network this script says so and reports ours alone.
+More bytes per token mean shorter sequences for the same text. GPT-2 has 50,257 tokens and GPT-4
+100,277, so they should win on text unlike our training data (Korean, code); on similar text ours
+should keep up. tiktoken downloads the two vocabularies; without a network only ours is measured.
 """
 
 from __future__ import annotations
 
-import argparse
-
+from nanochat import flags
 from nanochat.common import UserError, ranks, run_script
 
 NEWS = """
@@ -94,13 +92,11 @@ BASELINES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Compare tokenizers.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--source", default="climbmix", help="where train and val text come from, as in tok_train")
+    parser = flags.make_parser("Compare tokenizers.")
+    parser.add_argument("--source", default="climbmix", help="source of the train and val text, as in tok_train")
     args = parser.parse_args(argv)
     if ranks()[0] > 0:
-        return  # under torchrun the main rank does all of it
+        return  # under torchrun the main rank does all the work
 
     from nanochat import report
     from nanochat.dataset import parquets_iter_batched
@@ -111,14 +107,14 @@ def main(argv: list[str] | None = None) -> None:
         try:
             tokenizers[name] = RustBPETokenizer.from_pretrained(published)
         except UserError as error:
-            print(f"left out {name}: {error}", flush=True)
+            print(f"skipped {name}: {error}", flush=True)
 
     texts = {name: text.strip() for name, text in TEXTS.items()}
     for split in ("train", "val"):
         try:
             texts[split] = "\n".join(next(iter(parquets_iter_batched(split, source=args.source)), []))
         except UserError as error:
-            print(f"left out the {split} text: {error}", flush=True)
+            print(f"skipped the {split} text: {error}", flush=True)
 
     ratios = {
         text_name: {name: bytes_per_token(tokenizer, text) for name, tokenizer in tokenizers.items()}
@@ -138,9 +134,9 @@ def bytes_per_token(tokenizer, text: str) -> float:
 
 
 def print_table(texts: dict[str, str], tokenizers: dict, ratios: dict[str, dict[str, float]]) -> None:
-    """One row per text: its bytes, bytes per token of each tokenizer, and how far ours is ahead of the others."""
+    """One row per text: its bytes, the bytes per token of each tokenizer, and ours relative to the others."""
     others = [name for name in tokenizers if name != "ours"]
-    print("\nbytes per token (more is better); in brackets, ours compared with it")
+    print("\nbytes per token (more is better); in brackets, ours relative to it")
     sizes = "".join(f"{name:>18}" for name in tokenizers)
     print(f"{'text':<10}{'bytes':>12}{sizes}")
     print(f"{'vocabulary':<22}" + "".join(f"{tokenizer.get_vocab_size():>18,}" for tokenizer in tokenizers.values()))

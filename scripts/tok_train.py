@@ -3,17 +3,16 @@
     python -m scripts.tok_train
     python -m scripts.tok_train --source sample --vocab-size 8192
 
-The one idea to know: merges are learned from counts of words, so it is variety that matters and no
-document may dominate: each gives at most --doc-cap characters. The model, its data files and every
-checkpoint depend on the vocabulary made here; a new one needs a new model.
+Merges are learned from word counts, so variety matters: at most --doc-cap characters are taken from a
+document. A model works only with the tokenizer that it was trained with, which its checkpoints carry.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Iterable, Iterator
 
+from nanochat import flags
 from nanochat.common import UserError, ranks, run_script
 
 ROUND_TRIP = """Hello, world! It's 31 °C; 12345 + 6,789 = 19134.
@@ -22,18 +21,16 @@ ROUND_TRIP = """Hello, world! It's 31 °C; 12345 + 6,789 = 19134.
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Train the tokenizer.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--max-chars", type=whole_number, default=2_000_000_000, help="characters to train on at most")
-    parser.add_argument("--doc-cap", type=int, default=10_000, help="characters taken from one document at most")
-    parser.add_argument("--vocab-size", type=int, default=32_768, help="tokens to learn, special tokens included")
+    parser = flags.make_parser("Train the tokenizer.")
+    parser.add_argument("--max-chars", type=whole_number, default=2_000_000_000, help="maximum number of characters to train on")
+    parser.add_argument("--doc-cap", type=flags.COUNT, default=10_000, help="maximum number of characters per document")
+    parser.add_argument("--vocab-size", type=int, default=32_768, help="number of tokens, special tokens included")
     parser.add_argument("--source", default="climbmix", help="climbmix, fineweb-edu, sample or a folder")
     args = parser.parse_args(argv)
     if ranks()[0] > 0:
-        return  # under torchrun the main rank does all of it
-    if args.max_chars < 1 or args.doc_cap < 1:
-        raise UserError("--max-chars and --doc-cap must be at least 1")
+        return  # under torchrun the main rank does all the work
+    if args.max_chars < 1:
+        raise UserError(f"--max-chars is {args.max_chars}; it must be at least 1")
 
     from nanochat import report
     from nanochat.dataset import iter_documents
@@ -47,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.monotonic() - start
 
     tokenizer.save(tokenizer_dir())
-    tokenizer = RustBPETokenizer.from_directory(tokenizer_dir())  # what later stages will see
+    tokenizer = RustBPETokenizer.from_directory(tokenizer_dir())  # as later stages load it
     assert tokenizer.decode(tokenizer.encode(ROUND_TRIP)) == ROUND_TRIP, "encoding and decoding changed the text"
 
     lengths = [length for length in tokenizer.token_bytes().tolist() if length]
@@ -73,7 +70,7 @@ def whole_number(text: str) -> int:
 
 
 def capped(documents: Iterable[str], doc_cap: int, max_chars: int, read: dict[str, int]) -> Iterator[str]:
-    """The beginnings of documents until there are `max_chars` characters; `read` counts along."""
+    """Truncated documents, `max_chars` characters in all; `read` counts documents and characters."""
     for text in documents:
         text = text[: min(doc_cap, max_chars - read["characters"])]
         read["documents"] += 1
@@ -84,7 +81,7 @@ def capped(documents: Iterable[str], doc_cap: int, max_chars: int, read: dict[st
 
 
 def with_progress(texts: Iterable[str], read: dict[str, int]) -> Iterator[str]:
-    """The same texts, with a bar in a terminal while they are read and a line when they are."""
+    """The same texts, with a progress bar in a terminal and a line at the end."""
     from tqdm import tqdm
 
     with tqdm(desc="reading", unit=" chars", unit_scale=True, disable=None) as bar:

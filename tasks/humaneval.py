@@ -1,7 +1,7 @@
 """HumanEval: write the body of a Python function from its signature and docstring.
 
-An answer is right when the function passes the tests that come with the problem. Both run in the
-sandbox of `nanochat.execution`, in two processes: the function answers, the tests judge.
+An answer is right when the function passes the tests that come with the problem. The function and the tests run in
+the sandbox of `nanochat.execution`, in a process each.
 
 Chen et al. 2021, https://arxiv.org/abs/2107.03374. Hub: openai/openai_humaneval.
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import re
 
-from nanochat.execution import execute_code, execute_tests
+from nanochat.execution import execute_code
 from tasks.common import Task, load_hub_dataset
 
 
 class HumanEval(Task):
-    """164 problems, all of them the test split. `layers`: what model-written code runs behind on this system.
+    """164 problems, all of them the test split. `layers`: the layers of the sandbox that are active on this system.
 
-    UserError where that is too little, unless `allow_unsafe`; told here, not after an hour of measuring.
+    UserError if they are too few, unless `allow_unsafe`: at the start, not after an hour of evaluation.
     """
 
     eval_type = "generative"
@@ -49,7 +49,7 @@ class HumanEval(Task):
 
 
 def extract_code(completion: str) -> str:
-    """The first fenced block of code, or everything where nothing is fenced.
+    """The first fenced block of code, or everything if nothing is fenced.
 
     >>> extract_code("Sure:\\n```python\\n    return 1\\n```\\nIt returns 1.")
     '    return 1\\n'
@@ -64,5 +64,5 @@ def passes(prompt: str, code: str, test: str, entry_point: str, allow_unsafe: bo
     The tests may use what the prompt defines besides the function. A prompt is a program by itself:
     its last function has its docstring for a body.
     """
-    tests = f"{test}\ncheck({entry_point})\n"
-    return execute_tests(tests, prompt + code, entry_point, prompt=prompt, allow_unsafe=allow_unsafe).success
+    tests = f"{prompt}\nfrom program import {entry_point}\n{test}\ncheck({entry_point})\n"
+    return execute_code(prompt + code, tests=tests, allow_unsafe=allow_unsafe).success

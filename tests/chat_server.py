@@ -1,7 +1,6 @@
-"""For the tests of the web server: an engine that says what it is told to, and a real server around it.
+"""For the tests of the web server: a scripted engine, and a real server around it.
 
-The one idea to know: every step of the engine may be made to wait for the test's permission, so that a test
-knows where in an answer it stands without ever looking at a clock.
+A test can hold the engine, so that each step waits for permission: no test depends on a clock.
 """
 
 from __future__ import annotations
@@ -15,13 +14,14 @@ from dataclasses import dataclass
 import httpx
 
 from nanochat.common import UserError
-from nanochat.serving import EngineThread, Workers
+from nanochat.engine_thread import EngineThread, Pool
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
 # Every byte is a token; nothing is merged.
 TOKENIZER = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
 END = TOKENIZER.encode_special("<|assistant_end|>")
-PATIENCE = 30  # seconds that anything may take before a test fails
+TIMEOUT = 30  # seconds
+PAGE, V1 = ROUTES = ["/chat/completions", "/v1/chat/completions"]
 
 
 def tokens_of(text: str) -> list[int]:
@@ -30,8 +30,12 @@ def tokens_of(text: str) -> list[int]:
     return [id for piece in pieces for id in ([TOKENIZER.encode_special(piece)] if piece in SPECIAL_TOKENS else TOKENIZER.encode(piece))]
 
 
+def message(content="hi", role="user"):
+    return {"role": role, "content": content}
+
+
 def answering(replies: dict[str, str]):
-    """A `reply` for ScriptedEngine: what stands under the first of these words that is in the prompt, else "hello"."""
+    """A `reply` for ScriptedEngine: the reply of the first of these words that the prompt contains, else "hello"."""
     return lambda prompt: next((text for word, text in replies.items() if word in prompt), "hello")
 
 
@@ -48,15 +52,15 @@ class Sequence:
 
 
 class ScriptedEngine:
-    """The interface of engine.Engine. `reply(prompt)` is what is said, one byte per step; `hold` makes steps wait for `allow`."""
+    """The interface of engine.Engine. Generates `reply(prompt)`, one byte per step; after `hold`, steps wait for `allow`."""
 
     def __init__(self, reply=lambda prompt: "hello", max_sequences: int = 4, context: int = 400):
         self.reply, self.max_sequences, self.context = reply, max_sequences, context
         self.tokenizer, self.terminal_tokens = TOKENIZER, frozenset([END])
         self.prefill_tokens = self.cached_tokens = self.generated_tokens = self.steps = 0
         self.seqs: list[Sequence] = []
-        self.asked: list[Sequence] = []  # all there ever were
-        self.error: Exception | None = None  # what the next step fails with
+        self.submitted: list[Sequence] = []
+        self.error: Exception | None = None  # raised by the next step
         self.in_step, self.dropped = threading.Event(), threading.Event()
         self._permits: threading.Semaphore | None = None
 
@@ -86,12 +90,12 @@ class ScriptedEngine:
     def submit(self, tokens, max_tokens=None, **settings) -> Sequence:
         prompt = TOKENIZER.decode(tokens)
         if "refuse me" in prompt:
-            raise UserError("the engine does not like this")
+            raise UserError("the engine refuses this")
         script = self.reply(prompt)
         script = script if isinstance(script, list) else [*tokens_of(script), END]
         seq = Sequence(list(tokens), script, len(tokens) + min(max_tokens or self.context, self.context - len(tokens)), settings)
         self.seqs.append(seq)
-        self.asked.append(seq)
+        self.submitted.append(seq)
         return seq
 
     def cancel(self, seq: Sequence) -> None:
@@ -103,7 +107,7 @@ class ScriptedEngine:
     def step(self) -> list[tuple[Sequence, int, int]]:
         self.in_step.set()
         if self._permits:
-            assert self._permits.acquire(timeout=PATIENCE)
+            assert self._permits.acquire(timeout=TIMEOUT)
         self.steps += 1
         if self.error:
             error, self.error, self.seqs = self.error, None, []
@@ -122,11 +126,11 @@ class ScriptedEngine:
 
 
 class Site:
-    """A running server as a test talks to it."""
+    """A running server and a client of it."""
 
-    def __init__(self, address: str, engines: list, workers: Workers, server):
-        self.address, self.engines, self.engine, self.workers, self.server = address, engines, engines[0], workers, server
-        self.client = httpx.Client(base_url=address, timeout=PATIENCE)
+    def __init__(self, address: str, engines: list, pool: Pool, server):
+        self.address, self.engines, self.engine, self.pool, self.server = address, engines, engines[0], pool, server
+        self.client = httpx.Client(base_url=address, timeout=TIMEOUT)
 
     def get(self, path: str) -> httpx.Response:
         return self.client.get(path)
@@ -138,12 +142,12 @@ class Site:
         return self.post(path, messages=[{"role": "user", "content": text}], **settings)
 
     def open(self, text: str = "hi", path: str = "/chat/completions", **settings):
-        """A stream to read from, and to leave: `with site.open() as response`."""
+        """A stream, as a context manager that disconnects at its end."""
         return self.client.stream("POST", path, json={"messages": [{"role": "user", "content": text}], **settings})
 
 
 def events_of(response: httpx.Response) -> list[dict]:
-    """The events of a complete stream, whose form is checked on the way."""
+    """The events of a complete stream, whose form is checked."""
     assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
     text = response.content.decode()
     assert text.endswith("\n\n")
@@ -152,7 +156,7 @@ def events_of(response: httpx.Response) -> list[dict]:
     return [json.loads(line[6:]) for line in lines if line != "data: [DONE]"]
 
 
-def pieces_of(response: httpx.Response) -> list[tuple[str, str]]:
+def segments_of(response: httpx.Response) -> list[tuple[str, str]]:
     """A reply of the page's route as [(kind, text), ...], neighbours of a kind joined."""
     joined: list[tuple[str, str]] = []
     for event in events_of(response):
@@ -163,24 +167,25 @@ def pieces_of(response: httpx.Response) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def serving(*engines, max_queue: int = 64, log_content: bool = False, grace: float = PATIENCE, **defaults):
-    """A Site whose server has these engines, one thread each. It is gone afterwards."""
-    from scripts.chat_web import listen, make_app, make_server
+def serving(*engines, max_queue: int = 64, log_content: bool = False, grace: float = TIMEOUT, **defaults):
+    """A Site whose server has these engines, one thread each."""
+    from nanochat.server import make_app
+    from scripts.chat_web import listen, make_server
 
-    workers = Workers([EngineThread(lambda engine=engine: engine, f"fake:{i}", max_queue, log_content) for i, engine in enumerate(engines)])
-    workers.start()
+    pool = Pool([EngineThread(lambda engine=engine: engine, f"fake:{i}", max_queue) for i, engine in enumerate(engines)])
+    pool.start()
     sock = listen("127.0.0.1", 0)
-    sock.listen()  # so that clients need not wait until the server does
+    sock.listen()  # clients can connect before the server is ready
     address = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    server = make_server(make_app(workers, "sft d2 step 8", **defaults), workers, sock, grace)
+    server = make_server(make_app(pool, "sft d2 step 8", log_content=log_content, **defaults), pool, sock, grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
-    site = Site(address, list(engines), workers, server)
+    site = Site(address, list(engines), pool, server)
     try:
         yield site
     finally:
         site.client.close()
         server.should_exit = True
-        thread.join(PATIENCE)
-        workers.stop()
+        thread.join(TIMEOUT)
+        pool.stop()
         assert not thread.is_alive()

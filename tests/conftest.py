@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -18,24 +19,22 @@ from pathlib import Path
 
 import pytest
 
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def write_text(folder: Path, row_group_size: int) -> None:
-    """900 documents of the sample world in three shards, the last of them for validation: enough to train for real."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from nanochat.sample_world import documents
-
-    folder.mkdir()
-    texts = [text for _, text in zip(range(900), documents())]
-    for shard in range(3):
-        table = pa.table({"text": texts[shard * 300 : (shard + 1) * 300]})
-        pq.write_table(table, folder / f"shard_{shard}.parquet", row_group_size=row_group_size)
+def finish(processes) -> list[str]:
+    """The outputs of processes that must all succeed."""
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+    return outputs
 
 
 def pytest_configure(config) -> None:
@@ -67,15 +66,52 @@ def base_dir(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(scope="session")
+def prepared_base(tmp_path_factory) -> Path:
+    """A base folder with a tokenizer and 900 documents in three shards in `text`, which no test changes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from nanochat.sample_world import documents
+    from scripts import tok_train
+
+    base = tmp_path_factory.mktemp("prepared")
+    (base / "text").mkdir()
+    texts = [text for _, text in zip(range(900), documents())]
+    for shard in range(3):
+        table = pa.table({"text": texts[shard * 300 : (shard + 1) * 300]})
+        pq.write_table(table, base / "text" / f"shard_{shard}.parquet", row_group_size=25)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        tok_train.main([f"--source={base / 'text'}", "--vocab-size=600"])
+    return base
+
+
+@pytest.fixture(scope="module")
+def trained_base(prepared_base, tmp_path_factory) -> Path:
+    """A copy of `prepared_base` for the models that a test module trains."""
+    return shutil.copytree(prepared_base, tmp_path_factory.mktemp("nanochat") / "base")
+
+
+@pytest.fixture
+def restored_signals():
+    """The signal handlers that a training script replaces are restored after the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
 def make_random_model():
-    """`make_random_model(tokenizer, sequence_len)` returns a small random model that samples mostly letters; its tokens are bytes."""
+    """`make_random_model(tokenizer, sequence_len)` returns a small random model that samples mostly letters."""
     import torch
 
     from nanochat.gpt import GPT, GPTConfig
 
     def make(tokenizer, sequence_len: int):
         vocab_size = tokenizer.get_vocab_size()
-        config = GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=2, n_head=1, n_kv_head=1, n_embd=64)
+        sizes = dict(n_layer=2, n_head=1, n_kv_head=1, n_embd=64)
+        config = GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, **sizes)
         torch.manual_seed(0)
         with torch.device("meta"):
             model = GPT(config)
@@ -91,7 +127,7 @@ def make_random_model():
 
 @pytest.fixture
 def run_ranks():
-    """`run_ranks(3, work)` calls `work(compute)` on three ranks that are threads of this process; returns their results in order."""
+    """`run_ranks(3, work)` returns the results of `work(compute)` on three ranks, which are threads of this process."""
     from dataclasses import dataclass
 
     import torch
@@ -100,13 +136,14 @@ def run_ranks():
 
     @dataclass(frozen=True)
     class ThreadRank(Compute):
-        shared: dict | None = None
+        values: list | None = None  # shared by all ranks
+        barrier: threading.Barrier | None = None
 
         def gather(self, value, group=None):
-            self.shared["values"][self.rank] = value
-            self.shared["barrier"].wait()
-            values = list(self.shared["values"])
-            self.shared["barrier"].wait()
+            self.values[self.rank] = value
+            self.barrier.wait()
+            values = list(self.values)
+            self.barrier.wait()
             return values
 
         def sum(self, x):
@@ -116,8 +153,8 @@ def run_ranks():
             pass
 
     def run(world_size: int, work):
-        shared = {"values": [None] * world_size, "barrier": threading.Barrier(world_size, timeout=60)}
-        computes = [ThreadRank(torch.device("cpu"), torch.float32, r, r, world_size, shared=shared) for r in range(world_size)]
+        shared = world_size, [None] * world_size, threading.Barrier(world_size, timeout=60)
+        computes = [ThreadRank(torch.device("cpu"), torch.float32, rank, rank, *shared) for rank in range(world_size)]
         with ThreadPoolExecutor(world_size) as pool:
             return list(pool.map(work, computes))
 

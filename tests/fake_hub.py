@@ -38,15 +38,13 @@ def parquet(rows: list[dict]) -> bytes:
 
 def dataset(files: dict[str, list[dict]]) -> dict[str, bytes]:
     """Files of a data set: "CONFIG/SPLIT" -> rows, with the card that names configs and splits."""
-    configs: dict[str, list[str]] = {}
+    configs: dict[str, list[dict]] = {}
     for name in files:
-        configs.setdefault(name.split("/")[0], []).append(name.split("/")[1])
-    card = "---\nconfigs:\n"
-    for config, splits in configs.items():
-        card += f"- config_name: {config}\n  data_files:\n"
-        card += "".join(f"  - split: {split}\n    path: {config}/{split}-*\n" for split in splits)
+        config, split = name.split("/")
+        configs.setdefault(config, []).append({"split": split, "path": f"{name}-*"})
+    card = {"configs": [{"config_name": config, "data_files": splits} for config, splits in configs.items()]}
     data = {f"{name}-00000-of-00001.parquet": parquet(rows) for name, rows in files.items()}
-    return {"README.md": (card + "---\n").encode(), **data}
+    return {"README.md": f"---\n{json.dumps(card)}\n---\n".encode(), **data}  # JSON is YAML
 
 
 @lru_cache(maxsize=None)
@@ -66,7 +64,6 @@ def repositories() -> dict[str, dict[str, bytes]]:
               "test": f"def check(candidate):\n    assert candidate(1) == {i + 1}\n", "entry_point": f"add{i}"} for i in range(6)]  # fmt: skip
     return {
         "karpathy/climbmix-400b-shuffle": {**shards, "shard_06542.parquet": shards["shard_00002.parquet"]},
-        "karpathy/fineweb-edu-100b-shuffle": {**shards, "shard_01822.parquet": shards["shard_00002.parquet"]},
         "allenai/ai2_arc": dataset({f"{c}/{s}": arc for c in ("ARC-Easy", "ARC-Challenge") for s in ("train", "validation", "test")}),
         "cais/mmlu": dataset({
             **{f"all/{split}": mmlu for split in ("test", "validation", "dev")},
@@ -95,18 +92,18 @@ def plain_files() -> dict[str, bytes]:
 
 
 class FakeHub(ThreadingHTTPServer):
-    """`faults` maps a pattern of paths to the faults of their next downloads: an HTTP status, "cut" or "corrupt"."""
+    """Records the paths of its downloads in `requests`.
+
+    `faults` maps a pattern of paths to the faults of their next downloads: an HTTP status, "cut" or "corrupt".
+    """
 
     daemon_threads = True
 
-    def __init__(self, port: int = 0):
+    def __init__(self, port: int):
         super().__init__(("127.0.0.1", port), Handler)
         self.faults: dict[str, list[int | str]] = {}
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        self.requests: list[str] = []
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def next_fault(self, path: str):
         for pattern, faults in self.faults.items():
@@ -128,7 +125,8 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET(parse_qs(self.rfile.read(length).decode()))
 
     def do_GET(self, form: dict | None = None):
-        path = unquote(urlsplit(self.path).path)
+        url = urlsplit(self.path)
+        path = unquote(url.path)
         if match := re.fullmatch(r"/files/([^/]+)", path):
             return self.send_file(path, plain_files().get(match[1]))
         match = re.fullmatch(r"(/api)?/datasets/([\w.-]+/[\w.-]+)(?:/([\w-]+)(?:/([^/]+)(?:/(.*))?)?)?", path)
@@ -140,11 +138,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_file(path, files.get(name))
         if verb in (None, "revision"):
             siblings = [{"rfilename": file} for file in files]
-            return self.send_json({"id": repo, "sha": COMMIT, "private": False, "gated": False, "disabled": False, "tags": [], "siblings": siblings})
+            flags = {"private": False, "gated": False, "disabled": False, "tags": []}
+            return self.send_json({"id": repo, "sha": COMMIT, "siblings": siblings, **flags})
         if verb == "tree":
             prefix = f"{name}/" if name else ""
             inside = [file for file in files if file.startswith(prefix)]
-            if parse_qs(urlsplit(self.path).query).get("recursive") != ["true"]:
+            if parse_qs(url.query).get("recursive") != ["true"]:
                 inside = list(dict.fromkeys(prefix + file.removeprefix(prefix).split("/")[0] for file in inside))
             return self.send_json([entry(file, files.get(file)) for file in inside])
         if verb == "paths-info":
@@ -155,20 +154,16 @@ class Handler(BaseHTTPRequestHandler):
         self.send_bytes(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
     def send_file(self, path: str, data: bytes | None):
+        fault = None
+        if self.command == "GET":
+            self.server.requests.append(path)
+            fault = self.server.next_fault(path)
         if data is None:
             return self.send_json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        fault = self.server.next_fault(path) if self.command == "GET" else None
         if isinstance(fault, int):
             return self.send_json({"error": "fault"}, fault, {"Retry-After": "0"})
-        if fault == "corrupt":
-            data = bytes(len(data))
-        status = 200
-        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(match[1]), int(match[2] or len(data) - 1)
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-            data, status = data[first : last + 1], 206
-        self.send_bytes(data, status, headers, cut=fault == "cut")
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        self.send_bytes(bytes(len(data)) if fault == "corrupt" else data, 200, headers, cut=fault == "cut")
 
     def send_bytes(self, data: bytes, status: int, headers: dict, cut: bool = False):
         self.send_response(status)
@@ -177,13 +172,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data[: len(data) // 2] if cut else data)
-        if cut:
-            self.close_connection = True
 
 
 def entry(name: str, data: bytes | None) -> dict:
     """How the API describes a file, or a folder (no data)."""
     if data is None:
         return {"type": "directory", "path": name, "size": 0, "oid": COMMIT}
-    digest = hashlib.sha256(data).hexdigest()
-    return {"type": "file", "path": name, "size": len(data), "oid": digest[:40], "lfs": {"oid": digest, "size": len(data), "pointerSize": 134}}
+    digest, size = hashlib.sha256(data).hexdigest(), len(data)
+    lfs = {"oid": digest, "size": size, "pointerSize": 134}
+    return {"type": "file", "path": name, "size": size, "oid": digest[:40], "lfs": lfs}

@@ -1,8 +1,7 @@
-"""The calculator against Python itself on what it accepts, and by table on what it must refuse."""
+"""The calculator against Python on what it accepts, and by table on what it must refuse."""
 
 import re
 import sys
-import threading
 from fractions import Fraction
 
 import pytest
@@ -15,73 +14,30 @@ from nanochat.calculator import MAX_DEPTH, MAX_LENGTH, use_calculator
 @pytest.mark.parametrize(
     "expression, value",
     [
-        ("1+1", 2),
-        ("48/2", 24),
-        ("10/4", 2.5),
-        ("0.1+0.2", 0.3),
-        ("0.1*3", 0.3),
-        ("1/3*3", 1),
-        ("1/3", 1 / 3),
-        ("7//2", 3),
-        ("-7//2", -4),
-        ("-7 % 3", 2),
-        ("7.5 % 2", 1.5),
-        ("2**10", 1024),
-        ("2**-1", 0.5),
-        ("-2**2", -4),
-        ("2**3**2", 512),
-        ("(-1)**1001", -1),
-        ("1**999999999", 1),
-        ("0**0", 1),
-        ("16**0.5", 4),
-        ("2**0.5", 2**0.5),
-        ("2**64 + 1", 2**64 + 1),
-        ("123456789 * 987654321", 121932631112635269),
-        ("--3", 3),
-        ("+5 - -2", 7),
-        ("2 - 3 - 4", -5),
-        ("100 / 10 / 5", 2),
-        ("((1+2)*(3+4))", 21),
-        (" 1 +\t2 \n", 3),
-        (".5 + 5.", 5.5),
-        ("1,000 + 1", 1001),
-        ("1,234,567.50 * 2", 2469135),
-        ("1e3 + 2.5E-1", 1000.25),
-        ("007", 7),
+        ("1+1", 2), ("48/2", 24), ("10/4", 2.5), ("0.1+0.2", 0.3), ("0.1*3", 0.3), ("1/3*3", 1), ("1/3", 1 / 3),
+        ("7//2", 3), ("-7//2", -4), ("-7 % 3", 2), ("7.5 % 2", 1.5), ("2**10", 1024), ("2**-1", 0.5), ("-2**2", -4),
+        ("2**3**2", 512), ("(-1)**1001", -1), ("1**999999999", 1), ("0**0", 1), ("16**0.5", 4), ("2**0.5", 2**0.5),
+        ("2**64 + 1", 2**64 + 1), ("123456789 * 987654321", 121932631112635269), ("--3", 3), ("+5 - -2", 7),
+        ("2 - 3 - 4", -5), ("100 / 10 / 5", 2), ("((1+2)*(3+4))", 21), (" 1 +\t2 \n", 3), (".5 + 5.", 5.5),
+        ("1,000 + 1", 1001), ("1,234,567.50 * 2", 2469135), ("1e3 + 2.5E-1", 1000.25), ("007", 7),
+        ("0.1234567890123456789 * 10**19", 1234567890123456789), ("1" + "+1" * 99, 100),
+        # counting
+        ("'strawberry'.count('r')", 3), ('"strawberry".count("rr")', 1), ("\"it's\".count(\"'\")", 1),
+        ("'it\\'s'.count('\\'')", 1), ("'a, b, c'.count(', ')", 2), ("'1,000'.count('0')", 3),
+        ("'import eval exec __class__'.count('e')", 3), ("'(a)'.count(')')", 1), ("''.count('')", 1),
+        ("'naïve 草莓草'.count('草')", 2), (" 'x' . count ( 'x' ) ", 1), ("'banana'.count('a') * 2 + 1", 7),
     ],
-)
-def test_arithmetic(expression, value):
+)  # fmt: skip
+def test_arithmetic_and_counting(expression, value):
     result = use_calculator(expression)
     assert result == value and type(result) is type(value)
-
-
-@pytest.mark.parametrize(
-    "expression, value",
-    [
-        ("'strawberry'.count('r')", 3),
-        ('"strawberry".count("rr")', 1),
-        ("\"it's\".count(\"'\")", 1),
-        ("'it\\'s'.count('\\'')", 1),
-        ("'a, b, c'.count(', ')", 2),
-        ("'1,000'.count('0')", 3),
-        ("'import eval exec __class__'.count('e')", 3),  # a word is a word, whatever it says
-        ("'(a)'.count(')')", 1),
-        ("''.count('')", 1),
-        ("'naïve 草莓草'.count('草')", 2),
-        (" 'x' . count ( 'x' ) ", 1),
-        ("'banana'.count('a') * 2 + 1", 7),
-    ],
-)
-def test_counting(expression, value):
-    assert use_calculator(expression) == value
 
 
 @pytest.mark.parametrize(
     "expression",
     [
         "", " ", "()", "1 +", "* 2", "1 2", "1 + + ", "(1", "1)", "2(3)", "1..2", "1.2.3", "1,00", "1,0000",
-        "1,000,00",
-        ",1", "1_000", "0x10", "1e", "1e9999", "2j", "٣+٤", "1+1\n2", "1;2", "1=1", "1<2", "2^3", "5!",
+        "1,000,00", ",1", "1_000", "0x10", "1e", "1e9999", "2j", "٣+٤", "1+1\n2", "1;2", "1=1", "1<2", "2^3", "5!",
         "50%", "$5", "3 x 4",
         # no value
         "1/0", "1//0", "1%0", "0/0", "0**-1", "(-8)**0.5", "1/(1-1)",
@@ -89,12 +45,12 @@ def test_counting(expression, value):
         "9**9**9", "10**1000", "2**100000", "2**-100000", "1.5**10000", "(2**900)*(2**900)", "1e999", "1e-999",
         "9**9**9**9**9", "0.1**0.1**-999", "1" * (MAX_LENGTH + 1), "(" * 500 + "1" + ")" * 500, "-" * 500 + "1",
         "2" + "**1" * 400, "9" * 900,
-        # names, calls, attributes, other languages of strings
-        "x", "True", "None", "print(1)", "open('x')", "eval('1')", "__import__('os').system('true')",
-        "().__class__", "(1).__class__", "'a'.__class__", "'a'.upper()", "'a'.count", "'a'.count()",
-        "'a'.count('a', 0)", "'a'.count(1)", "'a'.count('a').real", "'a'.count(*'a')", "'a'.counts('a')",
-        "1.count('1')", "[1].count(1)", "'a'", "'a' + 'b'", "'a' * 9", "'%s' % 1", "'a'.count('a'", "'a.count('a')",
-        "'a\"", "f'{1}'.count('1')", "b'a'.count(b'a')", "r'a'.count('a')", "'a' 'b'.count('a')",
+        # names, calls, attributes, other kinds of literals
+        "x", "_0", "1 + _0", "True", "None", "print(1)", "open('x')", "eval('1')", "__import__('os').system('true')",
+        "().__class__", "(1).__class__", "'a'.__class__", "'a'.upper()", "'a'.count", "'a'.count()", "1.count('1')",
+        "'a'.count('a', 0)", "'a'.count(1)", "'a'.count('a').real", "'a'.count(*'a')", "'a'.count(**'a')",
+        "'a'.counts('a')", "[1].count(1)", "'a'", "'a' + 'b'", "'a' * 9", "'%s' % 1", "'a'.count('a'", "'a.count('a')",
+        "'a\"", "f'{1}'.count('1')", "b'a'.count(b'a')", "r'a'.count('a')", "'a' 'b'.count('a')", "(1).count('a')",
         "'\\x41'.count('A')", "'\\N{DIGIT ONE}'.count('1')", "'a\nb'.count('a')", "'''a'''.count('a')", "lambda: 1",
         "1 if 1 else 2", "[1 for _ in '1']", "(1, 2)", "1 or 2", "not 1", "~1", "1 << 9", "1 # one", "a:=1", "\x00",
         "1\x00", "\ud800", None, 5, b"1+1",
@@ -105,18 +61,12 @@ def test_refuses(expression):
 
 
 numbers = st.integers(0, 10**6).map(str) | st.decimals(0, 1000, places=2).map(str)
-expressions = st.recursive(
-    numbers,
-    lambda inner: (
-        st.builds("({}{}{})".format, inner, st.sampled_from("+-*/%"), inner) | st.builds("(-{})".format, inner)
-    ),
-    max_leaves=6,
-)
+binary = lambda inner: st.builds("({}{}{})".format, inner, st.sampled_from("+-*/%"), inner)  # noqa: E731
+expressions = st.recursive(numbers, lambda inner: binary(inner) | st.builds("(-{})".format, inner), max_leaves=6)
 
 
 @given(expressions)
 def test_agrees_with_python_on_exact_fractions(expression):
-    """The oracle is Python's own parser and its exact fractions: each literal becomes a Fraction."""
     exact = re.sub(r"[0-9]+(?:\.[0-9]+)?", lambda literal: f"Fraction('{literal[0]}')", expression)
     try:
         expected = eval(exact, {"Fraction": Fraction})
@@ -141,29 +91,17 @@ def test_never_raises_and_results_are_bounded(expression):
     assert result is None or abs(result) < 2**1000
 
 
-def test_depth_is_what_it_says():
-    assert use_calculator("(" * (MAX_DEPTH - 1) + "1" + ")" * (MAX_DEPTH - 1)) == 1
-    assert use_calculator("(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH) is None
+def test_depth_is_limited():
+    assert use_calculator("-" * MAX_DEPTH + "1") == 1
+    assert use_calculator("-" * (MAX_DEPTH + 1) + "1") is None
 
 
-def test_works_in_any_thread():
-    results = []
-    threads = [
-        threading.Thread(target=lambda n=n: results.append(use_calculator(f"{n} * {n}") == n * n)) for n in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [True] * 8
-
-
-def test_never_reaches_pythons_evaluator():
-    """Python announces each evaluation and compilation to audit hooks; there is none."""
-    events = []
-    listening = True
-    sys.addaudithook(lambda name, _: events.append(name) if listening else None)
+def test_parses_only_names_and_operators_and_executes_nothing():
+    events, listening = [], True
+    sys.addaudithook(lambda name, args: events.append((name, args[0])) if listening else None)
     use_calculator("(1 + 2) * 'abc'.count('b')")
     use_calculator("__import__('os').system('true')")
     listening = False
-    assert not [name for name in events if name in ("compile", "exec", "import", "os.system")]
+    assert [event for event in events if event[0] in ("compile", "exec", "import", "os.system")] == [
+        ("compile", b"( _0  +  _1 ) *  _2 .count( _3 )")
+    ]

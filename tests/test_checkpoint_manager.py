@@ -1,11 +1,11 @@
 """Checkpoints: exact, verified, complete or absent, for any number of ranks, found by stage, tag and step."""
 
 import dataclasses
-import errno
 import json
+import random
 import re
-import resource
 import shutil
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ from nanochat import checkpoint_manager as cm
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import Compute, UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, tokenizer_dir
 
-BYTES = RustBPETokenizer({bytes([i]): i for i in range(256)}, r"\w+|\W", {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+SPECIAL = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
+BYTES = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, SPECIAL)  # every byte is a token
 CPU = Compute(torch.device("cpu"), torch.float32)
 TINY = GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=2, n_kv_head=1, n_embd=64, window_pattern="SL")
 
@@ -55,8 +56,8 @@ def some_state(seed=0):
 OPTIMIZER = {"w.exp_avg": torch.arange(3.0), "w.step": torch.tensor(4.0)}
 
 
-def save(directory, step, seed=0, **kwargs):
-    return save_checkpoint(directory, step, some_state(seed), OPTIMIZER, {"val_bpb": 1.25}, BYTES, CPU, **kwargs)
+def save(directory, step, **kwargs):
+    return save_checkpoint(directory, step, some_state(), OPTIMIZER, {}, BYTES, CPU, **kwargs)
 
 
 def make_model(config=TINY, seed=0):
@@ -85,112 +86,65 @@ def test_round_trip_is_bit_exact_for_every_dtype(tmp_path):
     assert_same(model_state, some_state())
     assert_same(optimizer_state, optimizer)
     assert loaded["step"] == 12 and loaded["model_tag"] == "d2" and {key: loaded[key] for key in meta} == meta
-
-
-def test_optimizer_state_is_read_only_when_asked_for(tmp_path):
-    save(tmp_path, 1)
-    assert cm.load_checkpoint(tmp_path, 1, CPU)[1] is None
+    assert cm.load_checkpoint(tmp_path / "d2", 12, CPU)[1] is None, "only when asked for"
     save_checkpoint(tmp_path, 2, some_state(), None, {}, BYTES, CPU)
     with pytest.raises(UserError, match="saved without an optimizer state"):
         cm.load_checkpoint(tmp_path, 2, CPU, OPTIMIZER)
-
-
-def test_rng_state_goes_through_json():
-    state = json.loads(json.dumps(cm.rng_state()))
-    expected = torch.randn(5)
-    torch.randn(100)
-    cm.set_rng_state(state)
-    assert torch.equal(torch.randn(5), expected)
 
 
 # -----------------------------------------------------------------------------
 # Damage
 
 
-def flip_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-
-
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-3])
 
 
-DAMAGE = {
-    "flip": flip_bit,
-    "truncate": truncate,
-    "delete": lambda path: path.unlink(),
-    "empty": lambda path: path.write_bytes(b""),
-}
+def damage(path, other, rng):
+    """Change the file in one of seven ways; `other` is the same file of another step. Returns which."""
+    data = path.read_bytes()
+    start = rng.randrange(len(data))
+    end = rng.randrange(start, len(data)) + 1
+    changes = {
+        "flip": data[:start] + bytes([data[start] ^ 1 << rng.randrange(8)]) + data[start + 1 :],
+        "truncate": data[:start],
+        "remove": data[:start] + data[end:],
+        "zero": data[:start] + bytes(end - start) + data[end:],
+        "append": data + b"x",
+        "of another step": other.read_bytes(),
+        "delete": None,
+    }
+    kind = rng.choice([kind for kind, changed in changes.items() if changed != data])
+    path.unlink()
+    if changes[kind] is not None:
+        path.write_bytes(changes[kind])
+    return kind
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer_rank0.safetensors", "meta.json"])
-def test_damage_is_named_in_one_line_and_the_previous_step_is_used(tmp_path, capsys, name, kind):
-    save(tmp_path, 1)
-    folder = save(tmp_path, 2)
-    DAMAGE[kind](folder / name)
-    with pytest.raises(UserError) as raised:
-        cm.load_checkpoint(tmp_path, 2, CPU, OPTIMIZER)
-    message = str(raised.value)
-    assert "damaged" in message and name in message and str(folder) in message and "\n" not in message
-    assert cm.find_last_step(tmp_path) == 1
-    assert "skipping step 2" in capsys.readouterr().out
-    assert cm.find_last_step(tmp_path, weights_only=True) == (2 if name.startswith("optimizer") else 1)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "meta.json"])
-def test_files_of_another_step_are_noticed(tmp_path, name):
-    save(tmp_path, 1, seed=1)
-    save(tmp_path, 2, seed=2)
-    shutil.copy(tmp_path / "step_000001" / name, tmp_path / "step_000002" / name)
-    with pytest.raises(UserError, match="damaged"):
-        cm.load_checkpoint(tmp_path, 2, CPU)
-
-
-def test_a_renamed_checkpoint_is_noticed(tmp_path):
-    save(tmp_path, 1).rename(tmp_path / "step_000005")
-    with pytest.raises(UserError, match="saved as step 1"):
-        cm.load_checkpoint(tmp_path, 5, CPU)
-
-
-def test_an_edited_number_in_meta_is_noticed(tmp_path):
-    path = save(tmp_path, 1) / "meta.json"
-    path.write_text(path.read_text().replace("1.25", "1.20"))
-    with pytest.raises(UserError, match="the checksum of meta.json does not match"):
-        cm.load_checkpoint(tmp_path, 1, CPU)
-
-
-def test_no_complete_checkpoint_is_an_error(tmp_path):
-    truncate(save(tmp_path, 1) / "model.safetensors")
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        cm.find_last_step(tmp_path)
-
-
-def test_a_checkpoint_that_is_gone_when_it_is_read_is_passed_over(tmp_path, monkeypatch):
-    save(tmp_path, 1)
-    steps = cm.list_steps(tmp_path) + [2, 3]
-    (tmp_path / "step_000003").mkdir()  # and this one is being deleted
-    monkeypatch.setattr(cm, "list_steps", lambda directory: steps)
-    assert cm.find_last_step(tmp_path) == 1
-    for step in (2, 3):
-        with pytest.raises(UserError, match="no checkpoint of step 2|damaged: meta.json"):
-            cm.load_checkpoint(tmp_path, step, CPU)
-
-
-def test_a_file_that_goes_between_verifying_and_reading_is_named(tmp_path, monkeypatch):
-    import safetensors.torch
-
-    folder = save(tmp_path, 1)
-
-    def too_late(path, device):
-        path.unlink()
-        raise FileNotFoundError(2, "No such file or directory", str(path))
-
-    monkeypatch.setattr(safetensors.torch, "load_file", too_late)
-    with pytest.raises(UserError, match=f"{folder} is damaged: model.safetensors cannot be read"):
-        cm.load_checkpoint(tmp_path, 1, CPU)
+@pytest.mark.parametrize("rounds", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_damage_is_named_in_one_line_and_the_previous_step_is_used(tmp_path, run_ranks, capsys, rounds):
+    rng, original = random.Random(rounds), tmp_path / "original"
+    for step in (2, 4):
+        save_on(run_ranks, 2, original, step)
+    for number in range(rounds):
+        copy = shutil.copytree(original, tmp_path / f"copy{number}")
+        path = rng.choice(sorted((copy / "step_000004").iterdir()))
+        saved = path.read_bytes()
+        kind = damage(path, copy / "step_000002" / path.name, rng)
+        if path.name == "meta.json" and kind != "delete":
+            with suppress(ValueError):
+                if json.loads(path.read_bytes()) == json.loads(saved):
+                    continue  # only white space changed
+        named = "saved as step 2" if (path.name, kind) == ("meta.json", "of another step") else path.name
+        message = f"checkpoint {copy}/step_000004 is damaged: [^\n]*{named}[^\n]*$"
+        with pytest.raises(UserError, match=message):
+            cm.verify(copy, 4)
+        weights_only = path.name not in ("meta.json", "model.safetensors")  # are not damaged
+        assert cm.find_last_step(copy) == 2 and "skipping step 4: checkpoint" in capsys.readouterr().out
+        assert cm.find_last_step(copy, weights_only=True) == (4 if weights_only else 2)
+        with nullcontext() if weights_only else pytest.raises(UserError, match=message):
+            cm.load_checkpoint(copy, 4, CPU)
+        shutil.rmtree(copy)
 
 
 # -----------------------------------------------------------------------------
@@ -207,7 +161,7 @@ WHOLE = {  # the complete state of an optimizer, unsharded
 }
 
 
-def shard(rank, world_size):
+def shard(rank, world_size, step=1):
     """One rank's shard of WHOLE: an equal range of emb and head, concatenated, and whole matrices in turn."""
     state = {f"m{i}.momentum": WHOLE[f"m{i}.momentum"] for i in range(rank, 3, world_size)}
     share = -(-48 // world_size)
@@ -219,24 +173,21 @@ def shard(rank, world_size):
             elif a < b:
                 state[f"{name}.{what}[{a}:{b}]"] = WHOLE[f"{name}.{what}"].flatten()[a:b]
         if a < b:
-            state[f"{name}.step"] = np.float32(9)
+            state[f"{name}.step"] = np.float32(step)
     return {key: torch.tensor(value) for key, value in state.items()}
 
 
 def save_on(run_ranks, world_size, directory, step=1):
     def work(compute):
-        return save_checkpoint(directory, step, some_state(), shard(compute.rank, world_size), {}, BYTES, compute)
+        return save_checkpoint(directory, step, some_state(step), shard(compute.rank, world_size, step), {}, BYTES, compute)
 
     return run_ranks(world_size, work)[0]
 
 
-def blank(state):
-    return {key: torch.zeros_like(tensor) for key, tensor in state.items()}
-
-
-def load_as(rank, world_size, directory, step=1):
+def load_as(rank, world_size, directory):
     compute = dataclasses.replace(CPU, rank=rank, world_size=world_size)
-    return cm.load_checkpoint(directory, step, compute, blank(shard(rank, world_size)))[1]
+    empty = {key: torch.zeros_like(tensor) for key, tensor in shard(rank, world_size).items()}
+    return cm.load_checkpoint(directory, 1, compute, empty)[1]
 
 
 @pytest.mark.parametrize("then", [1, 2, 3])
@@ -249,7 +200,7 @@ def test_optimizer_state_is_resharded_exactly(tmp_path, run_ranks, before, then)
 
 def test_only_needed_files_are_read_and_each_is_verified(tmp_path, run_ranks):
     folder = save_on(run_ranks, 3, tmp_path)
-    flip_bit(folder / "optimizer_rank2.safetensors")
+    truncate(folder / "optimizer_rank2.safetensors")
     load_as(0, 3, tmp_path)  # as many ranks as before: its own file has it all
     needed = {"emb.exp_avg[4:30]": torch.zeros(26)}  # of the first two ranks
     found = cm.load_checkpoint(tmp_path, 1, CPU, needed)[1]["emb.exp_avg[4:30]"]
@@ -257,21 +208,6 @@ def test_only_needed_files_are_read_and_each_is_verified(tmp_path, run_ranks):
     for rank, world_size in ((2, 3), (0, 1), (1, 2)):
         with pytest.raises(UserError, match="damaged: .*optimizer_rank2"):
             load_as(rank, world_size, tmp_path)
-    with pytest.raises(UserError, match="damaged: .*optimizer_rank2"):
-        cm.verify(tmp_path, 1)
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_header_is_not_mistaken_for_another_model(tmp_path, run_ranks, kind):
-    path = save_on(run_ranks, 2, tmp_path) / "optimizer_rank1.safetensors"
-    if kind == "flip":
-        data = path.read_bytes()
-        assert data.count(b"m1.momentum") == 1
-        path.write_bytes(data.replace(b"m1.momentum", b"m1.mumentum"))
-    else:
-        DAMAGE[kind](path)
-    with pytest.raises(UserError, match="damaged: .*optimizer_rank1"):
-        cm.load_checkpoint(tmp_path, 1, CPU, {"m1.momentum": torch.zeros(4, 3)})
 
 
 @pytest.mark.parametrize(
@@ -288,16 +224,6 @@ def test_the_optimizer_state_of_another_model_is_refused_by_name(tmp_path, run_r
 # Finding
 
 
-def test_the_last_step_is_the_highest_whatever_the_clock_says(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(cm.time, "time", lambda: 9e9)  # a clock that was wrong once
-        save(tmp_path, 100)
-        save(tmp_path, 200)
-    save(tmp_path, 300)
-    save(tmp_path, 400, keep_last=2)
-    assert cm.list_steps(tmp_path) == [300, 400] and cm.find_last_step(tmp_path) == 400
-
-
 def test_keep_last_counts_complete_checkpoints_only(tmp_path):
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, step)
@@ -308,25 +234,9 @@ def test_keep_last_counts_complete_checkpoints_only(tmp_path):
     assert names_in(tmp_path) == ["notes.txt", "step_000003", "step_000004", "step_000005", "step_000006"]
 
 
-def test_an_earlier_run_is_set_aside_whole(tmp_path):
-    directory = tmp_path / "d4"
-    assert cm.set_aside(directory) is None
-    for step in (5, 7):
-        save(directory, step)
-        (directory / "metrics.jsonl").write_text(str(step))
-        (directory / ".lock").touch()
-        assert cm.set_aside(directory) == tmp_path / "d4.old"
-        assert names_in(directory) == [".lock"] and names_in(tmp_path / "d4.old") == ["metrics.jsonl", f"step_{step:06d}"]
-    assert cm.find_last_step(tmp_path / "d4.old") == 7
-
-
-def test_a_score_can_be_added_after_saving(tmp_path):
-    save(tmp_path, 3)
-    cm.update_meta(tmp_path, 3, val_bpb=1.0)
-    assert cm.verify(tmp_path, 3)["val_bpb"] == 1.0
-
-
 def test_the_newest_tag_is_the_default(base_dir):
+    with pytest.raises(UserError, match="not a valid folder name"):
+        cm.checkpoint_dir("base", "../d4")
     for tag, step in (("d4", 10), ("d12", 3), ("d4", 20), ("d8", 1)):
         save(cm.checkpoint_dir("base", tag), step)
     assert cm.find_tags("base") == ["d8", "d4", "d12"]
@@ -335,36 +245,18 @@ def test_the_newest_tag_is_the_default(base_dir):
     assert cm.resolve_checkpoint("base", "d4", 10) == (base_dir / "base_checkpoints" / "d4", 10)
 
 
-def test_errors_list_what_exists(base_dir):
-    with pytest.raises(UserError, match=r"no sft checkpoint in .*chatsft_checkpoints yet; run `.*scripts.chat_sft`"):
-        cm.load_model("sft", CPU)
-    save(cm.checkpoint_dir("base", "d4"), 10)
-    with pytest.raises(UserError, match="tag 'd5'; there are d4"):
-        cm.load_model("base", CPU, model_tag="d5")
-    with pytest.raises(UserError, match=r"no checkpoint of step 11 .* there are steps \[10\]"):
-        cm.load_model("base", CPU, step=11)
-    with pytest.raises(UserError, match="not a valid folder name"):
-        cm.checkpoint_dir("base", "../d4")
-
-
 # -----------------------------------------------------------------------------
 # Models
 
 
-def train_tokenizer(text):
-    tokenizer = RustBPETokenizer.train_from_iterator([text * 9], 270)
-    tokenizer.save(cm.base_dir_path() / "tokenizer")
-    return tokenizer
-
-
 def test_a_model_is_loaded_with_its_own_tokenizer(base_dir):
     """Training another tokenizer, even of the same size, never makes an existing model unusable."""
-    tokenizer = train_tokenizer("the cat sat on the mat ")
+    tokenizer = RustBPETokenizer.train_from_iterator(["the cat sat on the mat " * 9], 270)
     config = dataclasses.replace(TINY, vocab_size=tokenizer.get_vocab_size())
     model = make_model(config)
     meta = {"model_config": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint()}
     save_checkpoint(cm.checkpoint_dir("mid", "d2"), 5, model.state_dict(), None, meta, tokenizer, CPU)
-    train_tokenizer("quite another text ")
+    RustBPETokenizer.train_from_iterator(["quite another text " * 9], 270).save(tokenizer_dir())
     loaded, own, meta = cm.load_model("mid", CPU)
     assert loaded.config == config and not loaded.training and meta["step"] == 5
     assert own.fingerprint() == tokenizer.fingerprint()
@@ -372,22 +264,7 @@ def test_a_model_is_loaded_with_its_own_tokenizer(base_dir):
     assert torch.equal(loaded(tokens), model(tokens))
 
 
-def test_a_checkpoint_without_tokenizer_uses_the_base_folders_if_it_is_the_same(base_dir):
-    tokenizer = train_tokenizer("the cat sat on the mat ")
-    config = dataclasses.replace(TINY, vocab_size=tokenizer.get_vocab_size())
-    meta = {"model_config": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint()}
-    folder = save_checkpoint(cm.checkpoint_dir("base", "d2"), 5, make_model(config).state_dict(), None, meta, tokenizer, CPU)
-    (folder / "vocabulary.json").unlink()
-    files = json.loads((folder / "meta.json").read_text())["files"]
-    files.pop("vocabulary.json")
-    cm.update_meta(folder.parent, 5, files=files)
-    assert cm.load_model("base", CPU)[1].fingerprint() == tokenizer.fingerprint()
-    train_tokenizer("quite another text ")
-    with pytest.raises(UserError, match="another tokenizer"):
-        cm.load_model("base", CPU)
-
-
-def test_a_config_with_unknown_fields_or_other_weights_is_refused(base_dir):
+def test_a_config_with_unknown_fields_or_other_weights_is_refused():
     for change, message in (({"n_moons": 3}, "n_moons"), ({"n_embd": 128}, "do not fit")):
         config = {**dataclasses.asdict(TINY), **change}
         with pytest.raises(UserError, match=message):
@@ -404,6 +281,8 @@ def names_in(folder):
 
 @pytest.mark.parametrize("moment", ["_write_tensors", "_write_meta", "_hidden", "flush_to_disk"])
 def test_a_failure_at_any_moment_leaves_earlier_checkpoints(tmp_path, monkeypatch, moment):
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        cm.find_last_step(tmp_path)
     save(tmp_path, 1)
     real = getattr(cm, moment)
 
@@ -419,43 +298,3 @@ def test_a_failure_at_any_moment_leaves_earlier_checkpoints(tmp_path, monkeypatc
     assert cm.find_last_step(tmp_path) == 1
     save(tmp_path, 3)
     assert names_in(tmp_path) == ["step_000001", "step_000003"], "leftovers are removed by the next save"
-
-
-def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
-    save(tmp_path, 1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(OSError) as raised:
-            save_checkpoint(tmp_path, 2, {"w": torch.zeros(100_000)}, None, {}, BYTES, CPU)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert raised.value.errno == errno.EFBIG and "model.safetensors" in raised.value.filename
-    assert names_in(tmp_path) == ["step_000001"]
-
-
-@pytest.mark.parametrize("failing", [0, 2])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "part"), RuntimeError("unexpected")])
-def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_nothing(tmp_path, run_ranks, monkeypatch, failing, error):
-    save(tmp_path, 1)
-    real = cm._write_tensors
-
-    def write(path, state):
-        if path.name == f"optimizer_rank{failing}.safetensors":
-            raise error
-        return real(path, state)
-
-    monkeypatch.setattr(cm, "_write_tensors", write)
-
-    def work(compute):
-        with pytest.raises(Exception) as raised:
-            save_checkpoint(tmp_path, 2, some_state(), OPTIMIZER, {}, BYTES, compute)
-        return raised.value
-
-    for rank, seen in enumerate(run_ranks(3, work)):
-        if rank == failing:
-            assert seen is error
-        else:
-            assert isinstance(seen, OSError) and f"on rank {failing}: " in str(seen)
-            assert seen.errno == getattr(error, "errno", errno.EIO)
-    assert names_in(tmp_path) == ["step_000001"]

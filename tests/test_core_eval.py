@@ -203,8 +203,8 @@ def test_unpack_publishes_the_whole_bundle_or_nothing(tmp_path):
     flipped.write_bytes(data)
     outside = [zip_of(tmp_path / f"{i}.zip", core, name) for i, name in enumerate(("../evil", "/evil", "a/../../evil"))]
     for archive, message in (
-        (cut, "not a whole zip file"),
-        (flipped, "not a whole zip file"),
+        (cut, "is damaged"),
+        (flipped, "is damaged"),
         (zip_of(tmp_path / "other.zip", "other/core.yaml"), "no eval_bundle/core.yaml"),
         *((archive, "outside") for archive in outside),
     ):

@@ -242,17 +242,6 @@ def test_sequences_of_one_batch_call_tools_independently():
     assert other.generated == [*b"abcdefghij", END]
 
 
-def test_stop_strings_match_sampled_text_but_no_tool_output():
-    story = "It was cold. The énd is near. Really."
-    for stop, end in (("énd", "The énd"), ("cold. T", "cold. T"), ("absent", "Really."), ("", "Really.")):
-        seq = finish(Engine(reply([*story.encode()]), TOKENIZER), tokens=[BOS], temperature=0.0, stop=["zzz", stop])
-        text = TOKENIZER.decode([token for token in seq.generated if token != END])
-        assert text == story[: story.index(end) + len(end)] and seq.finish_reason == "stop"
-    engine = Engine(reply([*b"a", CALL, *b"11+1", CALL_END, *b"bc"]), TOKENIZER)
-    seq = finish(engine, tokens=[BOS], temperature=0.0, stop=["11", "ab", "12", "bc"])
-    assert seq.generated == [*b"a", CALL, *b"11+1", CALL_END, OUT, *b"12", OUT_END, *b"bc"]
-
-
 @pytest.mark.parametrize("terminal", [END, BOS])
 def test_terminal_tokens_are_yielded_by_generate_and_left_out_by_generate_batch(terminal):
     script = Script(lambda tokens: terminal if len(tokens) == 4 else 65)

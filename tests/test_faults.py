@@ -1,13 +1,11 @@
-"""Fault injection: a job of two ranks that is killed and resumed repeatedly, and checkpoints that are damaged at random.
+"""Fault injection: a job of two ranks that is killed and resumed repeatedly.
 
-A run that was killed must end with the same files, byte for byte, as one that was not; a damaged checkpoint must be
-refused. Kills: `-m slow -k "kills and 5"` takes about a minute.
+It must end with the same files, byte for byte, as one that was not. `-m slow -k "kills and 5"` takes about a minute.
 """
 
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from conftest import write_text
 
-from nanochat.checkpoint_manager import find_last_step, list_steps, load_checkpoint, verify
-from nanochat.common import Compute, UserError
+from nanochat.checkpoint_manager import list_steps, verify
 
 ROOT = Path(__file__).parent.parent
-CPU = Compute(torch.device("cpu"), torch.float32)
 STEPS = 12  # at most this many per round before the kill
 
 
@@ -61,29 +55,17 @@ class Job:
         assert self.process.wait(300) == 0, self.log.read_text()
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    from scripts import tok_train
-
-    base = tmp_path_factory.mktemp("nanochat")
-    write_text(base / "text", row_group_size=25)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        tok_train.main([f"--source={base / 'text'}", "--vocab-size=600"])
-    return base
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rounds", [5, 60])
-def test_kills_lose_nothing(base, rounds):
+def test_kills_lose_nothing(trained_base, rounds):
     """SIGKILL or SIGTERM to a rank, to torchrun or to all; at start, in a step or during a save."""
     rng, tags = random.Random(0), (f"reference{rounds}", f"killed{rounds}")
     iterations = 3 * STEPS * rounds
-    Job(base, tags[0], iterations).finish()
+    Job(trained_base, tags[0], iterations).finish()
     targets = ["rank 0", "rank 1", "torchrun", "all"]
     for number in range(rounds):
-        before = max(list_steps(base / "base_checkpoints" / tags[1]), default=0)
-        job = Job(base, tags[1], iterations, resume=before > 0)  # a kill may come before the first checkpoint
+        before = max(list_steps(trained_base / "base_checkpoints" / tags[1]), default=0)
+        job = Job(trained_base, tags[1], iterations, resume=before > 0)  # a kill may come before the first checkpoint
         if number % 6:
             job.wait_for_steps(rng.randint(1, STEPS))
             time.sleep(rng.uniform(0, 0.1))
@@ -102,62 +84,9 @@ def test_kills_lose_nothing(base, rounds):
         assert max(steps, default=0) >= before, f"round {number} lost step {before}"
         for step in steps:
             verify(job.directory, step)
-    Job(base, tags[1], iterations, resume=True).finish()
-    folders = [base / "base_checkpoints" / tag for tag in tags]
+    Job(trained_base, tags[1], iterations, resume=True).finish()
+    folders = [trained_base / "base_checkpoints" / tag for tag in tags]
     files = [{name: file["sha256"] for name, file in verify(folder, iterations)["files"].items()} for folder in folders]
     assert files[0] == files[1]
     curves = [[(line["step"], line["raw_loss"]) for line in map(json.loads, open(folder / "metrics.jsonl"))] for folder in folders]
     assert curves[0] == curves[1]
-
-
-def damage(path: Path, rng: random.Random) -> str:
-    """Change the file in one of six ways; returns which."""
-    data = path.read_bytes()
-    start = rng.randrange(len(data))
-    end = rng.randrange(start, len(data)) + 1
-    flipped = bytes([data[start] ^ 1 << rng.randrange(8)])
-    changes = {
-        "flip": data[:start] + flipped + data[start + 1 :],
-        "cut": data[:start],
-        "remove": data[:start] + data[end:],
-        "zero": data[:start] + bytes(end - start) + data[end:],
-        "append": data + b"x",
-        "delete": None,
-    }
-    kind = rng.choice([kind for kind, changed in changes.items() if changed != data])
-    path.unlink()
-    if changes[kind] is not None:
-        path.write_bytes(changes[kind])
-    return kind
-
-
-@pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_damaged_checkpoints_are_refused_and_skipped(tmp_path, run_ranks, rounds):
-    from test_checkpoint_manager import BYTES, save_checkpoint, shard, some_state
-
-    rng, original = random.Random(rounds), tmp_path / "original"
-    for step in (2, 4):
-        run_ranks(2, lambda compute: save_checkpoint(original, step, some_state(), shard(compute.rank, 2), {"a": 1}, BYTES, compute))
-    for number in range(rounds):
-        copy = tmp_path / f"copy{number}"
-        shutil.copytree(original, copy)
-        path = rng.choice(sorted((copy / "step_000004").iterdir()))
-        saved = path.read_bytes()
-        kind = damage(path, rng)
-        if path.name == "meta.json" and kind != "delete":
-            try:
-                if json.loads(path.read_bytes()) == json.loads(saved):
-                    continue  # only white space changed
-            except ValueError:
-                pass
-        with pytest.raises(UserError, match="damaged") as error:
-            verify(copy, 4)
-        assert path.name in str(error.value) and "\n" not in str(error.value), kind
-        assert find_last_step(copy) == 2
-        needed = path.name in ("meta.json", "model.safetensors")
-        try:
-            load_checkpoint(copy, 4, CPU)
-            assert not needed, f"{kind} of {path.name} was not noticed"
-        except UserError:
-            assert needed
-        shutil.rmtree(copy)

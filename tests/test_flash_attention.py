@@ -135,7 +135,7 @@ def tried(monkeypatch):
     monkeypatch.setattr(flash_attention, "TRIED_ON", ("cpu",))
     monkeypatch.setattr(flash_attention, "TRIED_TOKENS", 48)
     monkeypatch.setattr(flash_attention, "_chosen", {})
-    monkeypatch.setattr(flash_attention, "_said", set())
+    monkeypatch.setattr(flash_attention, "_printed", set())
     flash_attention._load.cache_clear()
     yield loaded
     flash_attention._load.cache_clear()
@@ -158,11 +158,11 @@ def test_the_first_correct_kernel_is_chosen_and_one_line_says_why_no_other(tried
     reasons = dict(reason.split(": ", 1) for reason in line.split("(", 1)[1].rstrip(")\n").split("; "))
     assert list(reasons) == list(CANDIDATES)[:-2] and tried == list(CANDIDATES)[:-1]
     assert reasons["raising"] == reasons["raising_backward"] == "this release has no"
-    assert reasons["wrong"].startswith("y is wrong by 0.05")
-    assert reasons["wrong_gradient"].startswith("dv is wrong by 0.05")
-    assert reasons["nan"] == "y is wrong by nan" and reasons["misshapen"].startswith("Mismatch in shape")
+    assert reasons["wrong"].startswith("y has a relative error of 0.05")
+    assert reasons["wrong_gradient"].startswith("dv has a relative error of 0.05")
+    assert reasons["nan"] == "y has a relative error of nan" and reasons["misshapen"].startswith("Mismatch in shape")
     for name in ("one_too_many", "one_too_few"):
-        assert float(reasons[name].removeprefix("y is wrong by ")) > 0.3
+        assert float(reasons[name].removeprefix("y has a relative error of ")) > 0.3
     assert reasons["breaking"]
 
 
@@ -186,7 +186,7 @@ def test_without_a_correct_kernel_attention_is_exact(tried, monkeypatch, capsys)
         assert choose() == "sdpa"
     assert choose(dtype=torch.float32) == "sdpa"
     assert capsys.readouterr().out.splitlines() == [
-        "attention: sdpa (absent: not installed; nan: y is wrong by nan)", "attention: sdpa (no kernel takes float32)",
+        "attention: sdpa (absent: not installed; nan: y has a relative error of nan)", "attention: sdpa (no kernel supports float32)",
     ]  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def test_an_override_is_the_only_one_tried_and_refused_where_it_does_not_run(tri
         monkeypatch.setattr(flash_attention, "_override_impl", name)
         assert choose() == name
     assert tried == ["also_good"]
-    for name, reason in (("nan", "nan: y is wrong"), ("fa5", "there are sdpa, absent, raising")):
+    for name, reason in (("nan", "nan: y has a relative error"), ("fa5", "choose from sdpa, absent, raising")):
         monkeypatch.setattr(flash_attention, "_override_impl", name)
         with pytest.raises(UserError, match=reason):
             choose()
@@ -251,8 +251,8 @@ def writing_elsewhere(q, k_cache, *rest, **more):
 
 @pytest.mark.parametrize("attend, line", [
     (cached_with(), "fa3"),
-    (cached_with(window_size=(-1, -1)), "sdpa (fa3: y is wrong by"),
-    (writing_elsewhere, "sdpa (fa3: the key cache is wrong by"),
+    (cached_with(window_size=(-1, -1)), "sdpa (fa3: y has a relative error of"),
+    (writing_elsewhere, "sdpa (fa3: the key cache has a relative error of"),
     (fails, "sdpa (fa3: this release has no"),
 ])  # fmt: skip
 def test_a_kernel_for_the_cache_is_tried_too(tried, monkeypatch, capsys, attend, line):

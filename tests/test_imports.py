@@ -18,7 +18,7 @@ import pytest
 
 try:
     import tomllib
-except ModuleNotFoundError:  # Python 3.10; pytest brings its twin
+except ModuleNotFoundError:  # Python 3.10; pytest brings a copy
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,12 +40,10 @@ def tree_of(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports_of(path, top_level_only=False):
-    """Dotted names that a file imports: `from nanochat import report` gives nanochat.report."""
-    tree = tree_of(path)
-    nodes = tree.body if top_level_only else ast.walk(tree)
+def imports_of(path):
+    """Dotted names that a file imports anywhere: nanochat.report for `from nanochat import report`."""
     names = set()
-    for node in nodes:
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -55,25 +53,31 @@ def imports_of(path, top_level_only=False):
     return names
 
 
-def our_imports(name, **kwargs):
-    return {n for n in imports_of(MODULES[name], **kwargs) if n.split(".")[0] in OURS}
+def our_imports(name):
+    return {n for n in imports_of(MODULES[name]) if n.split(".")[0] in OURS}
 
 
 # -----------------------------------------------------------------------------
 # Layers
 
+LEAVES = {"cpu", "fp8", "calculator", "execution", "sandbox", "core_eval", "hf_model", "report", "sample_world", "sample_facts", "sample_phrases"}
+USERS_OF_LEAVES = {  # modules of the package that may import a leaf, and which
+    "dataset": {"sample_world"}, "device": {"cpu"}, "finetune": {"report"}, "engine": {"calculator"}, "execution": {"sandbox"},
+    "sample_world": {"sample_facts", "sample_phrases"}, "sample_phrases": {"sample_facts"},
+}  # fmt: skip
+SERVING = {"engine", "scheduler", "engine_thread", "server"}
+USERS_OF_SERVING = {"loss_eval", "reinforce", "task_eval"}  # of engine and scheduler only
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_point_down(name):
-    forbidden = {"nanochat": ("tasks", "scripts"), "tasks": ("scripts",), "scripts": ("scripts",)}[name.split(".")[0]]
-    assert not [n for n in our_imports(name) if n.split(".")[0] in forbidden]
 
-
-def test_common_is_the_ground():
+def test_imports_point_down():
+    """tasks may import nanochat, and scripts both; nothing imports a script."""
+    above = {"nanochat": ("tasks", "scripts"), "tasks": ("scripts",), "scripts": ("scripts",)}
+    for name in MODULES:
+        assert not [n for n in our_imports(name) if n.split(".")[0] in above[name.split(".")[0]]], name
     assert not our_imports("nanochat.common")
 
 
-def test_the_model_knows_nothing_of_data_files_or_scripts():
+def test_the_model_imports_neither_data_nor_files_nor_scripts():
     reached, todo = set(), ["nanochat.gpt"]
     while todo:
         reached |= (new := our_imports(todo.pop()) - reached)
@@ -82,17 +86,27 @@ def test_the_model_knows_nothing_of_data_files_or_scripts():
     assert reached <= {"nanochat.common", "nanochat.cross_entropy", *attention}
 
 
-def test_the_engine_knows_a_model_only_by_calling_it():
+def test_the_engine_does_not_import_the_model():
     assert not our_imports("nanochat.engine") & {"nanochat.gpt", "nanochat.checkpoint_manager", "nanochat.tokenizer"}
+
+
+def test_only_scripts_and_tasks_import_leaves_and_the_core_does_not_import_the_server():
+    """Except for the few modules that are named above."""
+    for name in MODULES:
+        top, _, module = name.rpartition(".")
+        if top == "nanochat":
+            used = {imported.removeprefix("nanochat.") for imported in our_imports(name)} - {module}
+            assert used & LEAVES <= USERS_OF_LEAVES.get(module, set()), f"{module} imports a leaf"
+            allowed = SERVING if module in SERVING else {"engine", "scheduler"} if module in USERS_OF_SERVING else set()
+            assert used & SERVING <= allowed, f"{module} imports the server"
 
 
 def test_no_cycles():
     """Also among imports inside functions: a module that comes later in the order may import the earlier ones only."""
-    order, rest = [], set(MODULES)
+    rest = set(MODULES)
     while rest:
         ready = {name for name in rest if not our_imports(name) & rest - {name}}
-        assert ready, f"these import one another in a circle, or wait for one that does: {sorted(rest)}"
-        order += sorted(ready)
+        assert ready, f"these import one another in a circle, or depend on one that does: {sorted(rest)}"
         rest -= ready
 
 
@@ -130,13 +144,11 @@ def imported_packages():
     return found
 
 
-def test_every_import_is_declared():
-    declared = declared_packages() | {"tomli"}  # which comes with pytest where Python has no tomllib
-    assert not {package: str(path) for package, path in imported_packages().items() if package not in declared}
-
-
-def test_nothing_is_declared_in_vain():
-    assert declared_packages() <= set(imported_packages()) | {"numpy"}  # without which Tensor.numpy() fails
+def test_the_declared_packages_are_those_that_are_imported():
+    declared, imported = declared_packages(), imported_packages()
+    imported.pop("tomli", None)  # comes with pytest where Python has no tomllib
+    assert not {package: str(path) for package, path in imported.items() if package not in declared}
+    assert declared <= set(imported)
 
 
 # -----------------------------------------------------------------------------
@@ -144,7 +156,7 @@ def test_nothing_is_declared_in_vain():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_is_a_main_and_nothing_else(name):
+def test_a_script_defines_main_and_runs_nothing_when_imported(name):
     tree = tree_of(MODULES[name])
     mains = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
     assert len(mains) == 1 and [argument.arg for argument in mains[0].args.args] == ["argv"]
@@ -201,7 +213,7 @@ print("\\n" + json.dumps(found))
 
 HEAVY = {"torch", "datasets", "transformers", "wandb", "matplotlib", "pyarrow", "pandas", "tiktoken", "rustbpe"}
 # Modules that need no tensor must load without torch: its import alone takes seconds.
-LIGHT = "common schedule calculator execution sandbox conversation dataset sample_world report".split()
+LIGHT = "common schedule calculator execution sandbox conversation dataset tokenizer sample_world report".split()
 WITHOUT_TORCH = [name for name in MODULES if not name.startswith("nanochat.") or name.split(".")[1] in LIGHT]
 
 
@@ -228,38 +240,8 @@ def test_help_needs_nothing_heavy(tmp_path):
         assert not seen["effects"] and not HEAVY & set(seen["pulled"]), (name, seen)
 
 
-def test_the_others_import_without_effect_once_torch_is_there(tmp_path):
-    first = ["torch", "numpy", "tqdm"]
+def test_the_other_modules_import_without_effect_once_torch_is_loaded(tmp_path):
     others = [name for name in MODULES if name not in WITHOUT_TORCH]
-    for name, seen in watch_imports(others, tmp_path, first=first).items():
-        optional = {"datasets", "transformers", "wandb", "matplotlib", "pandas", *OPTIONAL}
+    optional = {"datasets", "transformers", "wandb", "matplotlib", "pandas", *OPTIONAL}
+    for name, seen in watch_imports(others, tmp_path, first=["torch", "numpy", "tqdm"]).items():
         assert not seen["effects"] and not seen["changed"] and not optional & set(seen["pulled"]), (name, seen)
-
-
-# -----------------------------------------------------------------------------
-# Rings
-
-LEAVES = {"cpu", "fp8", "calculator", "execution", "sandbox", "core_eval", "hf_model", "report", "sample_world", "sample_facts", "sample_phrases"}
-USERS_OF_LEAVES = {  # modules of the package that may import a leaf, and which
-    "dataset": {"sample_world"}, "device": {"cpu"}, "finetune": {"report"}, "engine": {"calculator"}, "execution": {"sandbox"},
-    "sample_world": {"sample_facts", "sample_phrases"}, "sample_phrases": {"sample_facts"},
-}  # fmt: skip
-SERVING = {"engine", "scheduler", "serving", "web", "page_api", "openai_api", "pieces"}
-
-
-def test_leaves_can_be_deleted():
-    """Only scripts and tasks import a leaf, except for the few modules that say so here."""
-    for name in MODULES:
-        top, _, module = name.rpartition(".")
-        if top == "nanochat":
-            used = {imported.removeprefix("nanochat.") for imported in our_imports(name)} & LEAVES - {module}
-            assert used <= USERS_OF_LEAVES.get(module, set()), f"{module} imports {used}"
-
-
-def test_the_core_does_not_import_the_server():
-    users = {"loss_eval", "reinforce", "task_eval"}  # of engine and scheduler
-    for name in MODULES:
-        module = name.removeprefix("nanochat.")
-        if name.startswith("nanochat.") and module not in SERVING:
-            used = {imported.removeprefix("nanochat.") for imported in our_imports(name)} & SERVING
-            assert used <= ({"engine", "scheduler"} if module in users else set()), f"{module} imports {used}"

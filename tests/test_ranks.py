@@ -10,35 +10,21 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import free_port, write_text
+from conftest import finish, free_port
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-SIZE = ["--device-batch-size=4", "--eval-tokens=1024", "--eval-every=10", "--num-iterations=20"]
+SIZE = ["--device-type=cpu", "--device-batch-size=4", "--eval-tokens=1024", "--eval-every=4", "--num-iterations=12"]
 BASE = ["--depth=2", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=64", "--core-metric-every=-1", "--sample-every=0", *SIZE]
 CHAT = ["--tasks=SampleWorld", *SIZE]
 RL = ["--task=SampleArithmetic", "--examples-per-step=7", "--num-samples=4", "--max-new-tokens=24", "--num-iterations=6",
       "--eval-every=3", "--eval-examples=7", "--eval-samples=2", "--device-type=cpu", "--device-batch-size=4"]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """The text folder of a base folder that has text and a tokenizer."""
-    from scripts import tok_train
-
-    base = tmp_path_factory.mktemp("nanochat")
-    folder = base / "text"
-    write_text(folder, row_group_size=20)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        tok_train.main([f"--source={folder}", "--vocab-size=600"])
-    return folder
-
-
-def start(launcher, source, command, **more):
-    """Start a process on the CPU, without the compiler, with one thread per rank; all processes share a base folder, as nodes do."""
-    env = {**os.environ, "NANOCHAT_BASE_DIR": str(source.parent), "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1",
-           "PYTHONPATH": str(ROOT), **more}  # fmt: skip
+def start(launcher, base, command):
+    """Start a process without the compiler, with one thread per rank; all processes share a base folder, as nodes do."""
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1",
+           "PYTHONPATH": str(ROOT)}  # fmt: skip
     two_cores = sorted(os.sched_getaffinity(0))[:2]
     return subprocess.Popen(
         [*launcher, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -46,31 +32,23 @@ def start(launcher, source, command, **more):
     )  # fmt: skip
 
 
-def base_train(source, tag, *flags):
-    return ["-m", "scripts.base_train", *BASE, "--device-type=cpu", f"--source={source}", f"--model-tag={tag}", *flags]
+def base_train(base, tag, *flags):
+    return ["-m", "scripts.base_train", *BASE, "--total-batch-size=512", f"--source={base}/text", f"--model-tag={tag}", *flags]
 
 
-def finish(processes):
-    """The outputs of processes that must all succeed."""
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
-    return outputs
+def metrics(base, tag, folder="base_checkpoints"):
+    return [json.loads(line) for line in (base / folder / tag / "metrics.jsonl").read_text().splitlines()]
 
 
-def curve(source, tag, folder="base_checkpoints"):
+def curve(base, tag, folder="base_checkpoints"):
     """(step, name, value) of every training loss and every evaluation."""
-    lines = (source.parent / folder / tag / "metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
-    return [(line["step"], name, line[name]) for line in metrics for name in ("raw_loss", "val_bpb") if name in line]
+    lines = metrics(base, tag, folder)
+    return [(line["step"], name, line[name]) for line in lines for name in ("raw_loss", "val_bpb") if name in line]
 
 
-def assert_same_curve(one, other, steps=20):
+def assert_same_curve(one, other):
     assert [point[:2] for point in one] == [point[:2] for point in other]
-    assert [step for step, name, _ in one if name == "raw_loss"] == list(range(1, steps + 1))
+    assert [step for step, name, _ in one if name == "raw_loss"] == list(range(1, 13))
     assert [value for _, _, value in one] == pytest.approx([value for _, _, value in other], rel=1e-5)
 
 
@@ -83,36 +61,33 @@ def two_nodes(name):
                     f"--rdzv-endpoint=127.0.0.1:{free_port()}")
 
 
-# One stage in a process, with a reward that an untrained model can get
-STAGE = """
-import importlib, sys
+# Several stages in one process, with a reward that an untrained model can get
+STAGES = """
+import importlib, json, sys
 from tasks.sample_world import SampleWorld
 SampleWorld.reward = lambda task, conversation, completion: float(len(completion) % 2)
-importlib.import_module(f"scripts.{sys.argv[1]}").main(sys.argv[2:])
+for name, *flags in json.loads(sys.argv[1]):
+    importlib.import_module(f"scripts.{name}").main(flags)
 """
 
 
-def test_every_stage_has_the_same_curve_on_three_ranks_as_on_one(source, tmp_path):
-    """20 steps of three micro-batches and their evaluations agree within 1e-5; then six steps of reinforcement learning."""
-    stage = tmp_path / "stage.py"
-    stage.write_text(STAGE)
-    batch = ["--total-batch-size=768", "--device-type=cpu"]
+def test_every_stage_has_the_same_curve_on_three_ranks_as_on_one(trained_base, tmp_path):
+    """12 steps of three micro-batches and their evaluations agree within 1e-5; then six steps of reinforcement learning."""
+    (tmp_path / "stages.py").write_text(STAGES)
+    batch = "--total-batch-size=768"
     commands = [
-        ["base_train", *BASE, *batch, f"--source={source}"], ["mid_train", *CHAT, *batch], ["chat_sft", *CHAT, *batch], ["chat_rl", *RL],
-        ["chat_eval", "-i", "rl", "-a", "SampleWorld", "-x", "7", "-m", "8"],
+        ["base_train", *BASE, batch, f"--source={trained_base}/text"], ["mid_train", *CHAT, batch], ["chat_sft", *CHAT, batch],
+        ["chat_rl", *RL], ["chat_eval", "-i", "rl", "-a", "SampleWorld", "-x", "7", "-m", "8"],
     ]  # fmt: skip
-    launchers = {"alone": [sys.executable], "three": torchrun("--standalone", "--nproc-per-node=3")}
-    for name, *flags in commands:
-        tag = "-g" if name == "chat_eval" else "--model-tag"
-        outputs = finish([start(launcher, source, [str(stage), name, *flags, tag, run]) for run, launcher in launchers.items()])
-    answers = [re.search(r"SampleWorld .*problems.*", output)[0] for output in outputs]
-    for folder in ("base_checkpoints", "mid_checkpoints", "chatsft_checkpoints"):
-        assert_same_curve(curve(source, "three", folder), curve(source, "alone", folder))
+    answers = []
+    for tag, launcher in (("alone", [sys.executable]), ("three", torchrun("--standalone", "--nproc-per-node=3"))):
+        tagged = [[*command, "-g" if command[0] == "chat_eval" else "--model-tag", tag] for command in commands]
+        (output,) = finish([start(launcher, trained_base, [str(tmp_path / "stages.py"), json.dumps(tagged)])])
+        answers.append(re.search(r"SampleWorld .*problems.*", output)[0])
     assert answers[0] == answers[1]
-    alone, three = (
-        [json.loads(line) for line in (source.parent / "chatrl_checkpoints" / tag / "metrics.jsonl").read_text().splitlines()]
-        for tag in ("alone", "three")
-    )
+    for folder in ("base_checkpoints", "mid_checkpoints", "chatsft_checkpoints"):
+        assert_same_curve(curve(trained_base, "three", folder), curve(trained_base, "alone", folder))
+    alone, three = (metrics(trained_base, tag, "chatrl_checkpoints") for tag in ("alone", "three"))
     assert len(alone) == 6 + 3 and sum(line.get("reward", 0) for line in alone) > 0
     for one, other in zip(alone, three, strict=True):
         for name in ("step", "reward", "length", "truncated", "nonzero_groups", "accuracy", "pass@2", "pass@2_ci"):
@@ -121,63 +96,61 @@ def test_every_stage_has_the_same_curve_on_three_ranks_as_on_one(source, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def one(source):
+def one(trained_base):
     """The curve of one rank that accumulates two micro-batches."""
-    finish([start([sys.executable], source, base_train(source, "one", "--total-batch-size=512"))])
-    return curve(source, "one")
+    finish([start([sys.executable], trained_base, base_train(trained_base, "one", "--save-every=4"))])
+    return curve(trained_base, "one")
 
 
-def test_two_nodes_have_the_same_curve_as_one_rank(source, one):
-    launcher = two_nodes("together")
-    outputs = finish([start(launcher, source, base_train(source, "nodes", "--total-batch-size=512")) for _ in range(2)])
-    assert sum("saved step 20" in output for output in outputs) == 1, "only one rank writes and prints"
-    saved = sorted(path.name for path in (source.parent / "base_checkpoints/nodes/step_000020").iterdir())
+def test_two_nodes_have_the_same_curve_as_one_rank(trained_base, one):
+    launcher, command = two_nodes("together"), base_train(trained_base, "nodes")
+    outputs = finish([start(launcher, trained_base, command) for _ in range(2)])
+    assert sum("saved step 12" in output for output in outputs) == 1, "only one rank writes and prints"
+    saved = sorted(path.name for path in (trained_base / "base_checkpoints/nodes/step_000012").iterdir())
     assert saved == ["meta.json", "model.safetensors", "optimizer_rank0.safetensors", "optimizer_rank1.safetensors", "vocabulary.json"]
-    assert_same_curve(curve(source, "nodes"), one)
+    assert_same_curve(curve(trained_base, "nodes"), one)
 
 
-def test_a_job_that_loses_a_rank_resumes_by_itself(source, one):
+def test_a_job_that_loses_a_rank_resumes_by_itself(trained_base, one):
     """torchrun restarts all ranks, and they resume from what this job has saved, not from an earlier run's checkpoints."""
-    stale = source.parent / "base_checkpoints" / "restarted"
-    shutil.copytree(source.parent / "base_checkpoints" / "one", stale)
+    stale = trained_base / "base_checkpoints" / "restarted"
+    shutil.copytree(stale.with_name("one"), stale)
     launcher = torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1")
-    job = start(launcher, source, base_train(source, "restarted", "--total-batch-size=512", "--save-every=4"))
+    job = start(launcher, trained_base, base_train(trained_base, "restarted", "--save-every=4"))
     seen = []
     for line in job.stdout:
         seen.append(line)
-        if line.startswith("saved step 8 "):
+        if line.startswith("saved step 4 "):
             ranks = [child for child in psutil.Process(job.pid).children() if child.environ().get("RANK") == "1"]
             ranks[0].kill()
     assert job.wait(60) == 0, "".join(seen)
     resumed = [int(match[1]) for match in re.finditer(r"resumed from step (\d+)", "".join(seen))]
-    assert len(resumed) == 1 and 8 <= resumed[0] < 20
-    assert curve(source, "restarted") == one, "bit for bit, with as many ranks as micro-batches"
+    assert len(resumed) == 1 and 4 <= resumed[0] < 12
+    assert curve(trained_base, "restarted") == one, "bit for bit, with as many ranks as micro-batches"
 
 
-def test_resume_on_another_world_size_is_exact(source):
+def test_resume_on_another_world_size_is_exact(trained_base, one):
     """One rank, then three (four micro-batches are shared unevenly), then one: the same curve as one rank throughout."""
-    flags = ["--device-batch-size=2", "--total-batch-size=512", "--num-iterations=12", "--save-every=4", "--eval-every=4"]
-    finish([start([sys.executable], source, base_train(source, "steady", *flags))])
-    moving = source.parent / "base_checkpoints" / "moving"
-    shutil.copytree(moving.with_name("steady"), moving)
+    steady, moving = (trained_base / "base_checkpoints" / tag for tag in ("one", "moving"))
+    shutil.copytree(steady, moving)
     for ranks, removed in ((3, [8, 12]), (1, [12])):
         for step in removed:
             shutil.rmtree(moving / f"step_{step:06d}")
         launcher = [sys.executable] if ranks == 1 else torchrun("--standalone", f"--nproc-per-node={ranks}")
-        finish([start(launcher, source, base_train(source, "moving", *flags, "--resume-from-step=latest"))])
-    assert_same_curve(curve(source, "moving"), curve(source, "steady"), steps=12)
-    one, other = (load_file(path / "step_000012" / "model.safetensors") for path in (moving, moving.with_name("steady")))
-    for name in one:
-        assert (one[name] - other[name]).norm() <= 1e-2 * other[name].norm(), name
-    states = [json.loads((path / "step_000012/meta.json").read_text())["loader_state"] for path in (moving, moving.with_name("steady"))]
+        flags = ["--save-every=4", "--device-batch-size=2", "--resume-from-step=latest"]
+        finish([start(launcher, trained_base, base_train(trained_base, "moving", *flags))])
+    assert_same_curve(curve(trained_base, "moving"), one)
+    weights, expected = (load_file(path / "step_000012" / "model.safetensors") for path in (moving, steady))
+    for name in weights:  # another order of summation, which Muon amplifies where singular values are small
+        assert (weights[name] - expected[name]).norm() <= 5e-2 * expected[name].norm(), name
+    states = [json.loads((path / "step_000012/meta.json").read_text())["loader_state"] for path in (moving, steady)]
     assert states[0] == states[1], "the same place in the data"
 
 
 @pytest.mark.slow
-def test_nodes_that_do_not_share_the_base_folder_are_a_user_error(source, tmp_path):
-    launcher = two_nodes("apart")
-    command = base_train(source, "apart", "--total-batch-size=512")
-    nodes = [start(launcher, source, command), start(launcher, source, command, NANOCHAT_BASE_DIR=str(tmp_path))]
+def test_nodes_that_do_not_share_the_base_folder_are_a_user_error(trained_base, tmp_path):
+    launcher, command = two_nodes("apart"), base_train(trained_base, "apart")
+    nodes = [start(launcher, trained_base, command), start(launcher, tmp_path, command)]
     outputs = [node.communicate(timeout=120)[0] for node in nodes]
     assert all(node.returncode for node in nodes)
     assert "NANOCHAT_BASE_DIR" in "".join(outputs) and "one folder that all nodes share" in "".join(outputs)

@@ -2,14 +2,17 @@
 
 import errno
 import os
+import re
+import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import finish, free_port
 from test_checkpoint_manager import BYTES, CPU, OPTIMIZER, assert_same, names_in, some_state
 
 from nanochat import checkpoint_manager as cm
@@ -18,56 +21,42 @@ from nanochat.common import UserError
 from nanochat.saver import Saver
 
 
-@pytest.fixture
-def blocked(monkeypatch):
-    """Saves write nothing before this event is set."""
-    event, real = threading.Event(), cm._write_tensors
-
-    def write(path, state):
-        assert event.wait(60)
-        return real(path, state)
-
-    monkeypatch.setattr(cm, "_write_tensors", write)
-    return event
-
-
-def test_the_state_at_the_call_of_save_is_saved(tmp_path, blocked):
+def test_a_save_has_the_state_at_its_call_and_only_the_next_save_waits_for_it(tmp_path, monkeypatch, capsys):
+    unblocked, write = threading.Event(), cm._write_tensors
+    monkeypatch.setattr(cm, "_write_tensors", lambda *arguments: unblocked.wait(60) and write(*arguments))
     saver = Saver(tmp_path, CPU)
     model, optimizer = some_state(), {name: tensor.clone() for name, tensor in OPTIMIZER.items()}
-    saver.save(3, model, optimizer, {}, BYTES)
+    saver.save(1, model, optimizer, {}, BYTES)
     for tensor in (*model.values(), *optimizer.values()):
         tensor.zero_()  # training continues
     assert list_steps(tmp_path) == []
-    blocked.set()
-    saver.close()
-    assert_same(load_checkpoint(tmp_path, 3, CPU, OPTIMIZER)[0], some_state())
-    assert_same(load_checkpoint(tmp_path, 3, CPU, OPTIMIZER)[1], OPTIMIZER)
-
-
-def test_a_save_waits_for_the_previous_one(tmp_path, blocked, capsys):
-    saver = Saver(tmp_path, CPU)
-    saver.save(1, some_state(), None, {}, BYTES)
-    threading.Timer(0.5, blocked.set).start()
-    saver.save(2, some_state(), None, {}, BYTES)
+    threading.Timer(0.5, unblocked.set).start()
+    saver.save(2, model, None, {}, BYTES)
     assert 1 in list_steps(tmp_path)
     saver.close()
+    saved_model, saved_optimizer, _ = load_checkpoint(tmp_path, 1, CPU, OPTIMIZER)
+    assert_same(saved_model, some_state())
+    assert_same(saved_optimizer, OPTIMIZER)
     assert capsys.readouterr().out == f"saved step 1 in {tmp_path}\nsaved step 2 in {tmp_path}\n"
 
 
-def test_a_failed_save_is_printed_at_once_and_raised_at_the_end_only(tmp_path, monkeypatch, capsys):
+def test_a_failed_save_is_printed_at_once_and_raised_at_the_end_only(tmp_path, capsys):
+    """A full disk, for which a limit of the size of files stands in."""
     saver = Saver(tmp_path, CPU)
-
-    def full(path, state):
-        raise OSError(errno.ENOSPC, "No space left on device", "disk")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(cm, "_write_tensors", full)
-        saver.save(1, some_state(), None, {}, BYTES)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        saver.save(1, {"w": torch.zeros(100_000)}, None, {}, BYTES)
         saver.thread.join()
-    line = "error: step 1 was not saved: [Errno 28] No space left on device: 'disk'; training continues, earlier checkpoints are intact"
-    assert capsys.readouterr().out == line + "\n"
-    with pytest.raises(OSError, match="No space left"):
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.fullmatch(
+        r"error: step 1 was not saved: \[Errno 27\] File too large: '.*model.safetensors'; "
+        r"training continues, earlier checkpoints are intact\n", capsys.readouterr().out,
+    )  # fmt: skip
+    with pytest.raises(OSError, match="File too large"):
         saver.wait()
+    assert names_in(tmp_path) == [".lock"]
     saver.save(2, some_state(), None, {}, BYTES)
     saver.close()
     assert list_steps(tmp_path) == [2]
@@ -75,10 +64,7 @@ def test_a_failed_save_is_printed_at_once_and_raised_at_the_end_only(tmp_path, m
 
 
 def test_a_closed_stdout_does_not_fail_a_save(tmp_path, monkeypatch):
-    def closed(*args):
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
-    monkeypatch.setattr("nanochat.saver.print0", closed)
+    monkeypatch.setattr("builtins.print", Mock(side_effect=BrokenPipeError))
     saver = Saver(tmp_path, CPU)
     saver.save(1, some_state(), None, {}, BYTES)
     saver.close()
@@ -87,10 +73,7 @@ def test_a_closed_stdout_does_not_fail_a_save(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [NotImplementedError("flock"), OSError(errno.ENOLCK, "No locks available")])
 def test_saving_works_where_files_cannot_be_locked(tmp_path, monkeypatch, capsys, error):
-    def acquire(self, timeout):
-        raise error
-
-    monkeypatch.setattr("nanochat.saver.FileLock.acquire", acquire)
+    monkeypatch.setattr("nanochat.saver.FileLock.acquire", Mock(side_effect=error))
     saver = Saver(tmp_path, CPU)
     saver.save(1, some_state(), None, {}, BYTES)
     saver.close()
@@ -99,9 +82,10 @@ def test_saving_works_where_files_cannot_be_locked(tmp_path, monkeypatch, capsys
 
 
 def start(code, *arguments, **variables):
+    """Start Python code in a process that imports what this one does."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **variables}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
 HOLDER = """
@@ -123,10 +107,11 @@ time.sleep(600)
 
 
 def test_one_run_at_a_time_and_a_killed_one_releases_the_folder(tmp_path):
-    holder = start(HOLDER, tmp_path, "saving", PYTHONPATH=os.pathsep.join(sys.path))
+    holder = start(HOLDER, tmp_path, "saving")
     try:
         assert holder.stdout.readline() == "in the middle\n"
-        with pytest.raises(UserError, match=f"another run is training into {tmp_path}; .*--model-tag.*delete {tmp_path}/.lock"):
+        message = f"another run is training into {tmp_path}; .*--model-tag.*delete {tmp_path}/.lock"
+        with pytest.raises(UserError, match=message):
             Saver(tmp_path, CPU, timeout=0.2)
         threading.Timer(0.5, holder.send_signal, (signal.SIGKILL,)).start()
         saver = Saver(tmp_path, CPU)  # waits for the run that is being killed
@@ -140,7 +125,7 @@ def test_one_run_at_a_time_and_a_killed_one_releases_the_folder(tmp_path):
 
 
 def test_a_process_that_exits_early_finishes_its_save(tmp_path):
-    holder = start(HOLDER, tmp_path, "ending", PYTHONPATH=os.pathsep.join(sys.path))
+    holder = start(HOLDER, tmp_path, "ending")
     holder.communicate(timeout=60)
     assert holder.returncode == 1
     verify(tmp_path, 1)
@@ -168,9 +153,9 @@ for step in (1, 2, 3):
         mine.zero_()
         assert compute.sum(torch.ones(100)).tolist() == [2.0] * 100
 saver.wait()
-state = load_checkpoint(directory, 3, compute, {"w.exp_avg[500:1500]": torch.zeros(1000)})
-assert state[0]["w"].tolist() == [30.0] * 1000
-assert state[1]["w.exp_avg[500:1500]"].tolist() == [30.0] * 500 + [31.0] * 500
+model, optimizer, _ = load_checkpoint(directory, 3, compute, {"w.exp_avg[500:1500]": torch.zeros(1000)})
+assert model["w"].tolist() == [30.0] * 1000
+assert optimizer["w.exp_avg[500:1500]"].tolist() == [30.0] * 500 + [31.0] * 500
 
 real = cm._write_tensors
 def full(path, state):
@@ -188,18 +173,10 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_save_while_they_train(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = [start(RANK, tmp_path, RANK=str(rank), **place) for rank in range(2)]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "saved step 3" in outputs[0] and "error: step 4 was not saved: [Errno 28] on rank 1: No space left" in outputs[0]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    outputs = finish([start(RANK, tmp_path, RANK=str(rank), **place) for rank in range(2)])
+    assert "saved step 3" in outputs[0]
+    assert "error: step 4 was not saved: [Errno 28] on rank 1: No space left" in outputs[0]
     assert "raised: [Errno 28] on rank 1: No space left on device: 'optimizer_rank1.safetensors'" in outputs[0]
     assert "raised: [Errno 28] No space left on device" in outputs[1] and "saved" not in outputs[1]
     assert names_in(tmp_path) == [".lock", "step_000003"]  # keep_last

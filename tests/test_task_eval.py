@@ -157,7 +157,7 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_answers_with_a_right_one(n, 
 
 
 def test_the_interval_of_pass_at_k_covers_the_truth_95_times_in_100():
-    """Accuracies of 10% to 100%, each measured 400 times on 40 problems; at its worst the interval is a little off 95%."""
+    """Accuracies of 10% to 100%, each measured 400 times on 40 problems; at worst the interval is a little off 95%."""
     rng = torch.Generator().manual_seed(0)
     for truth in (0.1, 0.3, 0.5, 0.9, 1.0):
         measured = [pass_at_k(torch.rand(40, generator=rng) < truth, 1, 1) for _ in range(400)]

@@ -8,7 +8,7 @@ time. It does not depend on the number of ranks, so it can be compared with that
 
 Scaling pins each rank to its own core and alternates three kinds of step, so that other load slows all of them alike: one
 rank with two micro-batches while the other waits; two ranks with one micro-batch each, as torchrun trains; and two ranks
-with two micro-batches each that exchange nothing. The last gives the ceiling that this machine's memory allows.
+with two micro-batches each that exchange nothing. The last is the upper bound set by this machine's memory.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m dev.bench.tokenizer                                # 50 MB of climbmix
     python -m dev.bench.tokenizer --source sample --megabytes 5
 
-    ours       trains and encodes, from a list of str (as its peers do) and from an arrow array (as nanochat does)
+    ours       trains and encodes
     published  rustbpe 0.1.0, installed once into a folder of its own; it can only encode with what it has trained itself
     tiktoken   encodes with our vocabulary; it cannot train
 
@@ -39,14 +39,12 @@ def measure(job: dict) -> dict:
     import rustbpe
 
     with pa.OSFile(job["corpus"]) as file:
-        texts = pa.ipc.open_file(file).read_all().column("text")
-    if job["who"] != "ours, arrow":
-        texts = texts.to_pylist()
+        texts = pa.ipc.open_file(file).read_all().column("text").to_pylist()
     who, threads, tokenizer = job["who"], job["threads"], rustbpe.Tokenizer()
     options = {} if who == "published" else {"threads": threads}  # the published one obeys RAYON_NUM_THREADS
 
     def train():
-        tokenizer.train_from_iterator(texts.chunks if who == "ours, arrow" else texts, job["vocab_size"], pattern=SPLIT_PATTERN, **options)
+        tokenizer.train_from_iterator(texts, job["vocab_size"], pattern=SPLIT_PATTERN, **options)
 
     if job["task"] == "train":
         work = train
@@ -101,7 +99,7 @@ def published_package() -> Path | None:
 
 
 def write_corpus(source: str, megabytes: float, path: Path) -> tuple[int, float]:
-    """The first megabytes of the training split as an arrow file in chunks of 1000; (documents, megabytes)."""
+    """The first megabytes of the training split as an arrow file; (documents, megabytes)."""
     import pyarrow as pa
 
     from nanochat.dataset import iter_documents
@@ -116,7 +114,7 @@ def write_corpus(source: str, megabytes: float, path: Path) -> tuple[int, float]
         raise UserError(f"the training shards of {source} hold only {size / 1e6:.1f} MB; fetch more, or ask for fewer --megabytes")
     table = pa.table({"text": texts})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=1000)
+        writer.write_table(table)
     return len(texts), size / 1e6
 
 
@@ -135,7 +133,7 @@ def main(argv=None):
 
     import rustbpe
 
-    if not hasattr(rustbpe, "Counts"):
+    if not hasattr(rustbpe, "PATTERN"):
         raise UserError("the published rustbpe is installed, not ours: install Rust, then run `bash dev/setup.sh`")
     published, mismatch = published_package(), False
     with tempfile.TemporaryDirectory(prefix="nanochat_bench_") as folder:
@@ -144,7 +142,7 @@ def main(argv=None):
         print(f"{documents} documents of {args.source}, {megabytes:.1f} MB; vocabulary {args.vocab_size}; {os.cpu_count()} cores")
         print(f"{'':8s}{'threads':>8s}  {'':12s}{'s':>8s}{'MB/s':>8s}{'x best peer':>13s}{'same':>6s}")
         for task, reference in (("train", "published"), ("encode", "tiktoken")):
-            contestants = ["ours", "ours, arrow", *["published"] * bool(published), *["tiktoken"] * (task == "encode")]
+            contestants = ["ours", *["published"] * bool(published), *["tiktoken"] * (task == "encode")]
             for threads in args.threads:
                 seen = {who: [] for who in contestants}
                 for _ in range(args.repeats):
@@ -152,7 +150,7 @@ def main(argv=None):
                         job = {"who": who, "task": task, "threads": threads, "vocab_size": args.vocab_size, **paths}
                         results.append(in_process(job, published))
                 seconds = {who: min(result["seconds"] for result in results) for who, results in seen.items()}
-                peer = min((seconds[who] for who in seen if not who.startswith("ours")), default=float("nan"))
+                peer = min((seconds[who] for who in seen if who != "ours"), default=float("nan"))
                 expected = seen.get(reference, seen["ours"])[0]["digest"]
                 for who, results in seen.items():
                     same = all(result["digest"] == expected for result in results)

@@ -1,19 +1,19 @@
-//! Encoding: texts to ids, by the tokens and ranks that were learnt.
+//! Encoding: text to token ids.
 //!
-//! The one idea to know: most words of a text occurred a moment ago. A cache in which each word has
-//! one place, with its ids beside it, answers for them, and the places for the next few dozen words
-//! are fetched from memory together. Only the rest is joined pair by pair, in time linear in the text.
+//! Most words of a text occurred shortly before. A cache in which each word has one place, with its ids beside it,
+//! holds them, and the places of a batch of words are prefetched together. Only other words are looked up or merged
+//! pair by pair.
 
-use crate::split::{Pattern, BATCH};
+use crate::split::{split, BATCH};
 use crate::table::{halves, hash, key, prefetch, Table};
 use crate::threads::{on_threads, Pool};
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap};
 
 const NONE: u32 = u32::MAX;
-const SHORT: usize = 64; // up to here finding the lowest rank by looking at all is quickest
+const SHORT: usize = 64; // bytes of a word for which a linear search of the lowest rank is the fastest
 
-/// What texts are encoded to, in the order of the texts.
+/// The ids of some texts, in order.
 #[derive(Default)]
 pub struct Encoded {
     pub ids: Vec<u32>,
@@ -21,25 +21,24 @@ pub struct Encoded {
 }
 
 pub struct Encoder {
-    pattern: Pattern,
-    tokens: Table,
+    tokens: Table, // token -> id + 1
     bytes: [u32; 256],
     pairs: Pairs,
     caches: Pool<Vec<Bucket>>,
 }
 
-/// Of each pair of tokens that make a token together, that token's id.
+/// From two tokens to the id of the token that they make together.
 struct Pairs {
-    bytes: Vec<u32>, // of two tokens of a byte each, by bytes
-    slots: Vec<u64>, // of any: left id, right id, id in 21 bits each; a power of two of them; EMPTY where empty
+    bytes: Vec<u32>, // for two tokens of a byte each, by bytes
+    slots: Vec<u64>, // for any: left id, right id, id with 21 bits each; a power of two of them
 }
 
-const ID_BITS: u32 = 21; // rustbpe/core.py knows this limit, too
+const ID_BITS: u32 = 21; // rustbpe/__init__.py limits vocabularies accordingly
 const EMPTY: u64 = u64::MAX;
 
 impl Pairs {
-    fn new(pairs: &[(u32, u32, u32)]) -> Pairs {
-        let mut table = Pairs { bytes: vec![NONE; 1 << 16], slots: vec![EMPTY; (pairs.len() * 2 + 2).next_power_of_two()] };
+    fn new(pairs: &[(u32, u32, u32)], bytes: Vec<u32>) -> Pairs {
+        let mut table = Pairs { bytes, slots: vec![EMPTY; (pairs.len() * 2 + 2).next_power_of_two()] };
         for &(left, right, id) in pairs {
             let at = table.find(left, right);
             table.slots[at] = ((left as u64) << ID_BITS | right as u64) << ID_BITS | id as u64;
@@ -65,14 +64,14 @@ impl Pairs {
     }
 }
 
-/// A word that was encoded lately.
+/// A word that was encoded recently.
 #[derive(Clone, Copy)]
 struct Recent {
     key: [u64; 2],
-    ids: [u32; 4], // those that are not used are NONE
+    ids: [u32; 4], // NONE after the last
 }
 
-/// The two latest words of the same hash: one line of the processor's cache.
+/// The two most recent words with the same hash: one line of the processor's cache.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Bucket([Recent; 2]);
@@ -81,27 +80,23 @@ const BUCKETS: usize = 1 << 17; // 8 MB for each thread
 
 impl Encoder {
     /// Of tokens whose ids are 0, 1, 2, ... Each of the 256 bytes must be a token.
-    pub fn new(pattern: Pattern, tokens: &[&[u8]]) -> Result<Encoder, String> {
+    pub fn new(tokens: &[&[u8]]) -> Result<Encoder, String> {
         if tokens.len() >= 1 << ID_BITS {
-            return Err(format!("{} tokens are too many: fewer than {} fit", tokens.len(), 1 << ID_BITS));
+            return Err(format!("there are {} tokens; the most possible are {}", tokens.len(), (1 << ID_BITS) - 1));
         }
         let mut table = Table::new();
         for (id, token) in tokens.iter().enumerate() {
             if token.is_empty() {
-                return Err("an empty token".into());
+                return Err(format!("token {id} is empty"));
             }
-            let entry = table.entry_word(token, 0, token.len());
-            if *entry > 0 {
-                return Err(format!("the token {:?} stands twice", String::from_utf8_lossy(token)));
-            }
-            *entry = id as u64 + 1; // 0 would be a new word
+            *table.entry(token, 0, token.len()) = id as u64 + 1;
         }
-        let id = |token: &[u8]| table.get_word(token).map(|entry| entry as u32 - 1);
+        let id = |token: &[u8]| table.get(token).map(|entry| entry as u32 - 1);
         let mut bytes = [NONE; 256];
         for byte in 0..=255 {
             bytes[byte as usize] = id(&[byte]).ok_or(format!("the byte {byte} has no token"))?;
         }
-        // Only cuts into lengths that tokens have: an enormous token has too many to look at them all.
+        // Only cuts into lengths that tokens have: a token of a megabyte has too many cuts to try all.
         let lengths: BTreeSet<usize> = tokens.iter().map(|token| token.len()).collect();
         let mut pairs = vec![];
         for (number, token) in tokens.iter().enumerate() {
@@ -111,14 +106,11 @@ impl Encoder {
                 }
             }
         }
-        let mut pairs = Pairs::new(&pairs);
-        for (i, id) in pairs.bytes.iter_mut().enumerate() {
-            *id = table.get_word(&[(i >> 8) as u8, i as u8]).map_or(NONE, |entry| entry as u32 - 1);
-        }
-        Ok(Encoder { pattern, tokens: table, bytes, pairs, caches: Pool::new() })
+        let pairs_of_bytes = (0..=u16::MAX).map(|two| id(&two.to_be_bytes()).unwrap_or(NONE)).collect();
+        Ok(Encoder { pairs: Pairs::new(&pairs, pairs_of_bytes), tokens: table, bytes, caches: Pool::new() })
     }
 
-    pub fn encode(&self, texts: &[&str], threads: usize) -> Vec<Encoded> {
+    pub fn encode(&self, texts: &[&[u8]], threads: usize) -> Vec<Encoded> {
         on_threads(texts, threads, |texts| {
             self.caches.with(|| vec![Bucket([Recent { key: [0, 0], ids: [NONE; 4] }; 2]); BUCKETS], |cache| {
                 let mut encoded = Encoded::default();
@@ -132,16 +124,15 @@ impl Encoder {
         })
     }
 
-    fn encode_text(&self, text: &str, cache: &mut [Bucket], out: &mut Vec<u32>) {
-        let bytes = text.as_bytes();
-        self.pattern.split(text, |words| {
+    fn encode_text(&self, text: &[u8], cache: &mut [Bucket], out: &mut Vec<u32>) {
+        split(text, |words| {
             let mut keys = [(0, 0); BATCH];
             for (place, &(start, end)) in keys.iter_mut().zip(words) {
-                let key = key(bytes, start, end).unwrap_or(0); // 0 is never found
+                let key = key(text, start, end).unwrap_or(0); // 0 is never found
                 *place = (key, hash(key) as usize % BUCKETS);
                 prefetch(&cache[place.1]);
             }
-            let (mut ids, mut used) = ([0; 4 * BATCH], 0);
+            let (mut ids, mut used) = ([0; 4 * BATCH], 0); // those that are not in `out` yet
             for (&(start, end), &(key, place)) in words.iter().zip(&keys) {
                 let halves = halves(key);
                 let Bucket(latest) = &mut cache[place];
@@ -154,7 +145,7 @@ impl Encoder {
                 out.extend_from_slice(&ids[..used]);
                 used = 0;
                 let before = out.len();
-                self.encode_word(&bytes[start..end], out);
+                self.encode_word(&text[start..end], out);
                 if key != 0 && out.len() - before <= 4 {
                     let mut ids = [NONE; 4];
                     ids[..out.len() - before].copy_from_slice(&out[before..]);
@@ -165,23 +156,23 @@ impl Encoder {
         });
     }
 
-    /// A word that is a token is that token. In any other the pair of lowest rank is joined, the leftmost
-    /// of them first, for as long as there is one.
+    /// A word that is a token becomes that token, even if no merges lead to it, as in tiktoken. In any other word the
+    /// pair of the lowest rank is merged, the leftmost of them first, for as long as there is one.
     fn encode_word(&self, word: &[u8], out: &mut Vec<u32>) {
-        match self.tokens.get_word(word) {
+        match self.tokens.get(word) {
             Some(id) => out.push(id as u32 - 1),
-            None if word.len() <= SHORT => self.join_short(word, out),
-            None => self.join_long(word, out),
+            None if word.len() <= SHORT => self.merge_short(word, out),
+            None => self.merge_long(word, out),
         }
     }
 
-    fn join_short(&self, word: &[u8], out: &mut Vec<u32>) {
+    fn merge_short(&self, word: &[u8], out: &mut Vec<u32>) {
         let (mut ids, mut ranks, mut n) = ([0; SHORT], [NONE; SHORT], word.len());
         for (id, &byte) in ids.iter_mut().zip(word) {
             *id = self.bytes[byte as usize];
         }
         for i in 1..n {
-            ranks[i - 1] = self.pairs.bytes[(word[i - 1] as usize) << 8 | word[i] as usize]; // of the pair from i - 1 on
+            ranks[i - 1] = self.pairs.bytes[(word[i - 1] as usize) << 8 | word[i] as usize]; // of the pair at i - 1
         }
         loop {
             let (mut at, mut lowest) = (0, NONE);
@@ -204,143 +195,76 @@ impl Encoder {
         }
     }
 
-    /// The same with a queue, for words of any length.
-    fn join_long(&self, word: &[u8], out: &mut Vec<u32>) {
-        assert!(word.len() < NONE as usize, "a word of {} bytes", word.len());
+    /// The same with a heap, for words of any length.
+    fn merge_long(&self, word: &[u8], out: &mut Vec<u32>) {
+        // A token is at the index of its first byte. The rank is that of the pair with the next token, else NONE.
         #[derive(Clone, Copy)]
         struct Node {
             id: u32,
-            rank: u32, // of the pair that begins here; NONE also where no token begins any more
-            next: u32,
-            previous: u32,
+            rank: u32,
+            next: usize,
+            previous: usize,
         }
-        let n = word.len() as u32;
-        let pair = |left: &Node, right: Option<&Node>| right.map_or(NONE, |right| self.pairs.get(left.id, right.id));
-        let node = |(at, &byte): (u32, &u8)| Node { id: self.bytes[byte as usize], rank: NONE, next: at + 1, previous: at.wrapping_sub(1) };
-        let mut nodes: Vec<Node> = (0..).zip(word).map(node).collect();
-        let mut queue = Queue::new();
-        for at in 0..n {
-            let rank = pair(&nodes[at as usize], nodes.get(at as usize + 1));
-            nodes[at as usize].rank = rank;
+        let node = |(at, &byte): (usize, &u8)| {
+            Node { id: self.bytes[byte as usize], rank: NONE, next: at + 1, previous: at.wrapping_sub(1) }
+        };
+        let mut nodes: Vec<Node> = word.iter().enumerate().map(node).collect();
+        let mut heap = BinaryHeap::new();
+        let update = |nodes: &mut [Node], heap: &mut BinaryHeap<_>, at: usize| {
+            let Some(&Node { id, next, .. }) = nodes.get(at) else { return };
+            let rank = nodes.get(next).map_or(NONE, |right| self.pairs.get(id, right.id));
+            nodes[at].rank = rank;
             if rank != NONE {
-                queue.push(rank, at);
+                heap.push(Reverse((rank, at)));
             }
+        };
+        for at in 0..nodes.len() {
+            update(&mut nodes, &mut heap, at);
         }
-        while let Some((rank, at)) = queue.pop() {
-            let here = nodes[at as usize];
-            if here.rank != rank {
-                continue; // this pair is no more
+        while let Some(Reverse((rank, at))) = heap.pop() {
+            let Node { rank: current, next, previous, .. } = nodes[at];
+            if rank != current {
+                continue; // another merge took one of the two
             }
-            let right = &mut nodes[here.next as usize];
-            right.rank = NONE;
-            let after = right.next;
-            (nodes[at as usize].id, nodes[at as usize].next) = (rank, after);
-            if let Some(after) = nodes.get_mut(after as usize) {
+            nodes[next].rank = NONE;
+            let after = nodes[next].next;
+            (nodes[at].id, nodes[at].next) = (rank, after);
+            if let Some(after) = nodes.get_mut(after) {
                 after.previous = at;
             }
-            for (left, right) in [(here.previous, at), (at, after)] {
-                if left < n {
-                    let rank = pair(&nodes[left as usize], nodes.get(right as usize));
-                    nodes[left as usize].rank = rank;
-                    if rank != NONE {
-                        queue.push(rank, left);
-                    }
-                }
-            }
+            update(&mut nodes, &mut heap, previous);
+            update(&mut nodes, &mut heap, at);
         }
         let mut at = 0;
-        while at < n {
-            out.push(nodes[at as usize].id);
-            at = nodes[at as usize].next;
+        while at < nodes.len() {
+            out.push(nodes[at].id);
+            at = nodes[at].next;
         }
-    }
-}
-
-/// (rank, place), the lowest first: a radix heap (Ahuja, Mehlhorn, Orlin and Tarjan, 1990, section 2). A pair
-/// contains the token that its merge made, so in a vocabulary that was learnt, ranks only rise while a word is
-/// joined, and a number that came out never has to be compared again. Where ranks fall, a usual heap helps out.
-struct Queue {
-    buckets: [Vec<u64>; 65], // by the highest bit in which a number differs from `last`
-    last: u64,               // came out of the buckets last
-    early: BinaryHeap<Reverse<u64>>, // numbers below `last`
-}
-
-impl Queue {
-    fn new() -> Queue {
-        Queue { buckets: std::array::from_fn(|_| vec![]), last: 0, early: BinaryHeap::new() }
-    }
-
-    #[inline(always)]
-    fn push(&mut self, rank: u32, place: u32) {
-        let number = (rank as u64) << 32 | place as u64;
-        if number < self.last {
-            self.early.push(Reverse(number));
-        } else {
-            self.buckets[64 - (number ^ self.last).leading_zeros() as usize].push(number);
-        }
-    }
-
-    #[inline(always)]
-    fn pop(&mut self) -> Option<(u32, u32)> {
-        let number = match self.early.pop() {
-            Some(Reverse(number)) => number,
-            None => self.next()?,
-        };
-        Some(((number >> 32) as u32, number as u32))
-    }
-
-    fn next(&mut self) -> Option<u64> {
-        if self.buckets[0].is_empty() {
-            let lowest = self.buckets.iter().position(|bucket| !bucket.is_empty())?;
-            let numbers = std::mem::take(&mut self.buckets[lowest]);
-            self.last = *numbers.iter().min()?;
-            for number in numbers {
-                self.buckets[64 - (number ^ self.last).leading_zeros() as usize].push(number);
-            }
-        }
-        self.buckets[0].pop()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::HashMap;
 
-    fn join_slowly(ranks: &HashMap<Vec<u8>, u32>, word: &str) -> Vec<u32> {
-        let mut parts: Vec<Vec<u8>> = word.bytes().map(|byte| vec![byte]).collect();
-        loop {
-            let rank = |i: &usize| ranks.get(&parts[i - 1..=*i].concat());
-            let Some(i) = (1..parts.len()).filter(|i| rank(i).is_some()).min_by_key(|i| rank(i)) else {
-                return parts.iter().map(|part| ranks[part]).collect();
-            };
-            let joined = parts[i - 1..=i].concat();
-            parts.splice(i - 1..=i, [joined]);
+    #[test]
+    fn short_and_long_words_are_merged_alike() {
+        let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+        tokens.extend([b"ba", b"ab", b"aa"].map(|token| token.to_vec()));
+        tokens.extend([b"aab".to_vec(), b"abab".to_vec(), b"baab".to_vec(), b"aaaa".to_vec()]);
+        let encoder = Encoder::new(&tokens.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
+        for bits in 0..4096u32 {
+            let word: Vec<u8> = (0..12).map(|i| b'a' + (bits >> i & 1) as u8).collect();
+            let (mut short, mut long) = (vec![], vec![]);
+            encoder.merge_short(&word, &mut short);
+            encoder.merge_long(&word, &mut long);
+            assert_eq!(short, long, "{word:?}");
         }
     }
 
     #[test]
-    fn joining_short_and_long_words_equals_the_slow_twin() {
-        let mut random = crate::Random(2);
-        for _ in 0..300 {
-            let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
-            for _ in 0..random.below(30) {
-                let token = random.word(6).into_bytes();
-                if token.len() > 1 && !tokens.contains(&token) {
-                    tokens.push(token);
-                }
-            }
-            let ranks: HashMap<Vec<u8>, u32> = tokens.iter().cloned().zip(0..).collect();
-            let tokens: Vec<&[u8]> = tokens.iter().map(Vec::as_slice).collect();
-            let encoder = Encoder::new(Pattern::Whole, &tokens).unwrap();
-            for _ in 0..10 {
-                let word = random.word(SHORT) + "a";
-                let (mut short, mut long) = (vec![], vec![]);
-                encoder.join_short(word.as_bytes(), &mut short);
-                encoder.join_long(word.as_bytes(), &mut long);
-                assert_eq!(short, join_slowly(&ranks, &word), "{word}");
-                assert_eq!(long, short, "{word}");
-            }
-        }
+    fn tokens_that_cannot_be_a_vocabulary_are_refused() {
+        assert_eq!(Encoder::new(&[b"a"]).err().unwrap(), "the byte 0 has no token");
+        assert_eq!(Encoder::new(&[b"a", b""]).err().unwrap(), "token 1 is empty");
     }
 }

@@ -1,309 +1,207 @@
-"""Byte-pair encoding: learns a vocabulary from text and encodes text in bulk.
+"""Byte-pair encoding: trains a vocabulary and encodes text in bulk, with exactly tiktoken's ids.
 
     tokenizer = rustbpe.Tokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=32768)
     ids, offsets = tokenizer.encode_to_numpy(texts)
 
-The one idea to know: here are the names and the checks, in Rust the work, and while Rust works the
-interpreter is free for other threads. core.py knows how texts get there.
+The work is done in Rust, called by ctypes, so that other Python threads run meanwhile. There is one split pattern
+only, PATTERN, which is nanochat's; any other is refused.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
+import operator
+import sys
+import weakref
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Iterable, Sequence
 
 import numpy as np
 
-from rustbpe.core import Handle, Splitter, Strings, checked, encoded, in_a_row, is_arrow, lib, scanner_for, whole_number
+__all__ = ["PATTERN", "Tokenizer"]
 
-__all__ = ["Counts", "Tokenizer", "character_class", "is_known", "word_ends"]
-
-GPT4_PATTERN = (
-    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
+    r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
-BATCH_CHARS = 2**22  # texts of an iterator are handed over when they are so many, or `buffer_size`
-MERGES = 1000  # in one slice; between slices Ctrl-C works and progress is told
-MOST_TOKENS = 2**21  # one more than fit into the encoder's table
-
-
-def is_known(pattern: str) -> bool:
-    """Whether a scanner in Rust splits by this pattern, exactly as tiktoken does; otherwise `regex` splits."""
-    return scanner_for(pattern) != 0
-
-
-def word_ends(text: str, pattern: str) -> np.ndarray:
-    """Where each word of a text ends, in bytes of its UTF-8, by the scanner for a known pattern: int64 (words,)."""
-    scanner, text = scanner_for(pattern), encoded(text)
-    if not scanner:
-        raise ValueError(f"there is no scanner for the pattern {pattern!r}")
-    ends = np.empty(len(text), np.int64)
-    number = checked(lib.rustbpe_word_ends(scanner, text, len(text), ends.ctypes.data))
-    return ends[:number].copy()
-
-
-def character_class(code_point: int) -> int:
-    """Flags of a character: 1 letter, 2 number, 4 space, 8 newline, 16 and 32 as in split.rs."""
-    return checked(lib.rustbpe_character_class(whole_number("a code point", code_point, 0, 0x110000)))
-
-
-# -----------------------------------------------------------------------------
-# Counts
-
-
-class Counts:
-    """How often each word occurs: all that training needs to know of a text.
-
-    Counts of parts of a text, made at other times or on other machines, add up to the counts of
-    the whole. Several threads may add at the same time; whatever reads waits until they are done.
-    """
-
-    def __init__(self, pattern: str | None = None):
-        self.pattern = GPT4_PATTERN if pattern is None else pattern
-        self._splitter = Splitter(self.pattern)
-        self._handle = Handle("counts", lib.rustbpe_counts_new(self._splitter.scanner))
-
-    def add(self, texts, threads: int | None = None) -> None:
-        """Count the words of texts: list[str], or an Arrow array (also chunked) of strings. Threads: None for all cores."""
-        parts, _ = self._splitter.prepare(texts)
-        checked(lib.rustbpe_counts_add(self._handle, *in_a_row(parts), _threads(threads)))
-
-    def merge(self, other: Counts) -> None:
-        """Add what another counted, with the same pattern (else ValueError)."""
-        if _counts(other).pattern != self.pattern:
-            raise ValueError(f"the other counts are of another pattern: {other.pattern!r}, not {self.pattern!r}")
-        self._add_words(*other._words())
-
-    def save(self, path: str | Path) -> None:
-        """Write a file in NumPy's .npz format: "pattern", and of all words in order "bytes", "ends" and "counts"."""
-        data, ends, counts = self._words()
-        aside = Path(f"{path}.part")  # so that a file of before is there until this one is whole
-        try:
-            with open(aside, "wb") as file:
-                pattern = np.frombuffer(self.pattern.encode(), np.uint8)
-                np.savez(file, pattern=pattern, bytes=data, ends=ends, counts=counts)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Counts:
-        """What `save` wrote. Raises ValueError where the file is damaged; executes nothing that is in it."""
-        with open(path, "rb") as file:
-            try:
-                with np.load(file, allow_pickle=False) as arrays:
-                    pattern, words = arrays["pattern"], (arrays["bytes"], arrays["ends"], arrays["counts"])
-                types = [pattern.dtype, *(array.dtype for array in words)]
-                flat = pattern.ndim == 1 and all(array.ndim == 1 for array in words)
-                if types != [np.uint8, np.uint8, np.uint64, np.uint64] or not flat or len(words[1]) != len(words[2]):
-                    raise ValueError("its arrays are not what they should be")
-                counts = cls(bytes(pattern).decode())
-                counts._add_words(*words)
-                return counts
-            except Exception as why:  # a damaged zip file can raise nearly anything
-                raise ValueError(f"{path} is not a file of counts, or it is damaged: {why}") from why
-
-    def __len__(self) -> int:
-        """How many different words there are."""
-        return checked(lib.rustbpe_counts_number(self._handle))
-
-    def _words(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Bytes of all words end to end, where each ends, and how often it occurs; sorted."""
-        number, size = ctypes.c_int64(), ctypes.c_int64()
-        words = Handle("words", lib.rustbpe_words_new(self._handle, ctypes.byref(number), ctypes.byref(size)))
-        arrays = np.empty(size.value, np.uint8), np.empty(number.value, np.uint64), np.empty(number.value, np.uint64)
-        lib.rustbpe_words_copy(words, *(array.ctypes.data for array in arrays))
-        return arrays
-
-    def _add_words(self, data: np.ndarray, ends: np.ndarray, counts: np.ndarray) -> None:
-        data, counts = np.ascontiguousarray(data), np.ascontiguousarray(counts)
-        offsets = np.concatenate([np.zeros(1, np.int64), ends.astype(np.int64)])
-        strings = Strings(data.ctypes.data, len(data), offsets.ctypes.data, True, len(ends))
-        checked(lib.rustbpe_counts_add_words(self._handle, strings, counts.ctypes.data))
-
-
-def _counts(counts: Counts) -> Counts:
-    if not isinstance(counts, Counts):
-        raise TypeError(f"these must be Counts, not {type(counts).__name__}")
-    return counts
-
-
-# -----------------------------------------------------------------------------
-# The tokenizer
+BATCH_CHARS = 2**22  # training texts that are counted at a time
+MERGES = 1000  # learned at a time; in between, Ctrl-C works
+MAX_TOKENS = 2**21 - 1  # limited by ID_BITS in encode.rs
 
 
 class Tokenizer:
-    """A vocabulary: learnt by `train_from_iterator` or made of known ranks. Threads may share one that is trained."""
+    """A vocabulary: the 256 bytes at first, then what `train_from_iterator` learned. Threads may share it."""
 
     def __init__(self):
-        self._pattern = ""
-        self._tokens = {id: bytes([id]) for id in range(256)}  # id -> bytes, in the order of the ids
-        self._encoder = None
+        self._set_tokens([bytes([byte]) for byte in range(256)])
 
     @classmethod
-    def from_ranks(cls, ranks: dict[bytes, int], pattern: str) -> Tokenizer:
-        """The tokenizer of tokens whose ids are also their ranks: the pair that makes the lowest is joined first.
+    def from_ranks(cls, ranks: dict[bytes, int], pattern: str = PATTERN) -> Tokenizer:
+        """The tokenizer of tokens with ids 0, 1, 2, ...; the pair that makes the token of the lowest id is merged first.
 
-        Raises ValueError unless each of the 256 bytes has a token and all ids differ.
+        Raises ValueError if the ids are others, a byte has no token, or the pattern is not PATTERN.
         """
-        if not isinstance(ranks, dict):
-            raise TypeError(f"ranks must be a dict, token -> id, not {type(ranks).__name__}")
-        if not all(isinstance(token, bytes) for token in ranks):
-            raise TypeError("tokens must be bytes")
-        tokens = {whole_number("an id", id, 0, 2**30): token for token, id in ranks.items()}
-        if len(tokens) < len(ranks):
-            raise ValueError(f"{len(ranks)} tokens have only {len(tokens)} different ids")
+        _check_pattern(pattern)
+        tokens = sorted(ranks, key=lambda token: ranks[token])
+        if [ranks[token] for token in tokens] != list(range(len(tokens))):
+            raise ValueError(f"the ids of {len(tokens)} tokens must be 0 to {len(tokens) - 1}, each for one token")
         tokenizer = cls()
-        tokenizer._set(tokens, pattern)
+        tokenizer._set_tokens(tokens)
         return tokenizer
 
-    def __reduce__(self):
-        if self._encoder is None:
-            return Tokenizer, ()
-        return Tokenizer.from_ranks, (dict(self.get_mergeable_ranks()), self._pattern)
-
-    def _set(self, tokens: dict[int, bytes], pattern: str) -> None:
-        tokens = dict(sorted(tokens.items()))
-        self._encoder = Encoder(tokens, pattern)
-        self._pattern, self._tokens = pattern, tokens
-
-    # -------------------------------------------------------------------------
-    # Training
+    def _set_tokens(self, tokens: list[bytes]) -> None:
+        self._encoder = Handle("encoder", *_end_to_end(tokens), len(tokens))
+        self._tokens, self._dtype = tokens, np.uint16 if len(tokens) <= 2**16 else np.uint32
 
     def train_from_iterator(
-        self,
-        iterator: Iterable,
-        vocab_size: int,
-        buffer_size: int = 8192,
-        pattern: str | None = None,
-        *,
-        threads: int | None = None,
-        progress: Callable[[int, int], Any] | None = None,
+        self, iterator: Iterable[str], vocab_size: int, pattern: str = PATTERN, threads: int | None = None
     ) -> None:
-        """Learn a vocabulary of 256 bytes and then merges: the most frequent pair, among equals that of the lower ids.
+        """Train a vocabulary of 256 bytes and then merges: the most frequent pair, among equals that of the lower ids.
 
         Args:
-            iterator: texts (str) or Arrow arrays of strings, of which no Python strings are made.
-            vocab_size: tokens to learn; there are fewer where no pair is left.
-            buffer_size: texts that are handed to Rust at a time.
-            pattern: splits texts into words; None is GPT-4's.
-            threads: that count words; None for all cores. The result does not depend on it.
-            progress: called as progress(merges learnt, merges wanted) after every 1,000 merges and the last.
+            iterator: texts.
+            vocab_size: the number of tokens; there are fewer if no pair is left.
+            pattern: PATTERN; a parameter for compatibility with the published package.
+            threads: that count words, None for all cores. The result does not depend on it.
 
-        Raises ValueError or TypeError, or what the iterator and `progress` raise; the tokenizer is then as it was.
+        Raises ValueError or TypeError for bad arguments, or what the iterator raises; the tokenizer is then unchanged.
         """
-        whole_number("vocab_size", vocab_size, 256, MOST_TOKENS)
-        buffer_size, counts = whole_number("buffer_size", buffer_size, 1), Counts(pattern)
-        if isinstance(iterator, str) or is_arrow(iterator):
-            raise TypeError("texts must come as an iterator or a list of them; put a single one into a list")
-        batch, size = [], 0
+        _check_pattern(pattern)
+        vocab_size, threads = _integer("vocab_size", vocab_size, 256, MAX_TOKENS), _threads(threads)
+        if isinstance(iterator, str):
+            raise TypeError("train_from_iterator takes an iterator of texts, not one text")
+        counts, batch, size = Handle("counts"), [], 0
         for text in iterator:
-            if is_arrow(text):
-                counts.add(text, threads)
-                continue
-            if not isinstance(text, str):
-                raise TypeError(f"a text must be a str or an Arrow array of strings, not {type(text).__name__}")
-            batch.append(text)
+            batch.append(_utf8(text))
             size += len(text)
-            if len(batch) >= buffer_size or size >= BATCH_CHARS:
-                counts.add(batch, threads)
+            if size >= BATCH_CHARS:
+                _count(counts, batch, threads)
                 batch, size = [], 0
-        counts.add(batch, threads)
-        del batch
-        self.train_from_counts(counts, vocab_size, progress=progress)
-
-    def train_from_counts(
-        self, counts: Counts, vocab_size: int, *, progress: Callable[[int, int], Any] | None = None
-    ) -> None:
-        """Learn a vocabulary from counts; all else as in `train_from_iterator`."""
-        vocab_size = whole_number("vocab_size", vocab_size, 256, MOST_TOKENS)
-        trainer = Handle("trainer", lib.rustbpe_trainer_new(_counts(counts)._handle))
-        tokens, pairs = [bytes([byte]) for byte in range(256)], np.empty((MERGES, 2), np.uint32)
-        while len(tokens) < vocab_size:
-            wanted = min(MERGES, vocab_size - len(tokens))
-            learnt = checked(lib.rustbpe_trainer_merge(trainer, wanted, pairs.ctypes.data))
-            if learnt == 0:
-                break
-            for left, right in pairs[:learnt].tolist():
-                tokens.append(tokens[left] + tokens[right])
-            if progress is not None:
-                progress(len(tokens) - 256, vocab_size - 256)
-        self._set(dict(enumerate(tokens)), counts.pattern)
-
-    # -------------------------------------------------------------------------
-    # The vocabulary
-
-    def get_pattern(self) -> str:
-        """The pattern that splits texts; "" before training."""
-        return self._pattern
+        _count(counts, batch, threads)
+        self._set_tokens(_train(counts, vocab_size))
 
     def get_mergeable_ranks(self) -> list[tuple[bytes, int]]:
         """(token, id) of all tokens in the order of their ids."""
-        return [(token, id) for id, token in self._tokens.items()]
+        return [(token, id) for id, token in enumerate(self._tokens)]
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._tokens)
+    def encode_to_numpy(self, texts: Sequence[str], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts concatenated, and where each text's begin: int64 of shape (len(texts) + 1,).
 
-    # -------------------------------------------------------------------------
-    # Encoding
-
-    def encode_to_numpy(self, texts, threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of texts, end to end, and where each text's begin.
-
-        Args:
-            texts: list[str], or an Arrow array (also chunked) of strings, in which null counts as "".
-            threads: None for all cores. Texts are shared out among them.
-
-        Returns ids, uint16 where all ids of the vocabulary are below 65536, else uint32; and offsets, int64 of
-        shape (len(texts) + 1,). Special tokens written out in a text are text.
-
-        Raises ValueError before training, and UnicodeEncodeError (a ValueError) for half a surrogate pair.
+        The ids are uint16 in a vocabulary of up to 65,536 tokens, else uint32. Special tokens spelled out in a text are
+        text. `threads` None: all cores. Raises UnicodeEncodeError (a ValueError) for a lone surrogate.
         """
-        if self._encoder is None:
-            raise ValueError("this tokenizer has no vocabulary yet: train it first")
-        return self._encoder.encode(texts, _threads(threads))
+        if isinstance(texts, str):
+            raise TypeError("encode_to_numpy takes a list of texts, not one text")
+        threads = _threads(threads)
+        data, offsets = _end_to_end([_utf8(text) for text in texts])
+        ids, text_offsets = np.empty(len(data), self._dtype), np.empty(len(offsets), np.int64)
+        arguments = len(offsets) - 1, threads, ids.itemsize, ids.ctypes.data, text_offsets
+        number = _checked(lib.rustbpe_encode(self._encoder, data, offsets, *arguments))
+        ids.resize(number, refcheck=False)
+        return ids, text_offsets
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
+        """The ids of one text."""
         return self.encode_to_numpy([text], threads=1)[0].tolist()
 
-    def batch_encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each of several texts, on all cores."""
-        ids, offsets = self.encode_to_numpy(texts)
-        return [ids[start:end].tolist() for start, end in zip(offsets[:-1], offsets[1:])]
-
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids. Raises ValueError for an unknown id, UnicodeDecodeError for bytes that are no text."""
-        try:
-            return b"".join([self._tokens[id] for id in ids]).decode()
-        except KeyError as unknown:
-            raise ValueError(f"unknown token id: {unknown}") from None
+        """The text of the ids. Raises ValueError for an unknown id, UnicodeDecodeError for bytes that are not UTF-8."""
+        ids = list(ids)
+        if ids and not 0 <= min(ids) <= max(ids) < len(self._tokens):
+            raise ValueError(f"ids must be 0 to {len(self._tokens) - 1}, but there are {min(ids)} to {max(ids)}")
+        return b"".join([self._tokens[id] for id in ids]).decode()
 
 
-class Encoder:
-    """The core's encoder, for which ids are 0, 1, 2, ..., and the ids that these stand for where there are gaps."""
+def _count(counts: Handle, texts: list[bytes], threads: int) -> None:
+    data, offsets = _end_to_end(texts)
+    _checked(lib.rustbpe_counts_add(counts, data, offsets, len(texts), threads))
 
-    def __init__(self, tokens: dict[int, bytes], pattern: str):
-        self.splitter = Splitter(pattern)
-        strings = Strings.of(list(tokens.values()))
-        self._handle = Handle("encoder", lib.rustbpe_encoder_new(self.splitter.scanner, strings))
-        self.dtype = np.uint16 if max(tokens) < 2**16 else np.uint32
-        self.ids = None if max(tokens) == len(tokens) - 1 else np.fromiter(tokens, self.dtype, len(tokens))
 
-    def encode(self, texts, threads: int) -> tuple[np.ndarray, np.ndarray]:
-        (parts, offsets_in_words), number = self.splitter.prepare(texts), ctypes.c_int64()
-        made = lib.rustbpe_encode(self._handle, *in_a_row(parts), threads, ctypes.byref(number))
-        waiting, ids = Handle("encoded", made), np.empty(number.value, self.dtype)
-        offsets = np.empty(sum(part.number for part in parts) + 1, np.int64)
-        lib.rustbpe_encoded_copy(waiting, self.dtype is np.uint32, ids.ctypes.data, offsets.ctypes.data)
-        if self.ids is not None:
-            ids = self.ids[ids]
-        return ids, offsets if offsets_in_words is None else offsets[offsets_in_words]
+def _train(counts: Handle, vocab_size: int) -> list[bytes]:
+    trainer, pairs = Handle("trainer", counts), np.empty((MERGES, 2), np.uint32)
+    tokens, number = [bytes([byte]) for byte in range(256)], MERGES
+    while number == MERGES and len(tokens) < vocab_size:
+        number = _checked(lib.rustbpe_trainer_merge(trainer, min(MERGES, vocab_size - len(tokens)), pairs.ctypes.data))
+        for left, right in pairs[:number].tolist():
+            tokens.append(tokens[left] + tokens[right])
+    return tokens
+
+
+# -----------------------------------------------------------------------------
+# Arguments
+
+
+def _check_pattern(pattern: str) -> None:
+    if pattern != PATTERN:
+        raise ValueError(f"this rustbpe splits text by rustbpe.PATTERN only, not by {pattern!r}; use tiktoken for others")
+
+
+def _integer(name: str, value: int, least: int, most: int = 2**31) -> int:
+    value = operator.index(value)
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be {least} to {most}, not {value}")
+    return value
 
 
 def _threads(threads: int | None) -> int:
-    """As the core has it: 0 for all cores that this process may use."""
-    return 0 if threads is None else whole_number("threads", threads, 1)
+    """As Rust takes it: 0 for one thread per core."""
+    return 0 if threads is None else _integer("threads", threads, 1)
+
+
+def _utf8(text: str) -> bytes:
+    if not isinstance(text, str):
+        raise TypeError(f"a text must be a str, not {type(text).__name__}")
+    return text.encode()
+
+
+def _end_to_end(strings: list[bytes]) -> tuple[bytes, np.ndarray]:
+    """How strings are passed to Rust: [b"ab", b"c"] -> (b"abc", [0, 2, 3])."""
+    return b"".join(strings), np.fromiter(accumulate(map(len, strings), initial=0), np.int64, len(strings) + 1)
+
+
+# -----------------------------------------------------------------------------
+# The library
+
+
+def _load() -> ctypes.CDLL:
+    name = {"win32": "rustbpe.dll", "darwin": "librustbpe.dylib"}.get(sys.platform, "librustbpe.so")
+    library = ctypes.CDLL(str(Path(__file__).with_name(name)))
+    integer, pointer, data, offsets = ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p, np.ctypeslib.ndpointer(np.int64)
+    for name, *arguments in [
+        ("error", pointer, integer),
+        ("counts_new",),
+        ("counts_add", pointer, data, offsets, integer, integer),
+        ("trainer_new", pointer),
+        ("trainer_merge", pointer, integer, pointer),
+        ("encoder_new", data, offsets, integer),
+        ("encode", pointer, data, offsets, integer, integer, integer, pointer, offsets),
+    ]:
+        function = getattr(library, f"rustbpe_{name}")
+        function.restype, function.argtypes = integer, arguments
+    for name in ("counts", "trainer", "encoder"):
+        function = getattr(library, f"rustbpe_{name}_free")
+        function.restype, function.argtypes = None, [pointer]
+    return library
+
+
+lib = _load()
+
+
+def _checked(result: int) -> int:
+    """The result of a Rust function; ValueError if it refused its input, RuntimeError if it panicked."""
+    if result != -1:
+        return result
+    buffer = ctypes.create_string_buffer(2000)
+    message = buffer[: lib.rustbpe_error(buffer, 2000)].decode(errors="replace")
+    raise (RuntimeError if message.startswith("a bug in rustbpe") else ValueError)(message)
+
+
+class Handle(ctypes.c_void_p):
+    """A Rust object, freed together with this one: `Handle("encoder", ...)` calls `rustbpe_encoder_new(...)`."""
+
+    def __init__(self, kind: str, *arguments):
+        super().__init__(_checked(getattr(lib, f"rustbpe_{kind}_new")(*arguments)))
+        free = weakref.finalize(self, getattr(lib, f"rustbpe_{kind}_free"), self.value)
+        free.atexit = False  # other threads may still use it then

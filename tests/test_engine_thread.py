@@ -1,0 +1,288 @@
+"""The thread around an engine, used from an event loop and by clients: load, disconnects, failures, shutdown."""
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from chat_server import END, PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, events_of, message, segments_of, serving
+
+from nanochat.common import UserError
+from nanochat.conversation import render_for_completion
+from nanochat.engine import Engine
+from nanochat.engine_thread import EngineThread, Pool
+
+PROMPT = TOKENIZER.encode("hi")
+
+
+def run(scenario, *engines):
+    """Run `await scenario(pool)` with engines in threads, which have ended afterwards."""
+    pool = Pool([EngineThread(lambda engine=engine: engine, f"fake:{i}") for i, engine in enumerate(engines)])
+    pool.start()
+    try:
+        asyncio.run(asyncio.wait_for(scenario(pool), TIMEOUT))
+    finally:
+        pool.stop()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("engine fake")]
+
+
+async def all_tokens(thread, request) -> list:
+    return [pair async for pairs in thread.tokens(request) for pair in pairs]
+
+
+def test_tokens_of_a_reply_come_in_order_with_its_end_last():
+    async def scenario(pool):
+        expected = [*b"hello", END, None]
+        thread, request = pool.submit(PROMPT, n=2, max_tokens=100)
+        other = pool.submit(PROMPT, max_tokens=100)
+        assert await all_tokens(*other) == [(0, token) for token in expected]
+        tokens = await all_tokens(thread, request)  # a slow reader has lost nothing
+        assert [[token for index, token in tokens if index == i] for i in range(2)] == [expected] * 2
+        assert request.finish_reasons == ["stop"] * 2 and not thread.requests
+        assert [seq.settings["sample_index"] for seq in thread.engine.submitted] == [0, 1, 0]
+        steps = thread.engine.steps
+        await asyncio.sleep(0.05)
+        assert thread.engine.steps == steps  # an idle engine is not stepped
+
+    run(scenario, ScriptedEngine())
+
+
+def test_the_loop_is_called_once_per_step():
+    async def scenario(pool):
+        engine, loop, calls = pool.threads[0].engine, asyncio.get_running_loop(), []
+        engine.hold()
+        call = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda work, *args: (calls.append(threading.current_thread().name), call(work, *args))
+        requests = [pool.submit(PROMPT, max_tokens=100) for _ in range(4)]
+        engine.release()
+        for request in requests:
+            await all_tokens(*request)
+        assert calls.count("engine fake:0") == engine.steps
+
+    run(scenario, ScriptedEngine())
+
+
+def test_a_request_goes_to_the_engine_with_the_fewest_replies_and_not_to_a_failing_one():
+    async def scenario(pool):
+        assert [pool.submit(PROMPT, n)[0].device for n in (2, 1, 2, 1)] == ["fake:0", "fake:1", "fake:1", "fake:0"]
+        pool.threads[0].failures = 3
+        assert {pool.submit(PROMPT)[0].device for _ in range(9)} == {"fake:1"}
+        await pool.drain(TIMEOUT)
+
+    run(scenario, ScriptedEngine(), ScriptedEngine())
+
+
+def test_the_engine_is_made_in_its_thread_and_a_failure_reaches_the_starter():
+    names = []
+
+    def fail():
+        names.append(threading.current_thread().name)
+        raise UserError("no model")
+
+    pool = Pool([EngineThread(ScriptedEngine), EngineThread(fail, "fake:7")])
+    try:
+        with pytest.raises(UserError, match="no model"):
+            pool.start()
+    finally:
+        pool.stop()
+    assert names == ["engine fake:7"]
+
+
+# -----------------------------------------------------------------------------
+# With clients
+
+
+@pytest.fixture
+def held():
+    """A server of one engine with two sequences, whose steps wait for permission; three replies may wait."""
+    engine = ScriptedEngine(max_sequences=2)
+    engine.hold()
+    with serving(engine, max_queue=3) as site, ThreadPoolExecutor(8) as pool:
+        site.in_background = pool.submit
+        yield site
+        if engine._permits:
+            engine.release()
+
+
+def wait_for_replies(site, number: int) -> None:
+    """Until the server has so many unfinished replies."""
+    for _ in range(2000):
+        health = site.get("/health").json()
+        if health["running"] + health["waiting"] == number:
+            return
+    raise AssertionError(health)
+
+
+def test_events_are_sent_as_tokens_are_generated(held):
+    with held.open() as response:
+        lines = response.iter_lines()
+        for letter in "hello":
+            held.engine.allow(1)
+            assert next(lines) == f'data: {{"token": "{letter}", "type": "text"}}' and next(lines) == ""
+        held.engine.release()
+
+
+def test_health_and_stats_answer_during_a_step(held):
+    first = held.in_background(held.ask)
+    assert held.engine.in_step.wait(TIMEOUT)
+    assert held.get("/health").json() == {
+        "status": "ok", "ready": True, "model": "sft d2 step 8", "context": 400, "running": 1, "waiting": 0,
+        "defaults": {"temperature": 0.8, "top_k": 50, "max_tokens": 512},
+    }  # fmt: skip
+    others = [held.in_background(held.ask) for _ in range(3)]
+    wait_for_replies(held, 4)
+    health = held.get("/health").json()
+    assert (health["running"], health["waiting"]) == (2, 2)
+    held.engine.release()
+    assert [segments_of(reply.result(TIMEOUT)) for reply in (first, *others)] == [[("text", "hello")]] * 4
+    stats = held.get("/stats").json()
+    assert stats.pop("uptime_s") >= 0
+    assert stats == {
+        "requests": 4, "completed": 4, "cancelled": 0, "failed": 0, "rejected": 0,
+        "generated_tokens": 4 * len("hello."), "prefill_tokens": 0, "cached_tokens": 0,
+        "workers": [{"device": "fake:0", "running": 0, "waiting": 0, "max_sequences": 2}],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path, extra", [(PAGE, {}), (V1, {"n": 2, "stream": True}), (V1, {"n": 2})])
+def test_a_client_that_disconnects_frees_its_sequences_before_the_next_step(held, path, extra):
+    n = extra.get("n", 1)
+    if extra.get("stream") or path == PAGE:
+        with held.open(path=path, **extra) as response:
+            held.engine.allow(1)
+            lines = response.iter_lines()  # a reference, since closing it would disconnect
+            assert next(lines)
+            assert held.engine.in_step.wait(TIMEOUT)
+    else:
+        body = json.dumps({"messages": [message()], **extra})
+        with socket.create_connection(held.address.removeprefix("http://").split(":")) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall((head + body).encode())
+            assert held.engine.in_step.wait(TIMEOUT)
+    wait_for_replies(held, 0)
+    held.engine.allow(1)
+    assert held.engine.dropped.wait(TIMEOUT)
+    held.engine.release()
+    assert segments_of(held.ask()) == [("text", "hello")]
+    assert [seq.finish_reason for seq in held.engine.submitted] == ["cancelled"] * n + ["stop"]
+    assert all(len(seq.tokens) - seq.prompt_length <= 2 for seq in held.engine.submitted[:n])
+    assert held.get("/stats").json()["cancelled"] == 1
+
+
+def test_a_full_queue_answers_503_and_a_waiting_client_that_disconnects_is_never_served(held):
+    first = [held.in_background(held.ask) for _ in range(4)]
+    wait_for_replies(held, 4)
+    with held.open("waiting"):
+        wait_for_replies(held, 5)
+        for path in ROUTES:
+            response = held.ask(path=path)
+            assert response.status_code == 503 and int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["type"] == "server_busy"
+    wait_for_replies(held, 4)
+    held.engine.release()
+    assert [segments_of(reply.result(TIMEOUT)) for reply in first] == [[("text", "hello")]] * 4
+    assert held.ask().status_code == 200
+    waiting = next(seq for seq in held.engine.submitted if "waiting" in TOKENIZER.decode(seq.tokens))
+    assert waiting.finish_reason == "cancelled" and len(waiting.tokens) == waiting.prompt_length
+    assert held.get("/stats").json()["rejected"] == 2
+
+
+def test_a_failed_step_is_the_last_event_and_repeated_failures_show_in_health(held, caplog):
+    with held.open() as response:
+        lines = response.iter_lines()
+        held.engine.allow(1)
+        assert json.loads(next(lines).removeprefix("data: ")) == {"token": "h", "type": "text"}
+        held.engine.error = RuntimeError("an internal secret")
+        held.engine.allow(1)
+        rest = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    assert [event.keys() for event in rest] == [{"error"}]
+    assert rest[0]["error"]["type"] == "server_error" and "secret" not in json.dumps(rest)
+    assert "an internal secret" in caplog.text and "Traceback" in caplog.text
+    held.engine.release()
+    for _ in range(2):
+        assert held.get("/health").json()["status"] == "ok"
+        held.engine.error = RuntimeError("again")
+        assert held.ask(path=V1).status_code == 500
+    response = held.get("/health")
+    assert response.status_code == 503 and response.json()["status"] == "failing" and response.json()["ready"] is False
+    assert segments_of(held.ask()) == [("text", "hello")]
+    assert held.get("/health").json()["status"] == "ok" and held.get("/stats").json()["failed"] == 3
+
+
+def test_shutdown_waits_for_running_replies_and_refuses_new_requests(held, monkeypatch):
+    draining, drain = threading.Event(), held.pool.drain
+    monkeypatch.setattr(held.pool, "drain", lambda *args, **kwargs: (draining.set(), drain(*args, **kwargs))[1])
+    with held.open() as response:
+        lines = response.iter_lines()
+        held.engine.allow(1)
+        assert json.loads(next(lines).removeprefix("data: "))["token"] == "h"
+        held.server.handle_exit(signal.SIGTERM, None)
+        assert draining.wait(TIMEOUT)
+        for reply in (held.ask(), held.ask(path=V1), held.get("/health")):
+            assert reply.status_code == 503
+        assert "shutting down" in held.ask().json()["error"]["message"]
+        held.engine.release()
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    assert "".join(event.get("token", "") for event in events) == "ello" and events[-1]["finish_reason"] == "stop"
+
+
+def test_shutdown_ends_replies_after_the_grace_period():
+    engine = ScriptedEngine()
+    engine.hold()
+    with serving(engine, grace=0) as site, site.open() as response:
+        wait_for_replies(site, 1)
+        site.server.handle_exit(signal.SIGTERM, None)
+        (line,) = [line for line in response.iter_lines() if line]
+        assert "shut down" in json.loads(line.removeprefix("data: "))["error"]["message"]
+        engine.release()
+
+
+def test_the_log_holds_conversations_only_on_request(caplog):
+    caplog.set_level(logging.DEBUG)
+    for log_content in (False, True):
+        with serving(ScriptedEngine(lambda prompt: "their secret"), log_content=log_content) as site:
+            site.ask("my secret")
+            site.ask("my secret", V1)
+            site.ask("my secret", V1, stream=True, stop="secret")
+            site.ask("my secret", temperature="secret")
+            site.ask("my secret", V1, model="secret")
+            site.get("/secret")
+        ours = [record.getMessage() for record in caplog.records if record.name.startswith(("nanochat", "uvicorn"))]
+        assert ("secret" in str(ours)) is log_content and "12 generated in" in str(ours)
+
+
+def test_concurrent_replies_of_a_real_engine_equal_replies_generated_alone(make_random_model):
+    """16 at once through OpenAI's client, some streamed, some with stop strings."""
+    model = make_random_model(TOKENIZER, sequence_len=256)
+    kinds = [
+        {"temperature": 0}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "seed": 3, "stop": ["e", "k"]},
+        {"temperature": 0.7, "seed": 5, "top_p": 0.8},
+    ]  # fmt: skip
+    requests = [{**kinds[i % 4], "messages": [message("x" * i)], "max_tokens": 40, "model": "sft"} for i in range(16)]
+    alone = Engine(model, TOKENIZER)
+
+    def expected(request) -> str:
+        settings = {key: value for key, value in request.items() if key not in ("messages", "model", "stop")}
+        seq = alone.submit(render_for_completion(TOKENIZER, request), top_k=50, **settings)
+        list(alone.finish())
+        text = TOKENIZER.decode([token for token in seq.generated if token not in alone.terminal_tokens])
+        return text[: min([len(text), *(at for stop in request.get("stop", []) if (at := text.find(stop)) >= 0)])]
+
+    async def send(client, request, stream):
+        reply = await client.chat.completions.create(**request, stream=stream)
+        if not stream:
+            return reply.choices[0].message.content
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in reply])
+
+    async def send_all(address):
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(send(client, request, i % 3 == 0) for i, request in enumerate(requests)))
+
+    with serving(Engine(model, TOKENIZER, max_sequences=4)) as site:
+        assert asyncio.run(send_all(site.address)) == [expected(request) for request in requests]
+        assert site.get("/stats").json()["workers"] == [{"device": "fake:0", "running": 0, "waiting": 0, "max_sequences": 4}]

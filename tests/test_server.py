@@ -1,0 +1,357 @@
+"""The HTTP server, with OpenAI's Python client and plain HTTP, around a scripted engine."""
+
+import json
+import socket
+from itertools import groupby
+
+import openai
+import pytest
+from chat_server import END, PAGE, ROUTES, TOKENIZER, V1, ScriptedEngine, answering, events_of, message, segments_of, serving, tokens_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat import server
+from nanochat.conversation import render_for_completion
+from nanochat.server import ApiError, Segments, fit
+
+MODEL = "sft-d2-step-8"
+REPLIES = {
+    "emoji": "né 👩‍🚀!",
+    "sums": "It is <|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>42.",
+    "silence": "",
+    "long": "x" * 1000,
+    "count": "1, 2, 3, 4, 5",
+}
+
+
+@pytest.fixture(scope="module")
+def site():
+    with serving(ScriptedEngine(answering(REPLIES))) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def client(site):
+    with openai.OpenAI(base_url=f"{site.address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(client, text="hi", **settings):
+    return client.chat.completions.create(**{"model": MODEL, "messages": [message(text)], **settings})
+
+
+# -----------------------------------------------------------------------------
+# Text
+
+
+def shown(tokens, stop=()) -> list[list[tuple[str, str]]]:
+    """The segments of each token, and those at the end."""
+    segments = Segments(TOKENIZER, list(stop))
+    return [*(segments.push(token) for token in tokens), segments.finish()]
+
+
+def joined(lists) -> list[tuple[str, str]]:
+    flat = [segment for segments in lists for segment in segments]
+    return [(kind, "".join(text for _, text in group)) for kind, group in groupby(flat, key=lambda segment: segment[0])]
+
+
+@given(st.text(max_size=20), st.binary(max_size=3))
+def test_characters_are_never_cut(text, tail):
+    tokens = [*text.encode(), *tail]
+    assert joined(shown([*tokens, END])) == ([("text", TOKENIZER.decode(tokens))] if tokens else [])
+    whole = [segment[1] for segments in shown(text.encode()) for segment in segments]
+    assert all(len(part) == 1 for part in whole)
+
+
+def test_stop_strings_are_found_in_text_across_tool_calls_but_not_in_them():
+    tokens = tokens_of("a=<|python_start|>=b<|python_end|>=b")
+    assert joined(shown(tokens, ["=="])) == [("text", "a"), ("python", "=b")]
+
+
+def test_only_text_that_may_become_a_stop_string_is_held_back():
+    lists = shown(TOKENIZER.encode("an EN ENd"), ["END"])
+    assert ["".join(text for _, text in segments) for segments in lists] == ["a", "n", " ", "", "", "EN ", "", "", "ENd", ""]
+
+
+@given(st.text("abé", max_size=20), st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=4))
+def test_text_ends_before_the_first_stop_string(text, stop):
+    def naive():
+        for end in range(len(text) + 1):
+            found = [text[:end].find(string) for string in stop if string in text[:end]]
+            if found:
+                return text[: min(found)]
+        return text
+
+    assert "".join(part for _, part in joined(shown(TOKENIZER.encode(text), stop))) == naive()
+
+
+# -----------------------------------------------------------------------------
+# The page's route
+
+
+def test_page_reply_is_an_event_per_token_then_done(site):
+    response = site.ask()
+    *tokens, done = events_of(response)
+    assert tokens == [{"token": letter, "type": "text"} for letter in "hello"]
+    prompt = len(render_for_completion(TOKENIZER, {"messages": [message()]}))
+    usage = {"prompt_tokens": prompt, "completion_tokens": 5, "total_tokens": prompt + 5}
+    assert done == {"done": True, "finish_reason": "stop", "usage": usage, "forgotten": 0}
+    assert response.headers["cache-control"] == "no-cache" and response.headers["x-accel-buffering"] == "no"
+    assert segments_of(site.ask("sums")) == [("text", "It is "), ("python", "6*7"), ("python_output", "42"), ("text", "42.")]
+    assert events_of(site.ask("silence"))[-1]["usage"]["completion_tokens"] == 0
+    assert events_of(site.ask("long", max_tokens=7))[-1]["finish_reason"] == "length"
+    end = events_of(site.ask("long"))[-1]
+    assert end["finish_reason"] == "context" and end["usage"]["total_tokens"] == site.engine.context
+
+
+def test_page_settings_reach_the_engine_and_defaults_replace_missing_ones():
+    with serving(ScriptedEngine(), temperature=0.5, top_k=7, max_tokens=3) as site:
+        site.ask(temperature=0, top_k=0, max_tokens=50, seed=-(10**30))
+        assert events_of(site.ask())[-1]["usage"]["completion_tokens"] == 3
+        site.ask()
+        given, *defaults = [seq.settings for seq in site.engine.submitted]
+        assert given == {"temperature": 0, "top_k": None, "seed": -(10**30), "sample_index": 0}
+        assert [(settings["temperature"], settings["top_k"]) for settings in defaults] == [(0.5, 7)] * 2
+        assert defaults[0]["seed"] != defaults[1]["seed"]
+
+
+def test_a_conversation_with_tool_calls_is_rendered_as_in_training(site):
+    parts = [{"type": "text", "text": "It is "}, {"type": "python", "text": "6*7"}, {"type": "python_output", "text": "42"}]
+    messages = [message("Be brief.", "system"), message("a"), message(parts, "assistant"), message("b")]
+    assert site.post(PAGE, messages=messages).status_code == 200
+    seq = site.engine.submitted[-1]
+    assert seq.tokens[: seq.prompt_length] == render_for_completion(TOKENIZER, {"messages": messages})
+
+
+@pytest.mark.parametrize("system", [None, "Be brief, and kind."])
+@pytest.mark.parametrize("lengths", [[10] * 3, [10] * 31, [100, 100, 100], [1, 1, 1, 150, 1], [90, 20, 30, 40, 80, 5, 60], [0] * 101])
+def test_as_few_exchanges_as_possible_are_dropped(lengths, system):
+    """Against trying every number of exchanges."""
+    messages = [message("x" * length, "assistant" if i % 2 else "user") for i, length in enumerate(lengths)]
+    head = [message(system, "system")] if system else []
+    prompt, dropped = fit(TOKENIZER, head + messages, 200, 30)
+    rendered = [render_for_completion(TOKENIZER, {"messages": head + messages[2 * n :]}) for n in range(len(lengths) // 2 + 1)]
+    fitting = [n for n, ids in enumerate(rendered) if len(ids) <= 200 - 1 - 30]
+    assert dropped == fitting[0] and prompt == rendered[dropped]
+    with pytest.raises(ApiError, match="keep it below 149") as caught:  # a reply gets at most a quarter of the context
+        fit(TOKENIZER, head + messages[:-1] + [message("x" * 199, messages[-1]["role"])], 200, 1000)
+    assert caught.value.code == "context_length_exceeded"
+
+
+# -----------------------------------------------------------------------------
+# OpenAI's protocol
+
+
+def test_models(client):
+    (model,) = client.models.list().data
+    assert model.id == MODEL and client.models.retrieve(MODEL) == model
+    for name in (MODEL, "sft", "sft-d2", "nanochat", "sft d2 step 8"):
+        assert ask(client, model=name).model == MODEL
+    for name in ("gpt-4o", "sft-d", "SFT", "a/b"):
+        for request in (lambda: ask(client, model=name), lambda: client.models.retrieve(name)):
+            with pytest.raises(openai.NotFoundError, match=MODEL) as caught:
+                request()
+            assert caught.value.code == "model_not_found" and caught.value.param == "model"
+
+
+def test_completion(client, site):
+    reply = ask(client, n=3)
+    assert reply.object == "chat.completion" and reply.id.startswith("chatcmpl-")
+    assert [choice.message.content for choice in reply.choices] == ["hello"] * 3
+    assert [(choice.index, choice.message.role, choice.finish_reason) for choice in reply.choices] == [(i, "assistant", "stop") for i in range(3)]
+    assert reply.usage.completion_tokens == 15 and reply.usage.total_tokens == reply.usage.prompt_tokens + 15
+    assert ask(client, "sums").choices[0].message.content == "It is 42."  # text only
+    for limits in ({"max_tokens": 7}, {"max_completion_tokens": 7}, {"max_tokens": 99, "max_completion_tokens": 7}):
+        reply = ask(client, "long", **limits)
+        assert reply.choices[0].finish_reason == "length" and reply.usage.completion_tokens == 7
+    assert ask(client, "long", max_tokens=100_000).choices[0].finish_reason == "length"  # the context is full
+    assert ask(client, "long" * 98 + "abc").usage.total_tokens == site.engine.context  # room for one token suffices
+
+
+def test_streamed_completion(client):
+    *chunks, last = ask(client, stream=True, stream_options={"include_usage": True})
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"} and len({chunk.id for chunk in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "hello"
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-2:] == [None, "stop"]
+    assert last.choices == [] and last.usage == ask(client).usage and not any(chunk.usage for chunk in chunks)
+    assert not any(chunk.usage for chunk in ask(client, stream=True))
+    texts = {}
+    for chunk in ask(client, n=3, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "") + (choice.finish_reason or "")
+    assert texts == dict.fromkeys(range(3), "hellostop")
+
+
+@pytest.mark.parametrize("stop, text", [(", 3", "1, 2"), ([", 4", "3"], "1, 2, "), (["absent"], "1, 2, 3, 4, 5"), (None, "1, 2, 3, 4, 5")])
+def test_stop_strings_end_the_reply_and_are_not_in_it(client, site, stop, text):
+    reply = ask(client, "count", stop=stop)
+    assert reply.choices[0].message.content == text and reply.choices[0].finish_reason == "stop"
+    chunks = list(ask(client, "count", stop=stop, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == text
+    assert chunks[-1].usage == reply.usage
+    ask(client)
+    assert not site.engine.seqs  # the rest was dropped
+
+
+def test_completion_settings_reach_the_engine(client, site):
+    ask(client, temperature=0, top_p=0.5, seed=7, extra_body={"top_k": 3, "unknown": {}}, user="me", presence_penalty=1)
+    assert site.engine.submitted[-1].settings == {"temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 7, "sample_index": 0}
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    ask(client, messages=[message("Be brief.", "developer"), message(parts), message("c", "assistant"), {**message("d"), "name": "me"}])
+    seq = site.engine.submitted[-1]
+    assert TOKENIZER.decode(seq.tokens[: seq.prompt_length]) == (
+        "<|bos|><|user_start|>Be brief.\n\na\nb<|user_end|><|assistant_start|>c<|assistant_end|><|user_start|>d<|user_end|><|assistant_start|>"
+    )
+
+
+# -----------------------------------------------------------------------------
+# Errors
+
+VALID = {"messages": [message()], "max_tokens": 2}
+
+
+def error_of(response, status: int) -> dict:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"} and response.json().keys() == {"error"}
+    assert error["type"] == {5: "server_error", 4: "invalid_request_error"}[status // 100]
+    assert 10 < len(error["message"]) < 300 and "\n" not in error["message"] and "Traceback" not in response.text
+    return error
+
+
+def send(site, route, body, content_type="application/json"):
+    return site.client.post(route, content=body, headers={"Content-Type": content_type} if content_type else {})
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("body, param, says", [
+    ({}, "messages", "required"),
+    ({"messages": []}, "messages", "at least 1"),
+    ({"messages": "hi"}, "messages", "list"),
+    ({"messages": [message()] * 501}, "messages", "at most 500"),
+    ({"messages": ["hi"]}, "messages[0]", "dictionary"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+    ({"messages": [message(role="robot")]}, "messages[0].role", "'system', 'developer', 'user' or 'assistant'"),
+    ({"messages": [message(3)]}, "messages[0].content", "string"),
+    ({"messages": [message([{"type": "image", "text": ""}])]}, "messages[0].content[0].type", "'text'"),
+    ({"messages": [message([{"type": "text", "text": ""}] * 201)]}, "messages[0].content", "at most 200"),
+    ({"messages": [message(), message()]}, "messages[1]", "must alternate"),
+    ({"messages": [message(role="assistant"), message()]}, "messages[0]", "is expected"),
+    ({"messages": [message(), message("x", "assistant")]}, "messages[1].role", "last message"),
+    ({"messages": [message(role="system")]}, "messages[0].role", "last message"),
+    ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+    ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+    ({"temperature": "hot"}, "temperature", "number"),
+    ({"temperature": True}, "temperature", "number"),
+    ({"top_k": 201}, "top_k", "200"),
+    ({"top_k": 1.5}, "top_k", "integer"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"max_tokens": 0}, "max_tokens", "1"),
+    ({"max_tokens": 10**400}, "max_tokens", "1000000"),
+    ({"seed": "x"}, "seed", "integer"),
+    ({"stop": ["a"] * 5}, "stop", "at most 4"),
+    ({"stop": ["a", 3]}, "stop[1]", "string"),
+])  # fmt: skip
+def test_invalid_requests_name_the_field(site, route, body, param, says):
+    before = len(site.engine.submitted)
+    error = error_of(site.post(route, **(body if not body or "messages" in body else {**VALID, **body})), 400)
+    assert error["param"] == param and says in error["message"]
+    assert len(site.engine.submitted) == before
+
+
+@pytest.mark.parametrize("body, param", [
+    ({"n": 9}, "n"), ({"stream": "yes"}, "stream"), ({"model": 7}, "model"), ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"), ({"messages": [message("x" * 500)]}, "messages"),
+])  # fmt: skip
+def test_invalid_completion_requests_name_the_field(client, body, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, extra_body=body)
+    assert caught.value.param == param
+
+
+def with_value(raw: str, field: str = "temperature") -> bytes:
+    return json.dumps({**VALID, field: "@"}).replace('"@"', raw).encode()
+
+
+BODIES = {
+    "empty": b"", "no JSON": b"hello", "cut": json.dumps(VALID)[:-1].encode(), "two": json.dumps(VALID).encode() * 2,
+    "list": b"[]", "null": b"null", "NaN": with_value("NaN"), "infinity": with_value("-Infinity"), "too large": with_value("1e999"),
+    "seed of 5,000 digits": with_value("9" * 5000, "seed"), "surrogate": json.dumps(VALID).replace('"user"', '"\\ud800"').encode(),
+    "deep lists": b"[" * 100_000 + b"]" * 100_000, "deep objects": b'{"a":' * 50_000,
+    "deep field": with_value("[" * 100_000 + "]" * 100_000, "messages"),
+    "many messages": json.dumps({**VALID, "messages": [{}] * 240_000}).encode(),
+    "many parts": json.dumps({**VALID, "messages": [message([{}] * 240_000)]}).encode(),
+    "not UTF-8": b'{"messages": "\xff"}', "UTF-16": json.dumps(VALID).encode("utf-16-be")[1:], "zeros": bytes(1000), "gzip": b"\x1f\x8b\x08\x00" + bytes(20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_malformed_bodies(site, route):
+    for body in BODIES.values():
+        error_of(send(site, route, body), 400)
+    for content_type in ("", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "json", '"'):
+        # So no form of another site's page can send a request without a preflight request
+        assert "application/json" in error_of(send(site, route, json.dumps(VALID), content_type), 400)["message"]
+    assert send(site, route, json.dumps(VALID).replace('"hi"', '"\\ud800"').encode()).status_code in (200, 400)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("chunked", [True, False])
+def test_bodies_above_the_limit_are_refused(site, route, chunked):
+    body = json.dumps({**VALID, "padding": "x" * server.MAX_BODY}).encode()
+    assert "1,000,000" in error_of(send(site, route, iter([body[:500_000], body[500_000:]]) if chunked else body), 413)["message"]
+    assert send(site, route, json.dumps({**VALID, "padding": "x" * (server.MAX_BODY - 200)}).encode()).status_code == 200
+
+
+def test_an_incomplete_body_times_out(site, monkeypatch):
+    monkeypatch.setattr(server, "BODY_TIMEOUT", 0.05)
+    with socket.create_connection(site.address.removeprefix("http://").split(":"), timeout=30) as connection:
+        connection.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+atoms = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+names = st.sampled_from(["role", "content", "type", "text", "messages"])
+json_values = st.recursive(atoms, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=8)
+fields = st.sampled_from(["messages", "temperature", "top_k", "top_p", "max_tokens", "seed", "n", "stop", "stream", "model"])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.sampled_from(ROUTES), st.dictionaries(fields, json_values), st.booleans())
+def test_any_json_is_accepted_or_refused_with_an_error(site, route, body, valid_messages):
+    response = send(site, route, json.dumps({**body, **(VALID if valid_messages else {})}).encode())
+    assert response.status_code in (200, 400, 404)
+    if response.status_code >= 400:
+        error_of(response, response.status_code)
+
+
+def test_unknown_urls_and_methods(site):
+    for path in ("/nothing", "/v1", "/v1/", "/health/", "/docs", "/..%2f..%2fetc/passwd", "/%00"):
+        error_of(site.get(path), 404)
+    for method, path in (("GET", PAGE), ("PUT", V1), ("OPTIONS", PAGE), ("DELETE", "/"), ("POST", "/health")):
+        response = site.client.request(method, path)
+        error_of(response, 405)
+        assert response.headers["allow"]
+
+
+def test_the_page_can_load_nothing_from_elsewhere_and_other_sites_are_not_allowed(site):
+    response = site.client.get("/", headers={"Origin": "http://evil.example"})
+    assert response.headers["content-type"].startswith("text/html") and b"<html" in response.content
+    policy = dict(rule.split(" ", 1) for rule in response.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'self'" and policy["script-src"] == policy["style-src"] == "'self' 'unsafe-inline'"
+    assert "http" not in response.headers["content-security-policy"]
+    assert not [name for name in response.headers if name.startswith("access-control")]
+    assert site.get("/logo.svg").headers["content-type"] == "image/svg+xml"
+
+
+def test_an_internal_error_shows_no_details(monkeypatch, caplog):
+    with serving(ScriptedEngine()) as site:
+        monkeypatch.setattr(site.pool, "submit", lambda *args, **kwargs: 1 / 0)
+        assert "division" not in error_of(site.ask(), 500)["message"]
+        monkeypatch.undo()
+        assert "the engine refuses this" in site.ask("refuse me", V1).json()["error"]["message"]
+        assert "the engine refuses this" in events_of(site.ask("refuse me"))[-1]["error"]["message"]
+        assert site.ask().status_code == 200
+    assert "division by zero" in caplog.text
