@@ -172,15 +172,15 @@ def test_a_reply_continues_while_another_conversation_is_open(page):
 def test_a_reply_that_was_cut_off_or_lost_its_context_says_so(page):
     talk(page, "One", "Long", done("length", forgotten=2))
     expect(replies(page)).to_contain_text("Cut off: the reply reached the length")
-    expect(replies(page)).to_contain_text("The first 2 questions and their answers no longer fitted")
+    expect(replies(page)).to_contain_text("2 earlier questions no longer fitted")
     talk(page, "Two", "Long", done("context"))
-    expect(replies(page).last).to_contain_text("Cut off: the model's memory of 1,024 tokens is full.")
+    expect(replies(page).last).to_contain_text("Cut off: the model's memory is full.")
 
 
 def test_requests_stay_within_the_limits_of_the_server(page):
     sent = [talk(page, f"{i}" + "x" * 7700, "y" * 9000) for i in range(5)][-1]
     assert [content[0] for content in sent] == ["3", "y", "4"] and len(sent[1]) == 8000
-    expect(replies(page).last).to_contain_text("The first 3 questions and their answers")
+    expect(replies(page).last).to_contain_text("3 earlier questions no longer fitted")
     expect(box(page)).to_have_attribute("maxlength", "8000")
 
 
