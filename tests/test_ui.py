@@ -1,18 +1,13 @@
-"""The chat page, used in a real browser as people use it, against a server that says what a test wants.
+"""The chat page in a real browser, with a fake `fetch` whose replies the tests send token by token.
 
-The one idea to know: `Stub` is the seam. It speaks the interface of scripts/chat_web.py, but what it answers is a list
-of steps that the test puts into it: tokens, events to wait for, faults. So a test decides when each word comes, and
-nothing here waits for a fixed time. A page that raises an error, or asks anything of another address, fails its test.
+The last test uses the real server. An error on the page, or a request to another address, fails a test.
 """
 
 from __future__ import annotations
 
 import json
-import queue
-import select
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
 from pathlib import Path
 
 import pytest
@@ -25,126 +20,29 @@ except ImportError:
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:
     pytest.skip("needs a browser: apt-get install chromium", allow_module_level=True)
-ARGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
-ARGS += ["--disable-background-networking", "--disable-component-update"]  # of its own accord it asks nobody anything
-
-FOLDER = Path(__file__).resolve().parents[1] / "nanochat"
-FILES = {"/": ("ui.html", "text/html; charset=utf-8"), "/logo.svg": ("logo.svg", "image/svg+xml")}
-HEALTH = {
-    "status": "ok", "ready": True, "model": "sft d4 step 60", "context": 1024, "running": 0, "waiting": 0,
-    "defaults": {"temperature": 0.8, "top_k": 50, "max_tokens": 512},
-}
-CUT = object()  # a step: the connection breaks
-WAIT = 10  # seconds, the most that a step waits for its event
-
-
-# -----------------------------------------------------------------------------
-# The server
-
-
-class Refusal:
-    """An answer that is an error: `Refusal(503, "the server is busy", retry_after=1)`."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, retry_after: int | None = None):
-        self.status, self.retry_after = status, retry_after
-        kind = "server_busy" if status == 503 else "invalid_request_error"
-        self.body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-class Stub:
-    """A server on this machine. `say(...)` lines up an answer, `asked()` gives the next request's body.
-
-    A step of an answer is a string (a token of text), (type, text), bytes (sent as they are), an Event (waited for),
-    a dict (an event as it is; without any, a last one is added) or CUT.
-    """
-
-    def __init__(self):
-        self.answers: queue.Queue = queue.Queue()
-        self.requests: queue.Queue = queue.Queue()
-        self.left = threading.Event()  # a client went away in the middle of an answer
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(self))
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def say(self, *steps) -> None:
-        self.answers.put(steps)
-
-    def asked(self) -> dict:
-        return self.requests.get(timeout=WAIT)
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def done(finish_reason="stop", tokens=5, forgotten=0) -> dict:
-    usage = {"prompt_tokens": 9, "completion_tokens": tokens, "total_tokens": 9 + tokens}
-    return {"done": True, "finish_reason": finish_reason, "usage": usage, "forgotten": forgotten}
-
-
-def make_handler(stub: Stub):
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path in FILES:
-                name, kind = FILES[self.path]
-                self.reply(200, (FOLDER / name).read_bytes(), kind)
-            else:
-                self.reply(200, json.dumps(HEALTH).encode(), "application/json")
-
-        def do_POST(self):
-            stub.requests.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            steps = stub.answers.get(timeout=WAIT)
-            if isinstance(steps[0], Refusal):
-                extra = {"Retry-After": str(steps[0].retry_after)} if steps[0].retry_after else {}
-                return self.reply(steps[0].status, json.dumps(steps[0].body).encode(), "application/json", extra)
-            if steps[0] is CUT:
-                return None
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.end_headers()
-            if not any(isinstance(step, dict) or step is CUT for step in steps):
-                steps = (*steps, done())
-            for step in steps:
-                if step is CUT or (isinstance(step, threading.Event) and not self.may_go_on(step)):
-                    return None
-                if not isinstance(step, threading.Event):
-                    self.wfile.write(as_bytes(step))
-
-        def may_go_on(self, event) -> bool:
-            """Waits for the event; False where the client goes away before."""
-            for _ in range(WAIT * 50):
-                if event.wait(0.02):
-                    return True
-                if select.select([self.connection], [], [], 0)[0]:
-                    stub.left.set()
-                    return False
-            return False
-
-        def reply(self, status, body, kind, extra=None):
-            self.send_response(status)
-            for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(extra or {})}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    return Handler
-
-
-def as_bytes(step) -> bytes:
-    if isinstance(step, bytes):
-        return step
-    if not isinstance(step, dict):
-        kind, text = step if isinstance(step, tuple) else ("text", step)
-        step = {"token": text, "type": kind}
-    return f"data: {json.dumps(step)}\n\n".encode()
-
-
-# -----------------------------------------------------------------------------
-# The browser
+ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+FILES = {name: Path(__file__).resolve().parents[1] / "nanochat" / (name or "ui.html") for name in ("", "logo.svg")}
+ADDRESS = "http://localhost/"
+FAKE_FETCH = """
+window.requests = []; // bodies
+window.streams = []; // the replies to them
+window.refusal = null; // [status, message] of the next reply, or "offline"
+window.emit = (text, i) => {
+  for (const byte of new TextEncoder().encode(text)) streams.at(i).enqueue(new Uint8Array([byte]));
+};
+window.fetch = async (url, { body, signal }) => {
+  const defaults = { temperature: 0.8, top_k: 50, max_tokens: 512 }, error = refusal;
+  if (url === "health") return Response.json({ ready: true, model: "sft d4 step 60", context: 1024, defaults });
+  requests.push(JSON.parse(body));
+  refusal = null;
+  if (error === "offline") throw new TypeError("Failed to fetch");
+  if (error) return Response.json({ error: { message: error[1] } }, { status: error[0] });
+  return new Response(new ReadableStream({ start(controller) {
+    streams.push(controller);
+    signal.addEventListener("abort", () => controller.error(signal.reason));
+  } }));
+};
+"""
 
 
 @pytest.fixture(scope="module")
@@ -156,34 +54,31 @@ def browser():
 
 
 @pytest.fixture
-def stub():
-    stub = Stub()
-    yield stub
-    stub.close()
+def visit(browser):
+    """`visit()` returns the page in a new browser context, with these options and this script run before the page's."""
+    contexts, errors = [], []
 
-
-@pytest.fixture
-def visit(browser, stub):
-    """`visit()` gives the page as a new visitor sees it; options are those of a browser context."""
-    contexts, errors, elsewhere = [], [], []
+    def serve(route):
+        file = FILES.get(route.request.url.removeprefix(ADDRESS).partition("#")[0])
+        if file is None:
+            errors.append(route.request.url)
+        route.fulfill(path=file or FILES["logo.svg"])
 
     def start(script: str = "", **options):
-        context = browser.new_context(**{"viewport": {"width": 1100, "height": 720}, "reduced_motion": "reduce", **options})
-        context.set_default_timeout(WAIT * 1000)
+        options = {"viewport": {"width": 1100, "height": 720}, "reduced_motion": "reduce"} | options
+        context = browser.new_context(**options)
         contexts.append(context)
+        context.route("**/*", serve)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("dialog", lambda dialog: errors.append(f"a dialog: {dialog.message}"))
-        page.on("request", lambda request: elsewhere.append(request.url) if not request.url.startswith(stub.url) else None)
-        if script:
-            page.add_init_script(script)
-        page.goto(stub.url)
+        context.add_init_script(FAKE_FETCH + script)
+        page.goto(ADDRESS)
         return page
 
     yield start
     for context in contexts:
         context.close()
-    assert not errors and not elsewhere
+    assert not errors
 
 
 @pytest.fixture
@@ -191,264 +86,227 @@ def page(visit):
     return visit()
 
 
-def say(page, text: str) -> None:
-    page.get_by_label("Message", exact=True).fill(text)
-    page.keyboard.press("Enter")
-
-
-def talk(page, stub, question: str, *steps) -> dict:
-    """One question and its whole answer; gives the request's body."""
-    stub.requests.queue.clear()
-    stub.say(*steps)
-    say(page, question)
-    body = stub.asked()
-    page.wait_for_function("document.querySelector('#send').title === 'Send'")  # looks at every frame; expect() does not
-    return body
+def box(page):
+    return page.get_by_label("Message", exact=True)
 
 
 def replies(page):
     return page.get_by_role("article", name="nanochat")
 
 
-def questions(page):
-    return page.get_by_role("article", name="You")
+def links(page):
+    return page.get_by_role("navigation").get_by_role("link")
 
 
-def notice(page):
-    return page.locator("#notice")
+def click(page, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).last.click()
 
 
-# -----------------------------------------------------------------------------
-# Talking
+def say(page, text: str) -> None:
+    box(page).fill(text)
+    page.keyboard.press("Enter")
 
 
-def test_words_are_shown_as_they_come(page, stub):
-    first, second = threading.Event(), threading.Event()
-    stub.say("Once ", first, "upon ", second, "a time.", done(tokens=1234))
+def emit(page, *steps, stream: int = -1) -> None:
+    """Sends text (str), (type, token) pairs and other events (dict) as a part of a reply, split at every byte."""
+    for step in steps:
+        kind, token = step if isinstance(step, tuple) else ("text", step)
+        event = step if isinstance(step, dict) else {"token": token, "type": kind}
+        text = f"data: {json.dumps(event, ensure_ascii=False)}\r\n\r\n"
+        page.evaluate("([text, i]) => emit(text, i)", [text, stream])
+
+
+def done(finish_reason="stop", tokens=5, forgotten=0) -> dict:
+    usage = {"completion_tokens": tokens}
+    return {"done": True, "finish_reason": finish_reason, "usage": usage, "forgotten": forgotten}
+
+
+def talk(page, question: str, *steps) -> list:
+    """Sends a question and waits for its whole reply; returns the contents of the messages in the request."""
+    say(page, question)
+    emit(page, *steps, *([] if isinstance(steps[-1], dict) else [done()]))
+    page.wait_for_function("document.querySelector('#send').title === 'Send'")
+    return contents(page)
+
+
+def request(page) -> dict:
+    return page.evaluate("requests.at(-1)")
+
+
+def contents(page) -> list:
+    return [message["content"] for message in request(page)["messages"]]
+
+
+# ---- Replies
+
+
+def test_tokens_are_shown_as_they_arrive(page):
     say(page, "A story")
-    expect(replies(page)).to_contain_text("Once")
-    expect(page.get_by_role("button", name="Stop")).to_be_visible()
-    expect(replies(page)).not_to_contain_text("upon")
-    first.set()
-    expect(replies(page)).to_contain_text("Once upon")
-    expect(replies(page)).to_contain_text("2 tokens")
-    second.set()
-    expect(replies(page)).to_contain_text("Once upon a time.")
-    expect(replies(page)).to_contain_text("1,234 tokens · ")
-    expect(replies(page)).to_contain_text("tokens/s")
+    emit(page, "Once ", "upon ")
+    expect(replies(page)).to_contain_text("Once upon 2 tokens")
+    emit(page, "a time.", done(tokens=1234))
+    expect(replies(page)).to_contain_text("Once upon a time.1,234 tokens")
     expect(page).to_have_title("A story · nanochat")
-    assert stub.asked() == {"messages": [{"role": "user", "content": "A story"}]}
+    assert request(page) == {"messages": [{"role": "user", "content": "A story"}]}
+    assert talk(page, "Again", "Nö 🌍.") == ["A story", "Once upon a time.", "Again"]
+    expect(replies(page).last).to_contain_text("Nö 🌍.")
 
 
-def test_the_conversation_goes_along_with_the_next_question(page, stub):
-    talk(page, stub, "Hello", "Hi ", "there.")
-    body = talk(page, stub, "Again", "Hi.")
-    assert [(m["role"], m["content"]) for m in body["messages"]] == [("user", "Hello"), ("assistant", "Hi there."), ("user", "Again")]
-
-
-def test_events_may_be_cut_anywhere(page, stub):
-    event = 'data: {"token": "Grüße 🌍", "type": "text"}\r\n\r\n: a comment\n\n'.encode()
-    talk(page, stub, "Greet", *(event[i : i + 1] for i in range(len(event))), "!", done())
-    expect(replies(page)).to_contain_text("Grüße 🌍!")
-
-
-def test_stop_ends_the_request_and_keeps_what_had_arrived(page, stub):
-    stub.say("As I was ", threading.Event(), "saying")
+def test_a_stopped_reply_is_kept_and_can_be_continued(page):
     say(page, "Talk")
-    expect(replies(page)).to_contain_text("As I was")
-    page.get_by_role("button", name="Stop").click()
-    expect(replies(page)).to_contain_text("Stopped.")
-    assert stub.left.wait(WAIT)
-    body = talk(page, stub, "Go on", "…")
-    assert body["messages"][1] == {"role": "assistant", "content": "As I was "}
+    emit(page, "As I was ")
+    click(page, "Stop")
+    expect(replies(page)).to_contain_text("As I was Stopped.")
+    click(page, "Continue")
+    emit(page, "saying.", done(tokens=1))
+    expect(replies(page)).to_contain_text("As I was saying.2 tokens")
+    assert contents(page) == ["Talk", "As I was "]
 
 
-def test_a_reply_goes_on_while_another_conversation_is_open(page, stub):
-    gate = threading.Event()
-    stub.say("Slow ", gate, "but sure.")
+def test_a_reply_continues_while_another_conversation_is_open(page):
     say(page, "First")
-    expect(replies(page)).to_contain_text("Slow")
-    page.get_by_role("button", name="New conversation").click()
-    talk(page, stub, "Second", "Quick.")
-    expect(replies(page)).to_have_count(1)
-    gate.set()
-    page.get_by_role("link", name="First").click()
+    emit(page, "Slow ")
+    click(page, "New conversation")
+    talk(page, "Second", "Quick.")
+    emit(page, "but sure.", done(), stream=0)
+    links(page).last.click()
     expect(replies(page)).to_contain_text("Slow but sure.")
-    expect(page.get_by_role("link", name="First")).to_have_attribute("aria-current", "page")
+    expect(links(page).last).to_have_attribute("aria-current", "page")
 
 
-def test_what_the_server_left_out_and_cut_off_is_said(page, stub):
-    talk(page, stub, "One", "Long", done("length", forgotten=2))
+def test_a_reply_that_was_cut_off_or_lost_its_context_says_so(page):
+    talk(page, "One", "Long", done("length", forgotten=2))
     expect(replies(page)).to_contain_text("Cut off: the reply reached the length")
-    expect(replies(page)).to_contain_text("The first 2 questions and their answers no longer fitted")
-    talk(page, stub, "Two", "Long", done("context"))
-    expect(replies(page).last).to_contain_text("Cut off: the model's memory of 1,024 tokens is full.")
+    expect(replies(page)).to_contain_text("2 earlier questions no longer fitted")
+    talk(page, "Two", "Long", done("context"))
+    expect(replies(page).last).to_contain_text("Cut off: the model's memory is full.")
 
 
-def test_what_the_server_would_refuse_is_not_sent(page, stub):
-    for i in range(5):
-        body = talk(page, stub, f"{i}" + "x" * 7900, "y" * 9000)
-    # at most 32,000 characters in all and 8,000 in one message: the oldest exchange and the replies' ends stay behind
-    assert [m["content"][0] for m in body["messages"]] == ["3", "y", "4"] and len(body["messages"][1]["content"]) == 8000
-    expect(replies(page).last).to_contain_text("The first 3 questions and their answers")
-    say(page, "z" * 8001)
-    expect(notice(page)).to_contain_text("8,001 characters; at most 8,000")
-    expect(questions(page)).to_have_count(5)
+def test_requests_stay_within_the_limits_of_the_server(page):
+    sent = [talk(page, f"{i}" + "x" * 7700, "y" * 9000) for i in range(5)][-1]
+    assert [content[0] for content in sent] == ["3", "y", "4"] and len(sent[1]) == 8000
+    expect(replies(page).last).to_contain_text("3 earlier questions no longer fitted")
+    expect(box(page)).to_have_attribute("maxlength", "8000")
 
 
-# -----------------------------------------------------------------------------
-# Conversations
+def test_tool_calls_are_shown_and_sent_back_as_parts(page):
+    parts = [("text", "That is "), ("python", "12*7"), ("python_output", "84"), ("text", "84.")]
+    say(page, "12 times 7?")
+    emit(page, *parts[:2])
+    expect(replies(page).locator(".calc")).to_contain_text("12*7 = …")
+    emit(page, *parts[2:], done())
+    expect(replies(page).locator(".calc")).to_contain_text("12*7 = 84")
+    assert talk(page, "Sure?", "Yes.")[1] == [{"type": kind, "text": text} for kind, text in parts]
 
 
-def test_conversations_are_kept(page, stub):
-    talk(page, stub, "About cats\nand dogs", "Cats purr.")
-    page.get_by_role("button", name="New conversation").click()
-    expect(page.get_by_text("Ask a small model something.")).to_be_visible()
-    talk(page, stub, "About the sea", "It is wide.")
+def test_a_reader_who_scrolled_up_stays_there(page):
+    say(page, "Count")
+    emit(page, "0\n\n" * 60, "first")
+    expect(page.get_by_text("first")).to_be_in_viewport()
+    page.locator("#scroll").hover()
+    page.mouse.wheel(0, -300)
+    jump = page.get_by_role("button", name="Go to the latest message")
+    expect(jump).to_be_visible()
+    top = "document.querySelector('#scroll').scrollTop"
+    before = page.evaluate(top)
+    emit(page, "1\n\n" * 60, "second")
+    expect(page.get_by_text("second")).to_have_count(1)
+    assert page.evaluate(top) == before
+    jump.click()
+    emit(page, "2\n\n" * 60, "third")
+    expect(page.get_by_text("third")).to_be_in_viewport()
+
+
+# ---- Conversations
+
+
+def test_conversations_survive_a_reload_and_deletion_can_be_undone(page):
+    talk(page, "About cats\nand dogs", "Cats purr.")
+    click(page, "New conversation")
+    talk(page, "About the sea", "It is wide.")
     page.reload()
     expect(replies(page)).to_contain_text("It is wide.")
-    expect(page).to_have_title("About the sea · nanochat")
-    links = page.get_by_role("navigation").get_by_role("link")
-    expect(links).to_have_text(["About the sea", "About cats"])
-    links.last.click()
+    expect(links(page)).to_have_text(["About the sea", "About cats"])
+    links(page).last.click()
     expect(replies(page)).to_contain_text("Cats purr.")
     page.go_back()
+    click(page, "Delete “About the sea”")
+    click(page, "Undo")
     expect(replies(page)).to_contain_text("It is wide.")
-    page.get_by_role("button", name="Delete “About the sea”").click()
-    expect(links).to_have_text(["About cats"])
-    expect(page).to_have_title("nanochat")
-    notice(page).get_by_role("button", name="Undo").click()
-    expect(replies(page)).to_contain_text("It is wide.")
-    page.get_by_role("button", name="Delete “About the sea”").click()
+    say(page, "Deleted during a reply")
+    click(page, "Delete “About the sea”")
     page.reload()
-    expect(links).to_have_text(["About cats"])
+    expect(links(page)).to_have_text(["About cats"])
 
 
-def test_a_reload_in_the_middle_keeps_what_had_arrived(page, stub):
-    stub.say("Half a ", threading.Event(), "reply")
-    say(page, "Go")
-    expect(replies(page)).to_contain_text("Half a")
-    page.reload()
-    expect(replies(page)).to_contain_text("Half a")
-    expect(replies(page)).to_contain_text("The connection was lost")
-    stub.say("A whole one.")
-    page.get_by_role("button", name="Retry").click()
-    expect(replies(page)).to_contain_text("A whole one.")
-    expect(replies(page)).not_to_contain_text("Half")
-
-
-def test_what_is_deleted_in_the_middle_of_a_reply_stays_deleted(page, stub):
-    stub.say("Half a ", threading.Event(), "reply")
-    say(page, "Go")
-    expect(replies(page)).to_contain_text("Half a")
-    page.get_by_role("button", name="Delete “Go”").click()
-    assert stub.left.wait(WAIT)
-    talk(page, stub, "Stay", "Yes.")
-    page.reload()
-    expect(page.get_by_role("navigation").get_by_role("link")).to_have_text(["Stay"])
-
-
-def test_two_tabs_see_the_same(page, stub):
+def test_another_tab_shows_the_same_conversations(page):
     other = page.context.new_page()
-    other.goto(stub.url)
-    talk(page, stub, "Said here", "Yes.")
-    other.get_by_role("link", name="Said here").click()
+    other.goto(ADDRESS)
+    talk(page, "Said here", "Yes.")
+    links(other).click()
     expect(replies(other)).to_contain_text("Yes.")
-    page.get_by_role("button", name="Delete “Said here”").click()
+    click(page, "Delete “Said here”")
     expect(replies(other)).to_have_count(0)
 
 
-ABSENT = 'Object.defineProperty(window, "localStorage", { get() { throw new DOMException("no", "SecurityError"); } });'
-FULL = 'Storage.prototype.setItem = () => { throw new DOMException("full", "QuotaExceededError"); };'
-
-
-@pytest.mark.parametrize("script", [ABSENT, FULL], ids=["absent", "full"])
-def test_without_storage_it_says_so_and_works(visit, stub, script):
+@pytest.mark.parametrize("script", [
+    'Object.defineProperty(window, "localStorage", { get() { throw new DOMException("no", "SecurityError"); } });',
+    'Storage.prototype.setItem = () => { throw new DOMException("full", "QuotaExceededError"); };',
+], ids=["absent", "full"])
+def test_without_storage_the_page_says_so_and_works(visit, script):
     page = visit(script)
-    talk(page, stub, "Hello", "Hi.")
+    talk(page, "Hello", "Hi.")
     expect(replies(page)).to_contain_text("Hi.")
-    expect(notice(page)).to_contain_text("storage is full or switched off")
-    page.get_by_role("button", name="New conversation").click()
-    talk(page, stub, "Bye", "See you.")
-    expect(notice(page)).to_be_hidden()
-    page.get_by_role("link", name="Hello").click()
-    expect(replies(page)).to_contain_text("Hi.")
+    expect(page.get_by_role("status")).to_contain_text("storage is full or switched off")
 
 
-CORRUPT = {
-    "nanochat:chat:a": "{not JSON",
-    "nanochat:chat:b": '{"updated": 1, "messages": [{"role": "assistant", "parts": []}]}',
-    "nanochat:chat:c": '{"updated": 1, "messages": [{"role": "user", "text": 7}]}',
-    "nanochat:chat:d": '{"updated": 1, "messages": [{"role": "user", "text": "Fine"}, {"role": "assistant", "parts": []}]}',
-    "nanochat:chat:e": "[]",
-    "nanochat:settings": '{"temperature": "hot", "top_k": 7, "__proto__": 1}',
-    "nanochat:theme": "{}",
-}
+def test_damaged_storage_is_ignored(visit):
+    stored = {"chat:a": "{not JSON", "chat:b": '{"id": "b", "messages": [{"parts": []}]}', "chat:c": "[]",
+              "chat:d": '{"id": "d", "updated": 1, "messages": [{"role": "user", "text": "Fine"}, {"parts": []}]}',
+              "settings": '{"temperature": "hot", "top_k": 7, "__proto__": 1}', "theme": "{}"}
+    store = "for (const [key, value] of Object.entries(stored)) localStorage['nanochat:' + key] = value;"
+    page = visit(f"{{ const stored = {json.dumps(stored)}; {store} }}")
+    expect(links(page)).to_have_text(["Fine"])
+    talk(page, "Hello", "Hi.")
+    assert request(page)["top_k"] == 7 and "temperature" not in request(page)
 
 
-def test_what_is_not_a_conversation_is_passed_over(visit, stub):
-    page = visit(f"for (const [key, value] of Object.entries({json.dumps(CORRUPT)})) localStorage.setItem(key, value);")
-    expect(page.get_by_role("navigation").get_by_role("link")).to_have_text(["Fine"])
-    body = talk(page, stub, "Hello", "Hi.")
-    assert body["top_k"] == 7 and "temperature" not in body
-
-
-# -----------------------------------------------------------------------------
-# Editing, regenerating, copying
-
-
-def test_an_edited_message_goes_on_from_there(page, stub):
-    talk(page, stub, "First", "One.")
-    talk(page, stub, "Second", "Two.")
-    questions(page).first.hover()
-    questions(page).first.get_by_role("button", name="Edit message").click()
-    stub.requests.queue.clear()
-    stub.say("Other.")
+def test_editing_a_message_replaces_what_followed(page):
+    talk(page, "First", "One.")
+    talk(page, "Second", "Two.")
+    page.get_by_role("button", name="Edit message").first.click()
     page.get_by_label("Edit your message").fill("Changed")
     page.keyboard.press("Enter")
-    expect(replies(page)).to_have_count(1)
-    expect(replies(page)).to_contain_text("Other.")
-    expect(page).to_have_title("Changed · nanochat")
-    assert stub.asked()["messages"] == [{"role": "user", "content": "Changed"}]
-    notice(page).get_by_role("button", name="Undo").click()
-    expect(questions(page)).to_have_count(2)
-    expect(replies(page).last).to_contain_text("Two.")
+    emit(page, "Other.", done())
+    expect(replies(page)).to_contain_text(["Other."])
+    assert contents(page) == ["Changed"]
+    click(page, "Undo")
+    expect(replies(page)).to_contain_text(["One.", "Two."])
 
 
-def test_a_reply_can_be_written_again(page, stub):
-    talk(page, stub, "Guess", "Heads.")
-    gate = threading.Event()
-    stub.say("Ta", gate, "ils.")
-    page.get_by_role("button", name="Write this reply again").click()
-    assert stub.asked()["messages"] == [{"role": "user", "content": "Guess"}]
-    expect(replies(page)).to_contain_text("Ta")
-    expect(replies(page)).not_to_contain_text("Heads.")
-    gate.set()
+def test_a_reply_can_be_regenerated(page):
+    talk(page, "Guess", "Heads.")
+    click(page, "Write this reply again")
+    emit(page, "Tails.", done())
     expect(replies(page)).to_contain_text("Tails.")
+    expect(replies(page)).not_to_contain_text("Heads.")
+    assert contents(page) == ["Guess"]
 
 
-def test_copy_gives_the_source(visit, stub):
+def test_copying_copies_the_source(visit):
     page = visit(permissions=["clipboard-read", "clipboard-write"])
     source = "Use **this**:\n\n```python\nprint(1 < 2)\n```"
-    talk(page, stub, "How?", source)
-    read = "navigator.clipboard.readText()"
-    page.get_by_role("button", name="Copy code").click()
-    expect(page.locator("#status")).to_have_text("Copied")
-    assert page.evaluate(read) == "print(1 < 2)"
-    page.get_by_role("button", name="Copy reply").click()
-    page.wait_for_function(f"async () => (await {read}).startsWith('Use **this**')")
-    assert page.evaluate(read) == source
-    questions(page).hover()
-    page.get_by_role("button", name="Copy message").click()
-    page.wait_for_function(f"async () => await {read} === 'How?'")
+    talk(page, "How?", source)
+    for name, text in {"Copy code": "print(1 < 2)", "Copy reply": source, "Copy message": "How?"}.items():
+        page.get_by_role("button", name=name).click()
+        page.wait_for_function("async (text) => await navigator.clipboard.readText() === text", arg=text)
 
 
-# -----------------------------------------------------------------------------
-# What the model wrote
-
+# ---- Markdown
 
 MARKDOWN = """# Title
-Some **bold**, *italic* and `code <b>`, 2 * 3 * 4, snake_case_name, a [link](https://example.org/a_(b)) and https://example.org/x.
+Some **bold**, *italic*, ~~gone~~, `code <b>`, 2 * 3 * 4, snake_case_name, [link](https://example.org/a_(b)) and
+https://example.org/x.
 
 1. one
    - inner **x**
@@ -459,373 +317,223 @@ f(1)
 ```
 3. three
 
+- [x] bought
+- [ ] sold
+
 > quoted
 > twice
 
+| Name | Size \\| cost |
+|:-----|-----:|
+| **a** | `1` |
 ---
 ~~~js
 let a = "`"
 """
-
-
-def test_markdown(page, stub):
-    talk(page, stub, "Show", *MARKDOWN)  # character by character
-    prose = page.locator(".prose")
-    expect(prose.get_by_role("heading", name="Title")).to_be_visible()
-    assert prose.locator("strong").all_inner_texts() == ["bold", "x"]
-    assert prose.locator("em").all_inner_texts() == ["italic"]
-    assert prose.locator(":not(pre) > code").all_inner_texts() == ["code <b>"]
-    assert prose.locator("pre code").all_inner_texts() == ["f(1)", 'let a = "`"\n']
-    assert [a.get_attribute("href") for a in prose.locator("a").all()] == ["https://example.org/a_(b)", "https://example.org/x"]
-    assert prose.locator("ol > li > ul > li").all_inner_texts() == ["inner x", "other"]
-    assert [ol.get_attribute("start") for ol in prose.locator("ol").all()] == ["1", "3"]
-    expect(prose.locator("blockquote")).to_have_text("quoted\ntwice")
-    expect(prose.locator("hr")).to_have_count(1)
-
-
 EVIL = """<script>window.hacked = 1</script> <img src=x onerror="window.hacked = 2">
 [one](javascript:window.hacked=3) [two](java\tscript:alert(1)) [three](data:text/html,<script>1</script>)
 ![pixel](https://evil.example/pixel.png) [fine](https://example.org "onclick=alert(1)")
 
-<iframe src="javascript:window.hacked=4"></iframe>
+| <b onclick=alert(1)>x</b> |
+|---|
+| [t](vbscript:x) |
 ```html"><img src=x onerror=alert(1)>
 </code></pre><script>window.hacked = 5</script><svg onload="window.hacked=6">
-```
 """
+SLOW = ["*a " * 2600, "[" * 8000, "> " * 4000, "- " * 4000, "**" * 4000, "**a" * 2600, "[a](" * 2000, "_a_" * 2600,
+        "*_" * 4000, "`" * 3999 + "a" + "`" * 4000, "https://a" + ")." * 3900 + "(",
+        "\n".join(" " * i + "- x" for i in range(120)),
+        "|" * 4000 + "\n" + "|-" * 3999 + "|", "~~a " * 2000, "".join("`" * i + "a " for i in range(120)),
+        "```" + "a" * 8000 + "`", "a" + " " * 8000 + "b|", "- a\n" + "\n" * 7000 + "- b"]
 
 
-def test_nothing_that_is_said_is_ever_run(page, stub):
-    question = EVIL.replace("\n", " ")[:200]
-    talk(page, stub, question, EVIL, ("python", "<img src=x onerror=window.hacked=7>"), ("python_output", "<b>1</b>"))
-    page.reload()  # and from storage, in the title and in the sidebar
+def test_markdown_becomes_elements(page):
+    talk(page, "Show", *MARKDOWN)  # character by character
+    prose = page.locator(".prose")
+    texts = {
+        "h3": ["Title"], "strong": ["bold", "x", "a"], "em": ["italic"], "del": ["gone"], "hr": [""],
+        ":not(pre) > code": ["code <b>", "1"], "pre code": ["f(1)", 'let a = "`"\n'], "blockquote": ["quoted\ntwice"],
+        "ol > li > ul > li": ["inner x", "other"], "li.task": ["bought", "sold"],
+        "th": ["Name", "Size | cost"], "td": ["a", "1"],
+    }  # fmt: skip
+    assert {selector: prose.locator(selector).all_inner_texts() for selector in texts} == texts
+    links = [a.get_attribute("href") for a in prose.locator("a").all()]
+    assert links == ["https://example.org/a_(b)", "https://example.org/x"]
+    assert [ol.get_attribute("start") for ol in prose.locator("ol").all()] == ["1", "3"]
+    assert [box.is_checked() for box in prose.get_by_role("checkbox").all()] == [True, False]
+    expect(prose.locator("td").last).to_have_css("text-align", "end")
+
+
+def test_hostile_markdown_is_shown_as_text(page):
+    parts = [("python", "<img src=x onerror=window.hacked=7>"), ("python_output", "<b onclick=alert(1)>1</b>")]
+    talk(page, EVIL.replace("\n", " ")[:200], EVIL, *parts)
+    page.reload()
     expect(replies(page)).to_contain_text("window.hacked = 5")
-    expect(page.get_by_role("navigation").get_by_role("link")).to_contain_text("<script>window.hacked = 1</script> <img")
-    assert page.locator(":is(#messages, #list) :is(script, img, iframe, object, [onerror], [onload])").count() == 0
-    links = [a.get_attribute("href") for a in page.locator("#messages a").all()]
-    assert links == ["https://evil.example/pixel.png", "https://example.org/"]
-    expect(page.locator("#messages a").first).to_have_attribute("rel", "noopener noreferrer")
+    expect(links(page)).to_contain_text("<script>window.hacked = 1</script> <img")
+    dangerous = ":is(script, img, iframe, object, [onerror], [onload], [onclick])"
+    assert page.locator(f":is(#messages, #list) {dangerous}").count() == 0
+    anchors = page.locator("#messages a[rel='noopener noreferrer']").all()
+    assert [a.get_attribute("href") for a in anchors] == ["https://evil.example/pixel.png", "https://example.org/"]
     assert page.evaluate("window.hacked") is None
 
 
-HARD = [
-    *("*a " * 2600, "[" * 8000, "> " * 4000, "- " * 4000, "**" * 4000, "\\" * 8000, "[a](" * 2000, "_a_" * 2600, "*_" * 4000),
-    *("`" * 3999 + "a" + "`" * 4000, "https://a" + ")." * 3900 + "(", "\n".join(" " * i + "- x" for i in range(120))),
-]
+def test_no_text_is_slow_to_render(page):
+    for text in SLOW:
+        start = time.monotonic()
+        talk(page, "Go", text)
+        assert time.monotonic() - start < 3, text[:40]
+        click(page, "New conversation")
 
 
-def test_texts_made_to_be_slow_are_not(page, stub):
-    for text in HARD:
-        talk(page, stub, "Go", text)
-        expect(replies(page).last).not_to_contain_text("The connection was lost")
-        page.evaluate("document.querySelector('#new').click()")
+# ---- Settings
 
 
-def test_only_the_last_block_is_drawn_anew(page, stub):
-    gate = threading.Event()
-    stub.say("First.\n\nSec", gate, *["ond "] * 500)
-    say(page, "Go")
-    expect(replies(page).locator("p")).to_have_count(2)
-    page.evaluate("""() => {
-      const body = document.querySelector(".prose");
-      [window.first, window.draws, window.frames] = [body.firstChild, 0, 0];
-      new MutationObserver(() => window.draws++).observe(body, { childList: true });
-      const count = () => { window.frames++; requestAnimationFrame(count); };
-      count();
-    }""")
-    gate.set()
-    expect(replies(page)).to_contain_text("5 tokens")
-    assert page.evaluate("document.querySelector('.prose').firstChild === window.first")
-    assert page.evaluate("window.draws <= window.frames + 1")
-
-
-def test_a_reader_who_scrolled_up_is_left_alone(page, stub):
-    gates = [threading.Event() for _ in range(3)]
-    lines = [f"{i}\n\n" for i in range(40)]
-    stub.say(*lines, gates[0], *lines, gates[1], "middle\n\n", *lines, gates[2], "end")
-    say(page, "Count")
-    place = "({ top: scroll.scrollTop, left: scroll.scrollHeight - scroll.clientHeight - scroll.scrollTop })"
-    place = f"(() => {{ const scroll = document.querySelector('#scroll'); return {place}; }})()"
-    expect(replies(page).locator("p")).to_have_count(40)
-    page.wait_for_function(f"{place}.left < 4 && {place}.top > 100")  # followed to the end
-    gates[0].set()
-    expect(replies(page).locator("p")).to_have_count(80)
-    page.wait_for_function(f"{place}.left < 4")
-    page.locator("#scroll").hover()
-    page.mouse.wheel(0, -300)
-    page.wait_for_function(f"{place}.left > 100")
-    top = page.evaluate(place)["top"]
-    gates[1].set()
-    expect(replies(page)).to_contain_text("middle")
-    expect(replies(page).locator("p")).to_have_count(121)
-    assert page.evaluate(place)["top"] == top
-    page.get_by_role("button", name="Go to the latest message").click()
-    page.wait_for_function(f"{place}.left < 4")
-    gates[2].set()
-    expect(replies(page)).to_contain_text("end")
-    page.wait_for_function(f"{place}.left < 4")
-
-
-def test_tools_are_shown_and_sent_back_as_parts(page, stub):
-    gate = threading.Event()
-    stub.say("That is ", ("python", "12"), ("python", "*7"), gate, ("python_output", "84"), "84.")
-    say(page, "12 times 7?")
-    expect(replies(page).locator(".calc")).to_contain_text("12*7 = …")
-    gate.set()
-    expect(replies(page).locator(".calc")).to_contain_text("12*7 = 84")
-    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
-    body = talk(page, stub, "Sure?", "Yes.", ("python", "1/0"))
-    kinds = [("text", "That is "), ("python", "12*7"), ("python_output", "84"), ("text", "84.")]
-    assert body["messages"][1] == {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in kinds]}
-    expect(replies(page).last.locator(".calc")).to_contain_text("1/0 = no result")
-
-
-# -----------------------------------------------------------------------------
-# Commands and settings
-
-
-def test_commands(page, stub):
-    say(page, "/temperature 0.35")
-    expect(notice(page)).to_contain_text("Temperature is now 0.35.")
-    say(page, "/topk 0")
-    expect(page.get_by_role("button", name="temperature 0.35 · top-k 0")).to_be_visible()
-    for wrong, answer in {
-        "/temperature": "Temperature must be a number from 0 to 2",
-        "/temperature 2.5": "now 0.35",
-        "/topk 1.5": "Top-k must be a whole number from 0 to 200",
-        "/topk -1": "now 0",
-        "/nonsense": "There is no command /nonsense.",
-        "/help": "/clear",
-    }.items():
-        say(page, wrong)
-        expect(notice(page)).to_contain_text(answer)
+def test_settings_are_sent_and_survive_a_reload(page):
+    click(page, "temperature 0.8 · top-k 50")
+    for name, value in {"Temperature": "1.2", "Top-k": "40", "Length": "256", "System prompt": "Be brief."}.items():
+        page.get_by_role("dialog", name="Settings").get_by_label(name).fill(value)
     page.reload()
-    body = talk(page, stub, "/etc/hosts is what?", "A file.")
-    assert (body["temperature"], body["top_k"]) == (0.35, 0) and body["messages"][0]["content"] == "/etc/hosts is what?"
-    say(page, "/temperature default")
-    assert "temperature" not in talk(page, stub, "And now?", "A file.")
-    stub.say("Long ", threading.Event())
-    say(page, "Talk")
-    expect(replies(page).last).to_contain_text("Long")
-    say(page, "/clear")  # even while a reply is being written
-    assert stub.left.wait(WAIT)
-    expect(replies(page)).to_have_count(0)
-    expect(page.get_by_role("navigation").get_by_role("link")).to_have_count(0)
-    notice(page).get_by_role("button", name="Undo").click()
-    expect(replies(page)).to_have_count(3)
-
-
-def test_settings(page, stub):
-    page.get_by_role("button", name="temperature 0.8 · top-k 50").click()
-    settings = page.get_by_role("dialog", name="Settings")
-    settings.get_by_label("Temperature").fill("1.2")
-    settings.get_by_label("Top-k").fill("40")
+    talk(page, "Hello", "Hi.")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    assert request(page) == {"messages": messages, "temperature": 1.2, "top_k": 40, "max_tokens": 256}
+    click(page, "temperature 1.2 · top-k 40 · system prompt")
+    click(page, "Use the server's defaults")
     page.keyboard.press("Escape")
-    expect(settings).to_be_hidden()
-    body = talk(page, stub, "Hello", "Hi.")
-    assert (body["temperature"], body["top_k"]) == (1.2, 40)
-    page.get_by_role("button", name="temperature 1.2 · top-k 40").click()
-    settings.get_by_role("button", name="Use the server's defaults").click()
-    page.keyboard.press("Escape")
-    assert set(talk(page, stub, "Hello", "Hi.")) == {"messages"}
+    talk(page, "Hello", "Hi.")
+    assert set(request(page)) == {"messages"}
 
 
-def test_dark_and_light(visit):
-    shade = "getComputedStyle(document.body).backgroundColor"
-    page = visit(color_scheme="light")
-    light = page.evaluate(shade)
-    page.get_by_role("button", name="Switch to dark").click()
-    dark = page.evaluate(shade)
-    assert light != dark
+def test_commands_change_settings_and_clear(page):
+    notices = {"/temperature 0.35": "temperature is 0.35", "/topk 0": "topk is 0", "/topk default": "topk is 50",
+               "/length": "length is 512; it may be 16", "/temperature 5": "temperature is 2", "/help": "/clear"}
+    for command, text in notices.items():
+        say(page, command)
+        expect(page.get_by_role("status")).to_contain_text(text)
+    assert talk(page, "/etc/hosts is what?", "A file.") == ["/etc/hosts is what?"]
+    assert request(page)["temperature"] == 2 and "top_k" not in request(page)
+    say(page, "/clear")
+    expect(links(page)).to_have_count(0)
+
+
+def test_the_theme_can_be_switched_and_is_kept(visit):
+    page, body = visit(color_scheme="light"), "rgb(251, 250, 247)"
+    click(page, "Switch to dark")
     page.reload()
-    assert page.evaluate(shade) == dark
-    page.get_by_role("button", name="Switch to light").click()
-    assert page.evaluate(shade) == light
-    page.emulate_media(color_scheme="dark")  # the choice was undone, so the system decides again
-    assert page.evaluate(shade) == dark
+    expect(page.locator("body")).to_have_css("background-color", "rgb(21, 23, 22)")
+    click(page, "Switch to light")
+    expect(page.locator("body")).to_have_css("background-color", body)
+    page.emulate_media(color_scheme="dark")  # the page follows the system again
+    expect(page.locator("body")).to_have_css("background-color", "rgb(21, 23, 22)")
 
 
-# -----------------------------------------------------------------------------
-# Faults
+# ---- Errors
 
 
-def test_a_busy_server_is_asked_again_once(page, stub):
-    busy = Refusal(503, "the server is busy; try again a little later", retry_after=1)
-    stub.say(busy)
-    stub.say("Here I am.")
+@pytest.mark.parametrize("refusal, text", [
+    ("offline", "The server cannot be reached."), ([503, "the server is busy"], "The server is busy."),
+], ids=["offline", "busy"])
+def test_a_failed_request_can_be_retried(page, refusal, text):
+    page.evaluate("(value) => { refusal = value; }", refusal)
     say(page, "Hello")
-    expect(replies(page)).to_contain_text("The server is busy; try again a little later. Trying again in 1 s.")
-    expect(replies(page)).to_contain_text("Here I am.")
-    expect(replies(page)).not_to_contain_text("busy")
-    stub.asked(), stub.asked()
-
-    busy.retry_after = 60
-    stub.say(busy)
-    stub.say(busy)
-    say(page, "And now?")
-    page.get_by_role("button", name="Retry now").click()
-    retry = page.get_by_role("button", name="Retry", exact=True)
-    expect(retry).to_be_visible()  # two failures: now the user decides
-    assert stub.asked() == stub.asked() and stub.requests.empty()
-    expect(replies(page).last).to_contain_text("The server is busy")
-    stub.say(busy)
-    retry.click()
-    page.get_by_role("button", name="Cancel").click()
-    expect(replies(page).last).to_contain_text("Stopped.")
-    stub.asked()
-    body = talk(page, stub, "Still there?", "Yes.")  # what was never answered is not sent
-    assert [m["content"] for m in body["messages"]] == ["Hello", "Here I am.", "Still there?"]
+    expect(replies(page)).to_contain_text(text)
+    click(page, "Retry")
+    emit(page, "Here.", done())
+    expect(replies(page)).to_contain_text("Here.")
+    expect(replies(page)).not_to_contain_text(text)
 
 
-def test_a_server_that_is_gone(page, stub):
-    stub.say(CUT)
-    say(page, "Hello")
-    expect(replies(page)).to_contain_text("The server cannot be reached.")
-    stub.say("Back.")
-    page.get_by_role("button", name="Retry").click()
-    expect(replies(page)).to_contain_text("Back.")
-    expect(replies(page)).not_to_contain_text("reached")
+def test_a_refused_message_can_be_edited_and_is_not_sent_again(page):
+    page.evaluate("() => { refusal = [400, 'the message is too long']; }")
+    say(page, "Long")
+    expect(replies(page)).to_contain_text("The message is too long.")
+    click(page, "Edit message")
+    expect(page.get_by_label("Edit your message")).to_be_focused()
+    assert talk(page, "Another", "Yes.") == ["Another"]
 
 
-@pytest.mark.parametrize("end, said", [
-    (CUT, "The connection was lost before the reply was complete."),
-    ({"error": {"message": "the engine failed", "type": "server_error", "param": None, "code": None}}, "The engine failed."),
-    (b"data: {nonsense}\n\n", "The connection was lost"),
-], ids=["cut", "error", "nonsense"])
-def test_a_reply_that_breaks_off_is_kept(page, stub, end, said):
-    stub.say("What I ", "know: ", end, CUT)
+@pytest.mark.parametrize("end, text", [
+    ("streams[0].close()", "The connection was lost before the reply was complete."),
+    (r"emit('data: {nonsense}\n', 0)", "The connection was lost"),
+    (r"""emit('data: {"error": {"message": "it failed"}}\n', 0)""", "It failed."),
+    ("setTimeout(() => location.reload())", "The connection was lost"),
+], ids=["cut", "nonsense", "error", "reload"])
+def test_a_reply_that_broke_off_is_kept(page, end, text):
     say(page, "Tell")
-    expect(replies(page)).to_contain_text("What I know:")
-    expect(replies(page)).to_contain_text(said)
-    page.reload()
-    expect(replies(page)).to_contain_text(said)
-    stub.say("All of it.")
-    page.get_by_role("button", name="Retry").click()
-    expect(replies(page)).to_contain_text("All of it.")
-    expect(replies(page)).not_to_contain_text(said)
+    emit(page, "What I ", "know: ")
+    page.evaluate(end)
+    expect(replies(page)).to_contain_text(f"What I know: {text}")
 
 
-def test_what_the_server_refuses_is_said_in_plain_words(page, stub):
-    talk(page, stub, "Long", Refusal(400, "messages[0].content: it should have at most 3 characters"))
-    expect(replies(page)).to_contain_text("A message: it should have at most 3 characters.")
-    page.get_by_role("button", name="Edit message").last.click()
-    stub.say("Fine.")
-    page.get_by_label("Edit your message").fill("Hi")
-    page.keyboard.press("Enter")
-    expect(replies(page)).to_have_count(1)
-    expect(replies(page)).to_contain_text("Fine.")
+# ---- Keyboard, phone, the real server
 
 
-# -----------------------------------------------------------------------------
-# Keyboard, phone
-
-
-def test_a_session_with_the_keyboard_alone(page, stub):
-    press, kind = page.keyboard.press, page.keyboard.type
-    gate = threading.Event()
-    stub.say("Slowly", gate)
-    kind("Line one")  # the box has the focus from the start
+def test_the_keyboard_alone_is_enough(page):
+    press, write = page.keyboard.press, page.keyboard.type
+    write("Line one")  # the box has the focus from the start
     press("Shift+Enter")
-    kind("Line two")
+    write("Line two")
     press("Enter")
-    assert stub.asked()["messages"][0]["content"] == "Line one\nLine two"
-    expect(replies(page)).to_contain_text("Slowly")
-    kind("Draft")
-    press("Enter")  # while a reply is being written, nothing is sent and nothing lost
+    emit(page, "Slowly")
+    write("Draft")
+    press("Enter")  # nothing is sent during a reply, and nothing is lost
     press("Escape")
     expect(replies(page)).to_contain_text("Stopped.")
-    expect(page.get_by_label("Message", exact=True)).to_have_value("Draft")
-    press("Control+A")
-    press("Delete")
-    press("ArrowUp")  # edits the last message
-    expect(page.get_by_label("Edit your message")).to_be_focused()
-    press("Escape")
-    expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    expect(box(page)).to_have_value("Draft")
+    box(page).fill("")
     press("ArrowUp")
-    stub.say("Better.")
-    kind(" and more")
+    write(" and more")
     press("Enter")
-    assert stub.asked()["messages"][0]["content"] == "Line one\nLine two and more"
-    expect(replies(page)).to_contain_text("Better.")
-    expect(page.get_by_label("Message", exact=True)).to_be_focused()
-
-    # Tab goes round the whole page, in the order of reading, and one always sees where one is.
-    names, order = [], ["Skip to the message box", "New conversation", "Line one", "Delete “Line one”", "Switch to dark", "Conversation",
-                        "Copy message", "Edit message", "Copy reply", "Write this reply again", "Message"]
-    while "Message" not in names:
-        press("Tab")
-        focus = "document.activeElement"
-        names.append(page.evaluate(f"{focus} === document.body ? '' : {focus}.getAttribute('aria-label') ?? {focus}.textContent.trim()"))
-        if names[-1] not in ("", "Message"):  # round the box stands a line of its own
-            assert page.evaluate(f"getComputedStyle({focus}).outlineStyle") == "solid", names[-1]
-    assert [name for name in names if name in order] == order
+    emit(page, "Better.", done())
+    assert contents(page) == ["Line one\nLine two and more"]
+    expect(box(page)).to_be_focused()
 
 
-def test_a_phone(visit, stub):
+def test_every_control_has_a_name_and_a_visible_focus(page):
+    talk(page, "Hello", "Hi.")
+    names = []
+    while "Message" not in names and len(names) < 30:
+        page.keyboard.press("Tab")
+        look = "(node) => [node.ariaLabel ?? node.textContent.trim(), getComputedStyle(node).outlineStyle]"
+        name, style = page.evaluate_handle("document.activeElement").evaluate(look)
+        names.append("" if len(name) > 100 else name)  # the body, between two rounds
+        assert style == "solid" or names[-1] in ("", "Message"), name
+    assert {"New conversation", "Hello", "Delete “Hello”", "Switch to dark", "Conversation", "Copy message",
+            "Edit message", "Copy reply", "Write this reply again", "Message"} <= set(names)
+
+
+def test_a_phone_shows_everything_within_its_width(visit):
     page = visit(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
-    wide = "[document.documentElement, document.querySelector('#scroll')].some((node) => node.scrollWidth > 390)"
-    assert not page.evaluate(wide)
-    wide_ones = ["y" * 300, "```\n" + "z" * 300 + "\n```", "https://example.org/" + "w" * 300, "`" + "v" * 300 + "`", "# " + "u" * 300]
-    talk(page, stub, "x" * 300, "\n\n".join(wide_ones), ("python", "1+" * 200 + "1"))
-    expect(replies(page)).to_contain_text("1+1 = no result")
-    assert not page.evaluate(wide)
-    assert page.evaluate("parseFloat(getComputedStyle(document.querySelector('#input')).fontSize)") >= 16  # or iOS zooms in
-    link = page.get_by_role("navigation").get_by_role("link")
-    expect(link).to_be_hidden()
-    page.get_by_role("button", name="Conversations").click()
-    expect(link).to_be_visible()
-    assert not page.evaluate(wide)
+    wide = ["y" * 300, f"```\n{'z' * 300}\n```", "https://a.example/" + "w" * 300, f"|a|b|\n|-|-|\n|{'t' * 300}|b|"]
+    talk(page, "x" * 300, "\n\n".join(wide), ("python", "1+" * 200 + "1"))
+    click(page, "Conversations")
+    expect(links(page)).to_be_visible()
+    nodes = "[document.documentElement, document.querySelector('#scroll')]"
+    assert page.evaluate(f"{nodes}.every((node) => node.scrollWidth <= 390)")
     page.keyboard.press("Escape")
-    expect(link).to_be_hidden()
-    expect(page.get_by_role("button", name="Conversations")).to_be_focused()
-    page.get_by_role("button", name="Conversations").click()
-    page.set_viewport_size({"width": 844, "height": 390})  # turned: there is room for both, and neither is in the way
-    expect(page.locator("#main")).not_to_have_attribute("inert", "")
-    page.set_viewport_size({"width": 390, "height": 844})
-    page.get_by_role("button", name="Conversations").click()
-    page.get_by_role("button", name="New conversation").click()
-    expect(page.get_by_text("Ask a small model something.")).to_be_visible()
-    page.get_by_role("button", name="Who are you?").click()
-    stub.say("nanochat.")
+    expect(links(page)).to_be_hidden()
+    click(page, "Conversations")
+    click(page, "New conversation")
+    expect(links(page)).to_be_hidden()
+    click(page, "Who are you?")
+    emit(page, "nanochat.", done())
     expect(replies(page)).to_contain_text("nanochat.")
 
 
-def test_nothing_is_asked_of_anybody_else(page, stub):
-    seen = []
-    page.on("request", lambda request: seen.append(request.url.removeprefix(stub.url)))
-    page.reload()
-    talk(page, stub, "Hello", "![a](https://example.org/a.png) https://example.org <link rel=prefetch href=https://example.org>")
-    page.locator("#messages a").first.hover()
-    page.reload()
-    assert {url.partition("#")[0] for url in seen} <= {"", "logo.svg", "health", "chat/completions"}
+def test_the_page_works_with_the_real_server(browser):
+    """Streaming, a tool call, a hostile reply, and the content security policy that chat_web sends."""
+    from chat_server import ScriptedEngine, serving
 
-
-# -----------------------------------------------------------------------------
-# With the real server
-
-
-def test_the_page_and_the_real_server_understand_each_other(browser):
-    """Words, a call of the calculator, a hostile reply and the memory of both, under the headers that chat_web sends."""
-    from chat_server import TOKENIZER, ScriptedEngine, serving
-
-    hostile = "<script>window.harm = 1</script><img src=x onerror='window.harm = 1'>\n```html\n<b onclick=harm()>x</b>\n```"
-    replies = iter(["It is <|python_start|>6*7<|python_end|><|output_start|>42<|output_end|> é!", hostile])
-    with serving(ScriptedEngine(lambda prompt: next(replies))) as site:
-        page = browser.new_page(reduced_motion="reduce")
-        page.set_default_timeout(WAIT * 1000)
-        complaints = []
+    hostile = "<script>window.harm = 1</script><img src=x onerror='window.harm = 1'>"
+    texts = iter(["It is <|python_start|>6*7<|python_end|><|output_start|>42<|output_end|> é!", hostile])
+    with serving(ScriptedEngine(lambda prompt: next(texts))) as site:
+        page, complaints = browser.new_page(), []
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(site.address)
         say(page, "How much is 6 times 7?")
-        expect(page.locator("main")).to_contain_text("6*7 = 42")
-        expect(page.locator("main")).to_contain_text("é!")
-        say(page, "And now?")
-        expect(page.locator("main")).to_contain_text("<script>window.harm = 1</script>")
-        expect(page.locator("main pre")).to_have_text("<b onclick=harm()>x</b>")
+        expect(replies(page)).to_contain_text("6*7 = 42 é!")
         expect(page.get_by_role("button", name="Stop")).to_have_count(0)
-        assert page.evaluate("window.harm") is None and page.locator("main script, main [onerror], main [onclick]").count() == 0
+        say(page, "And now?")
+        expect(replies(page).last).to_contain_text(hostile)
+        assert page.evaluate("window.harm") is None and not complaints
         page.close()
-        memory = TOKENIZER.decode(site.engine.asked[1].tokens[: site.engine.asked[1].prompt_length])
-        assert "<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>" in memory
-        assert memory.endswith("<|user_start|>And now?<|user_end|><|assistant_start|>")
-        assert not complaints
