@@ -22,7 +22,8 @@ class BuildWithCore(build_py):
         built = Path("build", "cargo").absolute()
         subprocess.run(["cargo", "build", "--release", "--offline", "--target-dir", built], check=True)
         package = Path("python" if self.editable_mode else self.build_lib, "rustbpe")
-        newest = max(built.rglob(f"release/{CORE}"), key=lambda path: path.stat().st_mtime)  # in a folder for the target, if one is configured
+        # cargo may be configured to build for a target, in a folder of its own
+        newest = max(built.rglob(f"release/{CORE}"), key=lambda path: path.stat().st_mtime)
         shutil.copy(newest, package / CORE)
 
 

@@ -34,7 +34,7 @@ corpora = st.one_of(
 def train_slowly(texts, vocab_size):
     """The reference implementation of training: tokens in the order in which they are learned.
 
-    Each merge counts all pairs again and takes the most frequent; ties go to the lowest first id, then the lowest second.
+    Each merge counts all pairs again and takes the most frequent; ties go to the lowest first, then second, id.
 
         train_slowly(["aaab aab"], 258)[256:] == [b"aa", b"ab"]
     """

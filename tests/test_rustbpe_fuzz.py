@@ -1,4 +1,4 @@
-"""Random text of all kinds and random vocabularies: rustbpe must encode as tiktoken does and train as the reference does."""
+"""Random texts and vocabularies: rustbpe must encode as tiktoken does and train as the reference does."""
 
 import random
 import time
@@ -8,8 +8,9 @@ import rustbpe
 import tiktoken
 from test_rustbpe import BYTES, SPLIT_PATTERN, tokens_of, train_slowly, trained
 
-ALPHABETS = ["abcdeETAOIN ", "abe ", " \t\n\r\x0b\x0c\x85\xa0\u2003\u2028\u3000\u200b\ufeff", "0123456789", "!?.,'/\\()[]{}<|>_\0\ufffd",
-             ["'s", "'Ll", "don't", "\r\n", "e\u0301", "\u05e9\u05dc", "\u2167", "\U0001d7d8", "\u4f60", "\U0001f468\u200d\U0001f469"]]  # fmt: skip
+ALPHABETS = ["abcdeETAOIN ", "abe ", " \t\n\r\x0b\x0c\x85\xa0\u2003\u2028\u3000\u200b\ufeff", "0123456789",
+             "!?.,'/\\()[]{}<|>_\0\ufffd", ["'s", "'Ll", "don't", "\r\n", "e\u0301", "\u05e9\u05dc", "\u2167",
+             "\U0001d7d8", "\u4f60", "\U0001f468\u200d\U0001f469"]]  # fmt: skip
 
 
 def random_text(rng, size):
@@ -32,7 +33,8 @@ def check_encoding(rng):
     texts = [random_text(rng, rng.choice([0, 1, 5, 50, 500, 30_000])) for _ in range(rng.choice([0, 1, 3, 12]))]
     expected = tiktoken.Encoding("fuzz", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
     ids, offsets = rustbpe.Tokenizer.from_ranks(ranks).encode_to_numpy(texts, rng.choice([None, 1, 2, 17]))
-    assert [ids[a:b].tolist() for a, b in zip(offsets, offsets[1:])] == [expected.encode_ordinary(text) for text in texts]
+    rows = [ids[start:end].tolist() for start, end in zip(offsets, offsets[1:])]
+    assert rows == [expected.encode_ordinary(text) for text in texts]
 
 
 def check_training(rng):

@@ -136,9 +136,9 @@ impl Trainer {
         Ok(Trainer { cells, counts, lengths: vec![1; 256], positions, heap })
     }
 
-    /// Learns up to `limit` more merges, fewer if no pair is left. Each is the two ids that it joins into the next free id.
+    /// Learns up to `limit` more merges, fewer if no pair is left. Each joins two ids into the next free id.
     pub fn merge(&mut self, limit: usize) -> Vec<(u32, u32)> {
-        let (mut left, mut right) = (NewPairs::new(self.lengths.len() + limit), NewPairs::new(self.lengths.len() + limit));
+        let [mut left, mut right] = [(); 2].map(|()| NewPairs::new(self.lengths.len() + limit));
         let mut merges = vec![];
         while merges.len() < limit {
             let Some(best) = self.most_frequent() else { break };
@@ -185,8 +185,8 @@ impl Trainer {
             let position = self.positions[i as usize];
             let (middle, end) = ((position + length_a) as usize, (position + length_a + length_b) as usize);
             let Cell { token, word } = self.cells[position as usize];
-            if token != a || self.cells[middle].token != b {
-                continue; // in "aaa" the second pair ends with the first one's merge
+            if token != a {
+                continue; // in "aaa" the merge of the first pair took the "a" of the second
             }
             let count = self.counts[word as usize];
             let (before, after) = (self.cells[position as usize - 1].token, self.cells[end].token);

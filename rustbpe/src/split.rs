@@ -131,7 +131,7 @@ impl Scanner<'_> {
         const ONES: u64 = 0x0101_0101_0101_0101;
         loop {
             let bytes = load8(self.text, at);
-            // The top bit of each byte of `letters` tells whether it is one; a lower-case byte leaves room for the sums.
+            // The top bit of each byte of `letters` tells whether it is one. `lower` leaves room for the two sums.
             let lower = (bytes | (ONES * 0x20)) & (ONES * 0x7F);
             let letters = (lower + ONES * (0x80 - b'a' as u64)) & !(lower + ONES * (0x7F - b'z' as u64)) & !bytes;
             let others = !letters & (ONES * 0x80);
@@ -187,10 +187,10 @@ mod tests {
 
     #[test]
     fn words_of_an_example() {
-        let text = "Hello, world!!\n\nIt's 12345  x=y\u{17F}'\u{17F} über\t\tа\r\n  end \n  ";
+        let text = "Hello, world!!\n\nIt's we'LLx'Rex 12345  x=y\u{17F}'\u{17F} über\t\tа\r\n  end \n  ";
         let expected = [
-            "Hello", ",", " world", "!!\n\n", "It", "'s", " ", "12", "34", "5", " ", " x", "=y\u{17F}", "'\u{17F}", " über",
-            "\t", "\tа", "\r\n", " ", " end", " \n", "  ",
+            "Hello", ",", " world", "!!\n\n", "It", "'s", " we", "'LL", "x", "'Re", "x", " ", "12", "34", "5", " ",
+            " x", "=y\u{17F}", "'\u{17F}", " über", "\t", "\tа", "\r\n", " ", " end", " \n", "  ",
         ];
         let mut words = vec![];
         split(text.as_bytes(), |batch| words.extend(batch.iter().map(|&(start, end)| &text[start..end])));

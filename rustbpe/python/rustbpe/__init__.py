@@ -39,7 +39,7 @@ class Tokenizer:
 
     @classmethod
     def from_ranks(cls, ranks: dict[bytes, int], pattern: str = PATTERN) -> Tokenizer:
-        """The tokenizer of tokens with ids 0, 1, 2, ...; the pair that makes the token of the lowest id is merged first.
+        """The tokenizer of tokens with ids 0, 1, 2, ...; the pair that makes the lowest id is merged first.
 
         Raises ValueError if the ids are others, a byte has no token, or the pattern is not PATTERN.
         """
@@ -135,7 +135,7 @@ def _train(counts: Handle, vocab_size: int) -> list[bytes]:
 
 def _check_pattern(pattern: str) -> None:
     if pattern != PATTERN:
-        raise ValueError(f"this rustbpe splits text by rustbpe.PATTERN only, not by {pattern!r}; use tiktoken for others")
+        raise ValueError(f"this rustbpe splits by rustbpe.PATTERN only (for others use tiktoken), not by {pattern!r}")
 
 
 def _integer(name: str, value: int, least: int, most: int = 2**31) -> int:
