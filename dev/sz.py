@@ -13,13 +13,10 @@ import tokenize
 from collections import defaultdict
 from pathlib import Path
 
-PRODUCT, TESTS = 18_700, 14_000  # lines: everything but the tests; the tests. To shrink to 12,500 and 7,000
+PRODUCT, TESTS = 16_500, 10_500  # lines: everything but the tests; the tests. To shrink to 12,500 and 7,000
 FILE = 500  # lines of one file
-LARGER = {  # files that may be larger for now
-    "nanochat/ui.html": 1274, "nanochat/sandbox.py": 568, "tests/test_ui.py": 831,
-    "tests/test_sandbox.py": 677,
-}  # fmt: skip
-TOKENS_PER_LINE = 11.1  # of Python code
+LARGER = {"nanochat/ui.html": 849, "tests/test_ui.py": 539}  # files that may be larger for now
+TOKENS_PER_LINE = 10.6  # of the product's Python code
 SOURCE = {".py", ".rs", ".sh", ".html", ".toml"}
 
 
@@ -70,9 +67,9 @@ def main() -> None:
                 print(f"{lines:14d}  {name}")
     total = sum(sum(files.values()) for files in folders.values())
     tests = sum(folders["tests"].values())
-    count, code = (sum(column) for column in zip(*tokens.values()))
+    count, code = (sum(column) for column in zip(*(tokens[folder] for folder in tokens if folder != "tests")))
     print(f"{total - tests:6d}  product (at most {PRODUCT})\n{tests:6d}  tests (at most {TESTS})")
-    print(f"{count / code:6.1f}  Python tokens per line of code (at most {TOKENS_PER_LINE})")
+    print(f"{count / code:6.1f}  Python tokens per line of the product's code (at most {TOKENS_PER_LINE})")
     if total - tests > PRODUCT or tests > TESTS:
         over.append("the project is larger than its budget")
     if count / code > TOKENS_PER_LINE:

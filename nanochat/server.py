@@ -28,9 +28,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from nanochat.common import UserError
-from nanochat.conversation import render_for_completion
+from nanochat.conversation import Segments, render_conversation, render_for_completion
 from nanochat.engine_thread import Busy, EngineFailure, Pool
-from nanochat.tokenizer import StreamDecoder
 
 log = logging.getLogger(__name__)
 
@@ -197,53 +196,6 @@ async def send_error(request: Request, error: Exception) -> JSONResponse:
 # Replies
 
 
-class Segments:
-    """The tokens of a reply as segments (kind, text) of whole characters: ("text", "It is "), ("python", "6*7"), ...
-
-    The special tokens say of which kind the following tokens are; they are not shown. With `stop` strings the text
-    ends before the first of them, and text that may become one is held back until it is known not to.
-    """
-
-    def __init__(self, tokenizer, stop: list[str] = ()):
-        self.stop = stop
-        self.stopped = False  # whether a stop string was found
-        self._kinds = dict.fromkeys(map(tokenizer.encode_special, tokenizer.get_special_tokens()), "text")
-        self._kinds[tokenizer.encode_special("<|python_start|>")] = "python"
-        self._kinds[tokenizer.encode_special("<|output_start|>")] = "python_output"
-        self._kind = "text"
-        self._decoder = StreamDecoder(tokenizer)
-        self._held = ""
-
-    def push(self, token: int) -> list[tuple[str, str]]:
-        if token not in self._kinds:
-            return self._shown(self._decoder.push(token))
-        segments = self._shown(self._decoder.finish())
-        self._kind = self._kinds[token]
-        return segments
-
-    def finish(self) -> list[tuple[str, str]]:
-        """The held-back text at the end of the reply."""
-        segments = self._shown(self._decoder.finish())
-        held, self._held = self._held, ""
-        return [*segments, ("text", held)] if held else segments
-
-    def _shown(self, text: str) -> list[tuple[str, str]]:
-        if self.stopped:
-            return []
-        if self.stop and self._kind == "text":
-            text = self._before_stop(self._held + text)
-        return [(self._kind, text)] if text else []
-
-    def _before_stop(self, text: str) -> str:
-        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
 class Generation:
     """The replies to one request as text, and their statistics."""
 
@@ -328,9 +280,16 @@ def event(content: dict) -> str:
 
 def plain_messages(body: PageRequest) -> list[dict]:
     messages = [message.plain() for message in body.messages]
-    if messages[-1]["role"] != "user":
-        raise ApiError(400, "the last message must have the role 'user'", param=f"messages[{len(messages) - 1}].role")
+    if messages[-1]["role"] == "system":
+        raise ApiError(400, "the last message must have the role 'user' or 'assistant'", param=f"messages[{len(messages) - 1}].role")
     return messages
+
+
+def render_prompt(tokenizer, messages: list[dict]) -> list[int]:
+    """Ids of a prompt that ends where the reply starts, or at the end of a last assistant message, which is continued."""
+    if messages[-1]["role"] == "assistant":
+        return render_conversation(tokenizer, {"messages": messages}, max_tokens=None)[0][:-1]  # without its end token
+    return render_for_completion(tokenizer, {"messages": messages})
 
 
 # -----------------------------------------------------------------------------
@@ -346,12 +305,12 @@ def fit(tokenizer, messages: list[dict], context: int, max_tokens: int) -> tuple
     system, turns = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
     user_start, dropped = tokenizer.encode_special("<|user_start|>"), 0
     while True:
-        prompt = render_for_completion(tokenizer, {"messages": system + turns[2 * dropped :]})
+        prompt = render_prompt(tokenizer, system + turns[2 * dropped :])
         if len(prompt) <= room:
             return prompt, dropped
         starts = [i for i, token in enumerate(prompt) if token == user_start]
         if len(starts) == 1:
-            message = f"the last message has {len(prompt)} tokens, and the model's context of {context} must hold it and the reply"
+            message = f"the last exchange has {len(prompt)} tokens, and the model's context of {context} must hold it and the reply"
             param = f"messages[{len(messages) - 1}].content"
             raise ApiError(400, f"{message}; keep it below {room}", param=param, code="context_length_exceeded")
         excess = len(prompt) - room
@@ -443,7 +402,7 @@ def make_app(pool: Pool, name: str, temperature: float = 0.8, top_k: int = 50, m
     @app.post("/v1/chat/completions")
     async def completions(request: Request, body: CompletionRequest):
         check_model(body.model)
-        prompt = await asyncio.to_thread(render_for_completion, tokenizer, {"messages": plain_messages(body)})
+        prompt = await asyncio.to_thread(render_prompt, tokenizer, plain_messages(body))
         if len(prompt) >= context:
             message = f"the messages have {len(prompt)} tokens, and the model's context of {context} must hold them and the reply"
             raise ApiError(400, f"{message}; shorten them", param="messages", code="context_length_exceeded")
