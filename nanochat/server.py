@@ -28,8 +28,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from nanochat.common import UserError
-from nanochat.conversation import Segments, render_conversation, render_for_completion
+from nanochat.conversation import render_conversation, render_for_completion
 from nanochat.engine_thread import Busy, EngineFailure, Pool
+from nanochat.tokenizer import Segments
 
 log = logging.getLogger(__name__)
 

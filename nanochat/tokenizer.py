@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Sequence
 
 from nanochat.common import UserError, atomic, get_base_dir
-from nanochat.conversation import render_conversation, render_for_completion
+from nanochat.conversation import PARTS, render_conversation, render_for_completion
 
 if TYPE_CHECKING:
     import numpy as np
@@ -298,6 +298,53 @@ class StreamDecoder:
     def finish(self) -> str:
         """U+FFFD for an incomplete character at the end, else ""."""
         return self._decoder.decode(b"", final=True)
+
+
+class Segments:
+    """The tokens of a reply as segments (kind, text) of whole characters: ("text", "It is "), ("python", "6*7"), ...
+
+    The special tokens say of which kind the following tokens are; they are not shown. With `stop` strings the text
+    ends before the first of them, and text that may become one is held back until it is known not to.
+    """
+
+    def __init__(self, tokenizer, stop: list[str] = ()):
+        self.stop = stop
+        self.stopped = False  # whether a stop string was found
+        self._kinds = dict.fromkeys(map(tokenizer.encode_special, tokenizer.get_special_tokens()), "text")
+        self._kinds |= {tokenizer.encode_special(start): kind for kind, (start, _, _) in PARTS.items() if start}
+        self._kind = "text"
+        self._decoder = StreamDecoder(tokenizer)
+        self._held = ""
+
+    def push(self, token: int) -> list[tuple[str, str]]:
+        if token not in self._kinds:
+            return self._shown(self._decoder.push(token))
+        segments = self._shown(self._decoder.finish())
+        self._kind = self._kinds[token]
+        return segments
+
+    def finish(self) -> list[tuple[str, str]]:
+        """The held-back text at the end of the reply."""
+        segments = self._shown(self._decoder.finish())
+        held, self._held = self._held, ""
+        return [*segments, ("text", held)] if held else segments
+
+    def _shown(self, text: str) -> list[tuple[str, str]]:
+        if self.stopped:
+            return []
+        if self.stop and self._kind == "text":
+            text = self._before_stop(self._held + text)
+        return [(self._kind, text)] if text else []
+
+    def _before_stop(self, text: str) -> str:
+        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
 
 
 def tokenizer_dir() -> Path:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat import server
-from nanochat.conversation import Segments, render_for_completion
+from nanochat.conversation import render_for_completion
 from nanochat.server import ApiError, fit
+from nanochat.tokenizer import Segments
 
 MODEL = "sft-d2-step-8"
 REPLIES = {
