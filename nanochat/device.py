@@ -61,7 +61,7 @@ def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.
     if compute.device.type == "cpu":
         headers = Path(sysconfig.get_path("include")) / "Python.h"
         if not shutil.which("g++") and not shutil.which("clang++") or not headers.exists():
-            print0("training uncompiled, about a third slower: no C++ compiler or no Python headers found")
+            print0("training uncompiled, about a quarter slower: no C++ compiler or no Python headers found")
             return model
         cpu.keep_freed_memory()
         cpu.deterministic()
