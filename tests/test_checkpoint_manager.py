@@ -1,6 +1,7 @@
 """Checkpoints: exact, verified, complete or absent, for any number of ranks, found by stage, tag and step."""
 
 import dataclasses
+import errno
 import json
 import random
 import re
@@ -298,3 +299,25 @@ def test_a_failure_at_any_moment_leaves_earlier_checkpoints(tmp_path, monkeypatc
     assert cm.find_last_step(tmp_path) == 1
     save(tmp_path, 3)
     assert names_in(tmp_path) == ["step_000001", "step_000003"], "leftovers are removed by the next save"
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "part"), RuntimeError("unexpected")])
+def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_nothing(tmp_path, run_ranks, monkeypatch, failing, error):
+    write = cm._write_tensors
+
+    def fail(path, state):
+        if path.name == f"optimizer_rank{failing}.safetensors":
+            raise error
+        return write(path, state)
+
+    def work(compute):
+        with pytest.raises((OSError, RuntimeError)) as raised:
+            save_checkpoint(tmp_path, 2, some_state(), OPTIMIZER, {}, BYTES, compute)
+        return raised.value
+
+    monkeypatch.setattr(cm, "_write_tensors", fail)
+    raised = run_ranks(3, work)
+    assert raised.pop(failing) is error and names_in(tmp_path) == []
+    for other in raised:
+        assert f"on rank {failing}: " in str(other) and other.errno == getattr(error, "errno", errno.EIO)

@@ -1,17 +1,26 @@
-"""Many ranks compute what one does: every stage under torchrun, two nodes on one machine, resume on another world size."""
+"""Many ranks compute what one does, twice the same, and resume after any fault.
+
+`-m slow -k "kills and 5"` is a short version of the long test and takes a minute.
+"""
 
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import finish, free_port
 from safetensors.torch import load_file
+
+from nanochat.checkpoint_manager import list_steps, verify
 
 ROOT = Path(__file__).parent.parent
 SIZE = ["--device-type=cpu", "--device-batch-size=4", "--eval-tokens=1024", "--eval-every=4", "--num-iterations=12"]
@@ -21,14 +30,14 @@ RL = ["--task=SampleArithmetic", "--examples-per-step=7", "--num-samples=4", "--
       "--eval-every=3", "--eval-examples=7", "--eval-samples=2", "--device-type=cpu", "--device-batch-size=4"]
 
 
-def start(launcher, base, command):
+def start(launcher, base, command, cores=2, stdout=subprocess.PIPE, **more):
     """Start a process without the compiler, with one thread per rank; all processes share a base folder, as nodes do."""
     env = {**os.environ, "NANOCHAT_BASE_DIR": str(base), "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1",
-           "PYTHONPATH": str(ROOT)}  # fmt: skip
-    two_cores = sorted(os.sched_getaffinity(0))[:2]
+           "PYTHONPATH": os.pathsep.join(sys.path), **more}  # fmt: skip
+    affinity = sorted(os.sched_getaffinity(0))[:cores]
     return subprocess.Popen(
-        [*launcher, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, two_cores),
+        [*launcher, *command], cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, affinity),
     )  # fmt: skip
 
 
@@ -102,6 +111,20 @@ def one(trained_base):
     return curve(trained_base, "one")
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_and_on_all_threads_the_same_command_twice_is_bit_equal(trained_base, one):
+    """And without the compiler and on one thread, losses stay within 1e-3 over five steps and 0.1 over twelve."""
+    cores = len(os.sched_getaffinity(0))
+    env = {"TORCH_COMPILE_DISABLE": "0", "OMP_NUM_THREADS": str(cores), "TORCHINDUCTOR_CACHE_DIR": str(trained_base / "inductor")}
+    for tag in ("compiled", "again"):
+        finish([start([sys.executable], trained_base, base_train(trained_base, tag, "--warmup-steps=0"), cores, **env)])
+    finish([start([sys.executable], trained_base, base_train(trained_base, "eager", "--warmup-steps=0"))])
+    compiled, again, eager = (curve(trained_base, tag) for tag in ("compiled", "again", "eager"))
+    assert compiled == again
+    differences = [abs(a - b) for (_, name, a), (_, _, b) in zip(compiled, eager, strict=True) if name == "raw_loss"]
+    assert 0 < max(differences[:5]) < 1e-3 and max(differences) < 0.1, differences
+
+
 def test_two_nodes_have_the_same_curve_as_one_rank(trained_base, one):
     launcher, command = two_nodes("together"), base_train(trained_base, "nodes")
     outputs = finish([start(launcher, trained_base, command) for _ in range(2)])
@@ -154,3 +177,53 @@ def test_nodes_that_do_not_share_the_base_folder_are_a_user_error(trained_base, 
     outputs = [node.communicate(timeout=120)[0] for node in nodes]
     assert all(node.returncode for node in nodes)
     assert "NANOCHAT_BASE_DIR" in "".join(outputs) and "one folder that all nodes share" in "".join(outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [5, 60])
+def test_kills_lose_nothing(trained_base, rounds):
+    """SIGKILL or SIGTERM to a rank, to torchrun or to all; at start, in a step or during a save."""
+    rng, log = random.Random(0), trained_base / "log"
+    folders = [trained_base / "base_checkpoints" / f"{name}{rounds}" for name in ("reference", "killed")]
+    steps_per_round = 12  # at most, before the kill
+
+    def train(folder, resume="-1"):
+        flags = [f"--num-iterations={3 * steps_per_round * rounds}", "--save-every=2", "--keep-last=3", "--eval-every=0"]
+        command = base_train(trained_base, folder.name, *flags, f"--resume-from-step={resume}")
+        with open(log, "w") as stdout:
+            return start(torchrun("--standalone", "--nproc-per-node=2"), trained_base, command, stdout=stdout)
+
+    def ranks_of(job):
+        with suppress(psutil.Error, KeyError):  # it has just ended or forked
+            return {child.environ()["RANK"]: child for child in psutil.Process(job.pid).children()}
+        return {}
+
+    assert train(folders[0]).wait(600) == 0, log.read_text()
+    for number in range(rounds):
+        before = max(list_steps(folders[1]), default=0)
+        job = train(folders[1], "latest" if before else "-1")  # a kill may come before the first checkpoint
+        if number % 6 == 0:
+            time.sleep(rng.uniform(0, 6))  # while it starts
+        count = rng.randint(1, steps_per_round) if number % 6 else 0
+        while job.poll() is None and log.read_text().count("\nstep ") < count:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        assert job.poll() is None, log.read_text()
+
+        # Kill a rank (if it runs already), torchrun, or all
+        ranks, target = ranks_of(job), ("0", "1", "torchrun", "all")[number % 4]
+        victims = [ranks.get(target, psutil.Process(job.pid)), *(ranks.values() if target == "all" else [])]
+        for victim in victims:
+            victim.send_signal(signal.SIGTERM if number % 3 == 0 else signal.SIGKILL)
+        job.wait(90)
+        deadline = time.monotonic() + 60
+        while any(psutil.pid_exists(rank.pid) and rank.status() != "zombie" for rank in ranks.values()):
+            assert time.monotonic() < deadline, f"round {number}: a rank outlives the job"
+            time.sleep(0.1)
+        assert max(list_steps(folders[1]), default=0) >= before, f"round {number} lost step {before}"
+        for step in list_steps(folders[1]):
+            verify(folders[1], step)
+    assert train(folders[1], "latest").wait(600) == 0, log.read_text()
+    last = 3 * steps_per_round * rounds
+    reference, killed = ({name: file["sha256"] for name, file in verify(folder, last)["files"].items()} for folder in folders)
+    assert reference == killed and curve(trained_base, folders[0].name) == curve(trained_base, folders[1].name)

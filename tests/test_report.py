@@ -57,28 +57,18 @@ def test_a_section_shows_values_tables_and_samples(base_dir):
     assert "````text\nuser: hi\nassistant: ```code```\n````\n" in text
 
 
-def test_metrics_become_a_plot_and_the_training_time(base_dir):
+@pytest.mark.parametrize("reinforcement", [False, True])
+def test_metrics_become_a_plot_and_the_training_time(base_dir, reinforcement):
     rows = [{"step": i, "loss": 5 - i / 10, "total_time": i * 60.0} for i in range(10)]
     rows.insert(5, {"step": 5, "val_bpb": 1.5, "total_time": 290.0})
+    if reinforcement:
+        rows += [{"step": 9, "reward": 0.5, "total_time": 9.0}, {"step": 9, "accuracy": 0.5, "accuracy_ci": 0.1, "total_time": 540.0}]
     report.log("Base model training", {"metrics": write_metrics(base_dir / "metrics.jsonl", rows)})
     text = report.generate().read_text()
     plots = list((base_dir / "report").glob("*.png"))
     assert len(plots) == 1 and f"![Base model training]({plots[0].name})" in text
     assert plots[0].read_bytes().startswith(b"\x89PNG") and plots[0].stat().st_size > 5000
     assert ["Base model training", "0m 00s", "9m 00s"] in table_after(text, "Wall clock")
-
-
-def test_reinforcement_learning_is_drawn_as_reward_and_accuracy(base_dir, monkeypatch):
-    from matplotlib.axes import Axes
-
-    drawn, plot = [], Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **style: (drawn.append((list(x), list(y))), plot(axes, x, y, **style))[1])
-    rows = [{"step": i, "loss": 0.0, "reward": i / 10, "total_time": i * 60.0} for i in range(1, 4)]
-    rows.insert(0, {"step": 0, "accuracy": 0.25, "accuracy_ci": 0.1, "total_time": 0.0})
-    rows.append({"step": 3, "accuracy": 0.75, "accuracy_ci": 0.05, "total_time": 180.0})
-    report.log("Reinforcement learning", {"metrics": write_metrics(base_dir / "metrics.jsonl", rows)})
-    report.generate()
-    assert drawn == [([1, 2, 3], [0.1, 0.2, 0.3]), ([0.0, 3.0], [0.25, 0.75])]
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 0, "loss": 3.0, "total_time": 1.0}], [{"step": 0, "val_bpb": None}]])
