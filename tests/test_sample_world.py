@@ -3,8 +3,6 @@
 import calendar
 import re
 import string
-import subprocess
-import sys
 from collections import Counter
 
 import pyarrow.parquet as pq
@@ -12,7 +10,7 @@ import pytest
 
 from nanochat import sample_world
 from nanochat.sample_facts import CAPITALS, ELEMENTS, OPPOSITES
-from nanochat.sample_phrases import ENTRIES, KINDS
+from nanochat.sample_phrases import KINDS
 from nanochat.sample_world import KIND, documents, paragraphs, prose, questions, write_shards
 
 SIZE = 4_000_000  # characters, about an eighth of the corpus
@@ -59,12 +57,6 @@ def test_every_fact_has_the_slots_that_its_templates_name():
         assert not any(f"{{{kind.answer}}}" in question for question in kind.questions + kind.held_out), kind.name
 
 
-def test_a_kind_has_many_phrasings_and_the_quiz_has_its_own():
-    for kind in KINDS:
-        assert len(set(kind.statements)) >= 3 and len(set(kind.questions)) >= 8 and len(set(kind.held_out)) == 2
-        assert not set(kind.held_out) & set(kind.questions)
-
-
 def test_a_question_has_one_answer():
     for kind in KINDS:
         for template in kind.questions + kind.held_out:
@@ -92,11 +84,6 @@ def test_calendars_agree_with_the_standard_library():
         assert fact["next"] == months[(months.index(fact["month"]) + 1) % 12]
 
 
-def test_an_entry_tells_of_one_subject():
-    for names in ENTRIES:
-        assert all(KIND[name].facts is KIND[names[0]].facts for name in names)
-
-
 # -----------------------------------------------------------------------------
 # The corpus
 
@@ -121,20 +108,6 @@ def test_counting_and_sorting_are_right(corpus):
         assert numbers == ", ".join(map(str, range(int(start), int(end) + 1, int(step or 1))))
     orders = re.findall(r"In the order of the alphabet, ([a-z, ]+) become ([a-z, ]+)\.", text)
     assert orders and all(sorted(before.split(", ")) == after.split(", ") for before, after in orders)
-
-
-def test_the_facts_that_the_model_is_shown_to_know_are_said_often(corpus):
-    # 4 million characters are about a million tokens, half of what a short training run reads.
-    text = "\n".join(corpus)
-    for sentence in (
-        "The capital of France is Paris.",
-        "The chemical symbol of gold is Au.",
-        "If yesterday was Friday, then tomorrow will be Sunday.",
-        "The opposite of hot is cold.",
-        "The planets of the solar system are: Mercury, Venus, Earth, Mars, Jupiter, Saturn, Uranus, Neptune.",
-        "If 5*x + 3 = 13, then x is 2.",
-    ):
-        assert text.count(sentence) >= 15, (sentence, text.count(sentence))
 
 
 def test_every_fact_is_said(corpus):
@@ -168,13 +141,6 @@ def test_the_corpus_follows_from_its_seed(little_prose):
     assert first == again != other
 
 
-def test_every_writer_appears_and_documents_are_shuffled(corpus):
-    marks = {"exercise": "Let us solve", "exam": "Question: ", "dialogue": "Ask me anything.", "story": "hungry"}
-    for name, mark in marks.items():
-        places = [index / len(corpus) for index, document in enumerate(corpus) if mark in document]
-        assert len(places) > 20 and 0.4 < sum(places) / len(places) < 0.6, name
-
-
 # -----------------------------------------------------------------------------
 # Prose
 
@@ -204,15 +170,6 @@ def test_prose_says_nothing_twice():
     assert max(counts.values()) == 1
 
 
-def test_prose_is_read_without_importing_what_it_quotes():
-    program = (
-        "import sys; from nanochat import sample_world as w; w.PROSE_MODULES = ['turtle', 'tkinter', 'mailbox'];"
-        "assert w.prose(1); print({'turtle', 'tkinter', 'mailbox', 'torch', 'pyarrow'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.strip() == "set()", done.stderr
-
-
 # -----------------------------------------------------------------------------
 # Shards
 
@@ -227,21 +184,6 @@ def test_write_shards(tmp_path, little_prose):
     assert all(all(rows == 1024 for rows in groups[:-1]) and 0 < groups[-1] <= 1024 for groups in sizes)
     assert max(map(sum, sizes)) - min(map(sum, sizes)) <= 1
     assert [text for file in files for text in file.read()["text"].to_pylist()] == list(documents(3, 10_000_000))
-
-
-def test_a_write_that_breaks_off_leaves_no_shard(tmp_path, little_prose, monkeypatch):
-    writes = []
-
-    def write_table(table, path, **kwargs):
-        writes.append(path)
-        path.write_bytes(b"half")
-        if len(writes) == 3:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(pq, "write_table", write_table)
-    with pytest.raises(OSError):
-        write_shards(tmp_path, size=50_000)
-    assert len(writes) == 3 and not list(tmp_path.glob("*.parquet"))
 
 
 # -----------------------------------------------------------------------------
