@@ -1,6 +1,6 @@
 """Byte-level BPE tokenizer in the GPT-4 manner: train, encode, decode, save, load.
 
-rustbpe trains and encodes in bulk, tiktoken encodes single prompts; both give the same ids. Special tokens in
+rustbpe trains and encodes in bulk, tiktoken encodes single prompts; both return the same ids. Special tokens in
 ordinary text are text. Nothing is normalised: `decode(encode(text)) == text`, except for lone surrogates, which
 UTF-8 cannot hold and which become U+FFFD.
 
@@ -24,7 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Sequence
 
-from nanochat.common import UserError, atomic, get_base_dir
+from nanochat.common import UserError, atomic, get_base_dir, print0
 from nanochat.conversation import PARTS, render_conversation, render_for_completion
 
 if TYPE_CHECKING:
@@ -235,13 +235,13 @@ class RustBPETokenizer:
 
     @cached_property
     def _bulk_encoder(self):
-        """Our rustbpe with these ranks; None if the published package is installed instead, or for another pattern than
-        the one that ours splits by."""
+        """Our rustbpe with these ranks; None if the published package is installed, or if the pattern is not ours."""
         import rustbpe
 
-        if not hasattr(rustbpe.Tokenizer, "encode_to_numpy") or self.pattern != rustbpe.PATTERN:
+        if not hasattr(rustbpe.Tokenizer, "encode_to_numpy"):
+            print0("rustbpe is the published package, several times slower than ours; `bash dev/setup.sh` installs ours where there is Rust")
             return None
-        return rustbpe.Tokenizer.from_ranks(self.ranks, self.pattern)
+        return rustbpe.Tokenizer.from_ranks(self.ranks, self.pattern) if self.pattern == rustbpe.PATTERN else None
 
     def _special_ids(self, token: int | str | None) -> list[int]:
         if token is None:

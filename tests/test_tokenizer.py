@@ -99,12 +99,13 @@ class Published:
         self.get_mergeable_ranks = tokenizer.get_mergeable_ranks
 
 
-def test_without_our_rustbpe_the_tokens_are_the_same(tokenizer, monkeypatch):
+def test_without_our_rustbpe_the_tokens_are_the_same_and_a_line_says_so(tokenizer, monkeypatch, capsys):
     many = [text * (i % 50) for i, text in enumerate(TEXTS * 10)] + ["a\ud800b", " " * (MAX_BLANKS + 5) + "x"]
     ids, offsets = tokenizer.encode_to_numpy(many)
     monkeypatch.setattr(rustbpe, "Tokenizer", Published)
     fallback = RustBPETokenizer.train_from_iterator(iter(TEXTS), VOCAB_SIZE)
-    assert fallback._bulk_encoder is None and fallback.fingerprint() == tokenizer.fingerprint()
+    assert fallback._bulk_encoder is None and "bash dev/setup.sh" in capsys.readouterr().out
+    assert fallback.fingerprint() == tokenizer.fingerprint()
     fallback_ids, fallback_offsets = fallback.encode_to_numpy(many)
     assert fallback_ids.dtype == ids.dtype and fallback_offsets.dtype == offsets.dtype
     assert fallback_ids.tolist() == ids.tolist() and fallback_offsets.tolist() == offsets.tolist()
