@@ -342,6 +342,7 @@ def test_plots_of_runs_and_of_the_miniseries(base_dir, capsys):
 def test_plot_without_usable_input_is_a_user_error(base_dir, tmp_path):
     for argv, message in (
         ([], "nothing to plot"),
+        (["d99"], "there is no .*d99"),
         (["--add", "d99"], "'d99' has finished training"),
         ([str(write_lines(tmp_path / "r" / "a.jsonl", [], end="{incomplete"))], "no line of JSON"),
         (["--miniseries", str(write_lines(tmp_path / "b.jsonl", [{"tag": "x"}]))], 'both "training FLOPs" and'),

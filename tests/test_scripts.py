@@ -92,7 +92,10 @@ def test_every_stage_leaves_complete_checkpoints(pipeline, stage):
     assert names == ["metrics.jsonl", "step_000004", "step_000008"]
     meta, base_meta = (meta_of(pipeline / FOLDERS[name] / "d2" / "step_000008") for name in (stage, "base"))
     assert meta["model_config"] == base_meta["model_config"] and meta["model_config"]["window_pattern"] == "QQQL"
-    assert meta["user_config"]["matrix_lr"] == 0.02 and (stage == "rl" or 0 < meta["val_bpb"] < 10)
+    assert meta["user_config"]["matrix_lr"] == 0.02
+    assert meta["user_config"]["short_run"] == base_meta["user_config"]["short_run"], "each stage inherits it"
+    bpbs = [bpb for *_, bpb, _ in losses(folder) if bpb is not None]
+    assert stage == "rl" or 0 < bpbs[-1] == meta["val_bpb"] < 10
     seen = [value for _, value, *_ in losses(folder) if value is not None]
     assert len(seen) == 8 and all(math.isfinite(value) for value in seen) and any(seen)
 
@@ -183,11 +186,12 @@ def test_evaluating_and_chatting(base_dir, capsys, monkeypatch):
     parts = {"mergeable_ranks": tokenizer.ranks, "pat_str": tokenizer.pattern, "special_tokens": {}}
     monkeypatch.setattr(openai_public, "ENCODING_CONSTRUCTORS", {"cl100k_base": lambda: parts})
     run("tok_eval", "--source=SOURCE")
+    run("tok_eval")
     run("base_loss", "--split-tokens=512", "--device-batch-size=4")
     run("chat_eval", "-i", "sft", "-a", "SampleWorld", "-x", "4", "-m", "8")
     run("chat_cli", "-p", "What is the capital of France?", "-i", "sft")
     out = capsys.readouterr().out
-    assert "left out GPT-2" in out and "GPT-4" in out and "\nKorean " in out and "\nval " in out
+    assert "left out GPT-2" in out and "left out the train text" in out and "GPT-4" in out and "\nKorean " in out and "\nval " in out
     assert "val bpb" in out and "The capital of France is" in out and "SampleWorld" in out
     importlib.import_module("nanochat.report").main(["generate"])
     text = (base_dir / "report" / "report.md").read_text()
