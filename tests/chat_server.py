@@ -3,8 +3,6 @@
 A test can hold the engine, so that each step waits for permission: no test depends on a clock.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import threading

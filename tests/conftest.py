@@ -6,8 +6,6 @@ hub on that very port for one test, so that libraries that read the address only
 `huggingface_hub`) find it, too.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -4,8 +4,6 @@ It serves a handful of made-up rows in the columns of the real data sets to the 
 (`datasets`, `huggingface_hub`, urllib), and can answer with faults.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -99,13 +99,6 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(capsys):
     assert chat.engine.prompts[3] == prompt("b", "y" * 30, "c", "z" * 30, "d")
 
 
-def test_there_is_always_room_for_an_answer():
-    chat = chat_with(["r" * 9] * 40, context=100, max_tokens=20)
-    for i in range(40):
-        ask(chat, "q" * (i % 30))
-    assert max(map(len, chat.engine.prompts)) in range(70, 81)
-
-
 def test_a_message_longer_than_the_context_is_refused_and_changes_nothing():
     chat = chat_with(["one", "two"])
     ask(chat, "a")

@@ -1,7 +1,5 @@
 """How a job of several ranks fails (real torchrun jobs in which rank 1 fails), and errors and folders of one process."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

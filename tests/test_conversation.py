@@ -66,11 +66,6 @@ def test_a_system_message_is_merged_into_the_first_user_message_with_a_blank_lin
     assert repr(conversation) == before, "the argument is unchanged"
 
 
-def test_empty_texts_still_have_their_delimiters():
-    expected = ["bos 0", "user_start 0", "user_end 0", "assistant_start 0", "assistant_end 1"]
-    assert render(talk("", "")) == render(talk("", [])) == expected
-
-
 def test_truncation():
     whole = render(talk("a" * 3000, "b"), max_tokens=None)
     assert len(whole) == 1 + 3002 + 3

@@ -1,7 +1,5 @@
 """The loaders against brute force: packing, any number of ranks, exact resume, every token once per epoch."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -336,11 +334,6 @@ def test_chunks_without_a_supervised_token_are_counted_not_trained_on():
 
 def prefetch_threads() -> int:
     return sum(thread.name == "prefetch" for thread in threading.enumerate())
-
-
-def test_batches_do_not_share_memory(corpus):
-    for taken in (batches(PACKED, corpus, 12), conversation_batches(make_conversations(SHAPES), 12, B=2, T=7)):
-        assert len({x.untyped_storage().data_ptr() for pair in taken for x in pair[:2]}) == 24
 
 
 def test_thread_runs_a_little_ahead_and_ends_with_the_loader(corpus):

@@ -1,7 +1,5 @@
 """Shards: which there are, which is for validation, how they are read and downloaded."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from chat_server import END, PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, events_of, message, segments_of, serving
+from chat_server import END, PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, message, segments_of, serving
 
 from nanochat.common import UserError
 from nanochat.conversation import render_for_completion
@@ -48,21 +48,6 @@ def test_tokens_of_a_reply_come_in_order_with_its_end_last():
         steps = thread.engine.steps
         await asyncio.sleep(0.05)
         assert thread.engine.steps == steps  # an idle engine is not stepped
-
-    run(scenario, ScriptedEngine())
-
-
-def test_the_loop_is_called_once_per_step():
-    async def scenario(pool):
-        engine, loop, calls = pool.threads[0].engine, asyncio.get_running_loop(), []
-        engine.hold()
-        call = loop.call_soon_threadsafe
-        loop.call_soon_threadsafe = lambda work, *args: (calls.append(threading.current_thread().name), call(work, *args))
-        requests = [pool.submit(PROMPT, max_tokens=100) for _ in range(4)]
-        engine.release()
-        for request in requests:
-            await all_tokens(*request)
-        assert calls.count("engine fake:0") == engine.steps
 
     run(scenario, ScriptedEngine())
 

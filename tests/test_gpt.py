@@ -220,16 +220,3 @@ def test_compiling_and_recomputing_activations_change_neither_loss_nor_gradients
     with torch.no_grad():
         cache = KVCache(2, 2, 64, 16, 4, "cpu", torch.float32)
         assert torch.equal(model.hidden(x, cache), model.hidden(x))
-
-
-@pytest.mark.parametrize("n_layer", [1, 2, 5])
-def test_last_only_equals_the_last_position(n_layer):
-    """And leaves the same cache for the tokens that follow."""
-    model = make(n_layer=n_layer)
-    cache = KVCache(2, 2, 64, 16, n_layer, "cpu", torch.float32)
-    with torch.no_grad():
-        expected = model.hidden(ids())
-        for start, end in ((0, 20), (20, 21), (21, 60)):
-            last = model.hidden(ids()[:, start:end], kv_cache=cache, last_only=True)
-            assert last.shape == (2, 1, 64) and torch.allclose(last, expected[:, end - 1 : end], atol=1e-5)
-        assert torch.allclose(model.hidden(ids()[:, 60:], kv_cache=cache), expected[:, 60:], atol=1e-5)

@@ -1,7 +1,5 @@
 """Models of the transformers library under our evaluations: tiny random ones, created here, saved and loaded again."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The best-fit buffer against a plain list, and how conversations are split; test_dataloader.py tests the packers."""
 
-from __future__ import annotations
-
 from hypothesis import example, given
 from hypothesis import strategies as st
 

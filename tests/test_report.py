@@ -6,7 +6,6 @@ import re
 import pytest
 
 from nanochat import report
-from nanochat.common import UserError
 
 
 def write_metrics(path, rows):
@@ -20,15 +19,6 @@ def table_after(text, heading):
     lines = re.search(r"(^\|.*\n)+", section, re.M)[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [rows[0], *rows[2:]]
-
-
-def test_log_appends_numbers_as_numbers(base_dir):
-    report.log("one", {"x": 0.1 + 0.2, "n": 3, "path": base_dir})
-    report.log("two", {"text": "line\nbreak | pipe"})
-    rows = [json.loads(line) for line in (base_dir / "report" / "report.jsonl").read_text().splitlines()]
-    assert [row["section"] for row in rows] == ["one", "two"]
-    assert rows[0]["data"] == {"x": 0.1 + 0.2, "n": 3, "path": str(base_dir)}
-    assert rows[0]["time"] <= rows[1]["time"]
 
 
 def test_the_final_table_has_stages_across_and_the_latest_number_of_each(base_dir):
@@ -91,18 +81,3 @@ def test_reset_logs_the_environment_and_retains_the_earlier_report(base_dir):
     assert environment["torch"].startswith("2.") and int(environment["cpu cores"]) >= 1
     kept = [path for path in base_dir.iterdir() if path.name.startswith("report-")]
     assert len(kept) == 1 and "old" in (kept[0] / "report.jsonl").read_text()
-
-
-def test_generate_prints_the_results_and_the_path_of_the_page(base_dir, capsys):
-    with pytest.raises(UserError, match="empty or missing; run a stage"):
-        report.main([])
-    report.log("b", {"stage": "base", "scores": {"CORE": 0.1}})
-    report.main([])
-    out = capsys.readouterr().out
-    assert "| CORE | 0.1000 |" in out and str(base_dir / "report" / "report.md") in out and "Wall clock" not in out
-    assert table_after((base_dir / "report" / "report.md").read_text(), "Environment"), "also without a reset"
-
-
-@pytest.mark.parametrize("seconds, text", [(0, "0m 00s"), (59.6, "1m 00s"), (3600, "1h 00m 00s"), (7384, "2h 03m 04s")])
-def test_duration(seconds, text):
-    assert report.duration(seconds) == text

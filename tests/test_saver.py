@@ -62,14 +62,6 @@ def test_a_failed_save_is_printed_at_once_and_raised_at_the_end_only(tmp_path, c
     Saver(tmp_path, CPU, timeout=1).close()  # the folder was released
 
 
-def test_a_closed_stdout_does_not_fail_a_save(tmp_path, monkeypatch):
-    monkeypatch.setattr("builtins.print", Mock(side_effect=BrokenPipeError))
-    saver = Saver(tmp_path, CPU)
-    saver.save(1, some_state(), None, {}, BYTES)
-    saver.close()
-    assert list_steps(tmp_path) == [1]
-
-
 @pytest.mark.parametrize("error", [NotImplementedError("flock"), OSError(errno.ENOLCK, "No locks available")])
 def test_saving_works_where_files_cannot_be_locked(tmp_path, monkeypatch, capsys, error):
     monkeypatch.setattr("nanochat.saver.FileLock.acquire", Mock(side_effect=error))

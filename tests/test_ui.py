@@ -3,8 +3,6 @@
 The last test uses the real server. An error on the page, or a request to another address, fails a test.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
