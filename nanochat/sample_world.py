@@ -1,19 +1,19 @@
 """The built-in corpus: a small textbook world, written by a seeded generator, and the quiz on it.
 
-One idea: every document is drawn from the same thousand facts, said in many ways, so that a small model
-which reads only a part of the corpus still meets each fact dozens of times, and what it learned can be
-asked. Facts stand in `sample_facts`, phrasings in `sample_phrases`; here they become pages, exams,
-stories, dialogues and exercises. One part in twenty-five is prose of Python's own standard library, read
-from its source files, for natural variety.
+Every document is generated from the same thousand facts, in many phrasings, so that a small model that reads only a
+part of the corpus meets each fact dozens of times, and what it has learned can be tested. Facts and phrasings are in
+sample_world.json; here they become pages, exams, stories, dialogues and exercises. One part in twenty-five is prose
+from the sources of Python's standard library, for natural variety.
 
-Everything follows from the seed and the Python version (whose prose it quotes). Nothing is imported from
-the modules that are quoted, and nothing here knows of tokens or models.
+Everything follows from the seed and the Python version (whose prose it quotes). The quoted modules are not imported,
+and nothing here knows of tokens or models.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import random
 import re
@@ -22,22 +22,97 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
-from nanochat.sample_facts import ANIMALS, COLOURS, DAYS, EQUATIONS, FOODS, MONTHS, NAMES, PLACES, PLURALS, THINGS
-from nanochat.sample_phrases import ENTRIES, KINDS, Kind
-
 CORPUS_SIZE = 30_000_000  # characters
 NUM_SHARDS = 8  # the last one is the validation split
 ROW_GROUP_SIZE = 1024  # documents
-DOCUMENT_LENGTHS = (300, 3000, 900)  # characters: least, most, mode
-PROSE_SHARE = 0.04  # of the characters: all that the standard library has to say, said once
+DOCUMENT_LENGTHS = (300, 3000, 900)  # characters: minimum, maximum, mode
+PROSE_SHARE = 0.04  # of the characters: all prose of the standard library, once
 QUIZ_SIZE = 200
 
+WORLD = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+TABLES, STORY, DIALOGUE = WORLD["tables"], WORLD["story"], WORLD["dialogue"]
+
+# -----------------------------------------------------------------------------
+# Facts. A fact is a dict of slots: {"country": "France", "city": "Paris", "continent": "Europe"}
+
+Fact = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fact and its phrasings, templates over the slots of a fact.
+
+    `statements[0]` is the canonical sentence; the first two serve as replies. Nothing that a model is trained on uses
+    a `held_out` question, so a right answer to one shows that the fact was learned, not the question.
+    """
+
+    name: str
+    answer: str  # the slot that answers every question of this kind
+    facts: list[Fact]
+    statements: list[str]
+    questions: list[str]
+    held_out: list[str]
+    follow_up: str  # a question that refers to the one before it
+
+
+def pairs(table: str, key: str, value: str) -> list[Fact]:
+    """A fact for each entry of a table: {"gold": "Au"} -> [{"element": "gold", "symbol": "Au"}]."""
+    return [{key: a, value: b} for a, b in TABLES[table].items()]
+
+
+def neighbours(cycle: list[str], *slots: str) -> list[Fact]:
+    """Each run of consecutive members of a cycle: seven facts for the days of the week."""
+    starts = range(len(cycle))
+    return [{slot: cycle[(start + i) % len(cycle)] for i, slot in enumerate(slots)} for start in starts]
+
+
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def equation_fact(a: int, b: int, x: int) -> Fact:
+    return {"equation": f"{a}*x + {b} = {a * x + b}", "a": str(a), "b": str(b), "ax": str(a * x), "x": str(x)}
+
+
+DIGITS = [(a, b) for a in range(1, 10) for b in range(1, 10)]
+FACTS = {
+    "countries": [
+        {"country": country, "city": city, "continent": continent}
+        for continent, capitals in TABLES["capitals"].items() for country, city in capitals.items()
+    ],
+    "elements": pairs("elements", "element", "symbol"),
+    "planets": [{"planet": planet, "ordinal": ordinal} for planet, ordinal in zip(TABLES["planets"], TABLES["ordinals"])],
+    "animals": [
+        {"animal": with_article(animal), "sound": sound, "home": home, "young": young}
+        for animal, (sound, home, young) in TABLES["animals"].items()
+    ],
+    "opposites": [{"word": a, "opposite": b} for pair in TABLES["opposites"] for a, b in (pair, reversed(pair))],
+    "colours": [{"thing": thing, "colour": colour} for colour, things in TABLES["colours"].items() for thing in things],
+    "units": [{"whole": whole, "number": number, "parts": parts} for whole, (number, parts) in TABLES["units"].items()],
+    "plurals": pairs("plurals", "singular", "plural"),
+    "jobs": pairs("jobs", "job", "work"),
+    "lists": [{"list": name, "members": ", ".join(members)} for name, members in TABLES["lists"].items()],
+    "sums": [{"a": str(a), "b": str(b), "c": str(a + b)} for a, b in DIGITS],
+    "differences": [{"a": str(a + b), "b": str(b), "c": str(a)} for a, b in DIGITS],
+    "products": [{"a": str(a), "b": str(b), "c": str(a * b)} for a, b in DIGITS],
+    # A small range, so that each equation is met dozens of times
+    "equations": [equation_fact(a, b, x) for a in range(2, 7) for x in range(1, 7) for b in range(1, 6)],
+}  # fmt: skip
+
+
+def make_kind(name: str, facts: str, **phrasings) -> Kind:
+    """`facts` is a name in FACTS, or a cycle and the slots of its neighbours: "days: today, tomorrow"."""
+    table, _, slots = facts.partition(": ")
+    return Kind(name, facts=neighbours(TABLES[table], *slots.split(", ")) if slots else FACTS[table], **phrasings)
+
+
+KIND = {name: make_kind(name, **values) for name, values in WORLD["kinds"].items()}
+KINDS = list(KIND.values())
 KIND_WEIGHTS = [len(kind.facts) + 15 for kind in KINDS]  # nearly equal attention to each fact
-KIND = {kind.name: kind for kind in KINDS}
 
 
-def sentence(template: str, slots: dict[str, str]) -> str:
-    """`"{animal} {sound}."` with a dog's slots -> `"A dog barks."`"""
+def sentence(template: str, slots: Fact) -> str:
+    """`"{animal} {sound}."` with the slots of a dog -> `"A dog barks."`"""
     text = template.format(**slots)
     return text[0].upper() + text[1:]
 
@@ -46,15 +121,15 @@ def pick_kind(rng: random.Random) -> Kind:
     return rng.choices(KINDS, KIND_WEIGHTS)[0]
 
 
-def tell(rng: random.Random, kind: Kind) -> str:
-    """A fact of this kind as a statement. The canonical phrasing comes at least twice as often as any other."""
+def state(rng: random.Random, kind: Kind) -> str:
+    """A fact of this kind as a statement. The canonical phrasing is at least twice as frequent as any other."""
     templates = kind.statements
     template = templates[0] if rng.random() < 0.3 else rng.choice(templates)
     return sentence(template, rng.choice(kind.facts))
 
 
 def fill(pieces: Iterator[str], length: int, separator: str = " ") -> str:
-    """Join pieces until `length` characters are reached (or the pieces end)."""
+    """Join texts until `length` characters are reached (or the texts end)."""
     taken, total = [], 0
     for piece in pieces:
         taken.append(piece)
@@ -64,33 +139,33 @@ def fill(pieces: Iterator[str], length: int, separator: str = " ") -> str:
     return separator.join(taken)
 
 
-def forever(piece: Callable[[], str]) -> Iterator[str]:
+def forever(make: Callable[[], str]) -> Iterator[str]:
     while True:
-        yield piece()
+        yield make()
 
 
 # -----------------------------------------------------------------------------
-# Documents of facts. Each writer takes a generator of random numbers and a length in characters.
+# Documents of facts. Each writer takes a random generator and a length in characters.
 
 
 def page(rng: random.Random, length: int) -> str:
     """A page about one kind of fact."""
     kind = pick_kind(rng)
-    return fill(forever(lambda: tell(rng, kind)), length)
+    return fill(forever(lambda: state(rng, kind)), length)
 
 
 def mixed_page(rng: random.Random, length: int) -> str:
-    """Paragraphs in which anything may follow anything."""
+    """Paragraphs of statements of all kinds."""
 
     def paragraph() -> str:
-        return fill(forever(lambda: tell(rng, pick_kind(rng))), rng.randint(150, 500))
+        return fill(forever(lambda: state(rng, pick_kind(rng))), rng.randint(150, 500))
 
     return fill(forever(paragraph), length, "\n\n")
 
 
 def entries(rng: random.Random, length: int) -> str:
-    """An encyclopedia: all that is known about one country, element or animal after the other."""
-    kinds = [KIND[name] for name in rng.choice(ENTRIES)]
+    """An encyclopedia: all facts about one country, element or animal after the other."""
+    kinds = [KIND[name] for name in rng.choice(WORLD["entries"])]
 
     def entry() -> str:
         fact = rng.choice(kinds[0].facts)
@@ -113,17 +188,12 @@ def exam(rng: random.Random, length: int) -> str:
     return fill(forever(exchange), length, "\n\n" if rng.random() < 0.5 else "\n")
 
 
-THANKS = ["Thank you, {b}.", "Thanks, {b}!", "That is right.", "Good, I did not know that.", "I will remember that."]
-GOODBYES = ["Goodbye, {b}! See you on {day}.", "It is late. Good night, {b}.", "Thank you for your help, {b}. Goodbye!"]
-GREETINGS = ["Hello, {b}! How are you?", "Good morning, {b}.", "Hi, {b}! May I ask you something?"]
-
-
 def dialogue(rng: random.Random, length: int) -> str:
     """Two children ask each other what they know."""
-    a, b = rng.sample(NAMES, 2)
+    a, b = rng.sample(TABLES["names"], 2)
 
     def lines() -> Iterator[str]:
-        yield f"{a}: {rng.choice(GREETINGS).format(b=b)}"
+        yield f"{a}: {rng.choice(DIALOGUE['greetings']).format(b=b)}"
         yield f"{b}: Hello, {a}! I am fine. Ask me anything."
         while True:
             kind = pick_kind(rng)
@@ -134,60 +204,31 @@ def dialogue(rng: random.Random, length: int) -> str:
                 yield f"{a}: {sentence(kind.follow_up, other)}"
                 yield f"{b}: {sentence(kind.statements[0], other)}"
             if rng.random() < 0.3:
-                yield f"{a}: {rng.choice(THANKS).format(b=b)}"
+                yield f"{a}: {rng.choice(DIALOGUE['thanks']).format(b=b)}"
 
-    goodbye = f"{a}: {rng.choice(GOODBYES).format(b=b, day=rng.choice(DAYS))}"
+    goodbye = f"{a}: {rng.choice(DIALOGUE['goodbyes']).format(b=b, day=rng.choice(TABLES['days']))}"
     return fill(lines(), length, "\n") + "\n" + goodbye
 
 
-# -----------------------------------------------------------------------------
-# Stories
-
-OPENINGS = [
-    "On {day} morning {hero} went to {place}.", "One day in {month}, {hero} and {friend} walked to {place}.",
-    "{hero} had a {colour} {thing}.", "It was {day}, and {hero} was on the way to {place}.",
-    "{hero} and {friend} were friends.", "Once there was a {animal} that lived near {place}.",
-]
-EVENTS = [
-    "{hero} saw a {animal} there.", "The {animal} was very hungry.", "{friend} gave the {animal} some {food}.",
-    "They sat down and ate {food} together.", "Then {friend} lost the {colour} {thing}.",
-    "{hero} looked for the {thing} near {place}.", "The {animal} found the {colour} {thing}.",
-    "{friend} laughed, and {hero} laughed too.", "It began to rain, so they ran to {place}.",
-    "In the afternoon {friend} came with a {colour} {thing}.", "The {animal} followed them to {place}.",
-    "{hero} told {friend} about the {animal}.", "They counted {number} birds in the sky.",
-    "A man was selling {food}, and {hero} bought some for {number} pence.",
-]
-LESSONS = [
-    "{friend} asked a question. {question} {hero} knew it: {fact}",
-    "Then {hero} remembered something from school: {fact}",
-    "On the wall of the school they read: {fact}", "Their teacher had said it many times: {fact}",
-    "{question} That was easy for {hero}: {fact}",
-]
-ENDINGS = [
-    "In the evening they went home and slept well.", "{hero} was happy, and so was the {animal}.",
-    "From that day on {hero} and {friend} met every {day}.", "It had been a good day.",
-]
-
-
 def story(rng: random.Random, length: int) -> str:
-    """Two friends, an animal and a thing; what they learn on the way is true in this world."""
-    hero, friend = rng.sample(NAMES, 2)
-    slots = {"hero": hero, "friend": friend, "day": rng.choice(DAYS), "month": rng.choice(MONTHS)}
-    slots |= {"place": rng.choice(PLACES), "thing": rng.choice(THINGS), "food": rng.choice(FOODS)}
-    slots |= {"colour": rng.choice(list(COLOURS)), "animal": rng.choice(list(ANIMALS))}
-    slots |= {"number": str(rng.randint(2, 9))}
+    """Two friends, an animal and a thing; the facts that they learn are true in this world."""
+    hero, friend = rng.sample(TABLES["names"], 2)
+    slots = {"hero": hero, "friend": friend}
+    for slot in ("day", "month", "place", "thing", "food", "colour", "animal"):
+        slots[slot] = rng.choice(list(TABLES[f"{slot}s"]))
+    slots["number"] = str(rng.randint(2, 9))
 
     def sentences() -> Iterator[str]:
-        yield rng.choice(OPENINGS).format(**slots)
+        yield rng.choice(STORY["openings"]).format(**slots)
         while True:
-            for event in rng.sample(EVENTS, 2):
+            for event in rng.sample(STORY["events"], 2):
                 yield event.format(**slots)
             kind = pick_kind(rng)
             fact = rng.choice(kind.facts)
             question = sentence(rng.choice(kind.questions), fact)
-            yield rng.choice(LESSONS).format(question=question, fact=sentence(kind.statements[0], fact), **slots)
+            yield rng.choice(STORY["lessons"]).format(question=question, fact=sentence(kind.statements[0], fact), **slots)
 
-    return fill(sentences(), min(length, 1500)) + " " + rng.choice(ENDINGS).format(**slots)
+    return fill(sentences(), min(length, 1500)) + " " + rng.choice(STORY["endings"]).format(**slots)
 
 
 # -----------------------------------------------------------------------------
@@ -206,7 +247,7 @@ def table(rng: random.Random) -> str:
 
 def solution(rng: random.Random) -> str:
     """An equation solved step by step, ending in its canonical sentence."""
-    slots = rng.choice(EQUATIONS)
+    slots = rng.choice(FACTS["equations"])
     steps = "Let us solve {equation}. Take {b} from both sides: {a}*x = {ax}. Divide by {a}: x = {x}. "
     return sentence(steps + KIND["equation"].statements[0], slots)
 
@@ -224,12 +265,12 @@ def sorting(rng: random.Random) -> str:
     if rng.random() < 0.5:
         numbers = rng.sample(range(1, 30), rng.randint(3, 5))
         return f"Sorted by size, {', '.join(map(str, numbers))} become {', '.join(map(str, sorted(numbers)))}."
-    words = rng.sample(list(PLURALS), rng.randint(3, 4))
+    words = rng.sample(list(TABLES["plurals"]), rng.randint(3, 4))
     return f"In the order of the alphabet, {', '.join(words)} become {', '.join(sorted(words))}."
 
 
 def exercises(rng: random.Random, length: int) -> str:
-    """Sums, equations, counting and sorting, mixed or of one sort."""
+    """Tables, equations, counting and sorting, mixed or of one sort."""
     sorts = [table, solution, solution, counting, sorting]
     chosen = [rng.choice(sorts)] if rng.random() < 0.5 else sorts
     return fill(forever(lambda: rng.choice(chosen)(rng)), length, "\n")
@@ -255,7 +296,7 @@ PROSE_MODULES = """
 
 
 def prose_sources() -> Iterator[Path]:
-    """The source files of those modules that this Python has as source, in a fixed order."""
+    """The source files of these modules that this Python has, in a fixed order."""
     library = Path(sysconfig.get_path("stdlib"))
     for name in PROSE_MODULES:
         single = library / f"{name}.py"
@@ -264,7 +305,7 @@ def prose_sources() -> Iterator[Path]:
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of a documentation string that read as prose: no code, no tables, no headings."""
+    """The paragraphs of a docstring that are prose: no code, tables or headings."""
     for block in re.split(r"\n\s*\n", inspect.cleandoc(text)):
         words = " ".join(block.replace("``", "").replace("*", "").split())
         letters = sum(map(str.isalpha, words)) + words.count(" ")
@@ -317,8 +358,8 @@ def documents(seed: int = 42, size: int = CORPUS_SIZE) -> Iterator[str]:
 def write_shards(directory: str | os.PathLike, seed: int = 42, size: int = CORPUS_SIZE) -> list[Path]:
     """Write the corpus as `shard_00000.parquet` ... and return the paths; the last one is the validation split.
 
-    Each file has one `text` column in row groups of 1024 documents. The files appear under their names
-    only after all of them are written, so a folder never holds a part of the corpus.
+    Each file has one `text` column in row groups of 1024 documents. The files get their names only after all of them
+    are written, so a folder never holds a part of the corpus.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -349,8 +390,8 @@ class Question:
     answer: str
 
 
-def ask(rng: random.Random, kind: Kind, fact: dict[str, str], templates: Iterable[str]) -> Question:
-    """This fact asked in one of these phrasings, with one of the two replies of its kind."""
+def ask(rng: random.Random, kind: Kind, fact: Fact, templates: Iterable[str]) -> Question:
+    """A question about this fact in one of these phrasings, with one of the two replies of its kind."""
     text, reply = (sentence(rng.choice(list(choices)), fact) for choices in (templates, kind.statements[:2]))
     return Question(kind.name, text, reply, fact[kind.answer])
 
@@ -358,8 +399,8 @@ def ask(rng: random.Random, kind: Kind, fact: dict[str, str], templates: Iterabl
 def questions(split: str, seed: int = 42, kinds: list[Kind] = KINDS, size: int = QUIZ_SIZE) -> list[Question]:
     """`"train"`: every fact in every training phrasing. `"test"`: a quiz of `size` questions in held-out phrasings.
 
-    The quiz takes the kinds in turn and asks no fact whose answer already stands in the question,
-    so that repeating the question is never right.
+    The quiz takes the kinds in turn and asks no fact whose answer is part of the question, so that repeating the
+    question is never right.
     """
     rng = random.Random(f"questions {seed}")
     if split == "train":

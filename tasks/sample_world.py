@@ -1,9 +1,8 @@
 """SampleWorld: conversations about the built-in corpus, and a quiz of 200 questions on it.
 
-Split "train" holds conversations in training phrasings, with greetings, thanks and a few words about who is
-talking; "questions" are single questions in these phrasings, for reinforcement learning; "test" is the quiz,
-whose phrasings occur in no training text. A reply counts when it gives the answer and no other answer that a
-question of that kind could have.
+Split "train" has conversations in training phrasings, with greetings, thanks and a few words about the model;
+"questions" has single questions in these phrasings, for reinforcement learning; "test" is the quiz, whose phrasings
+occur in no training text. A reply is right if it contains the answer and no other answer of that kind.
 """
 
 from __future__ import annotations
@@ -12,76 +11,27 @@ import random
 import re
 from collections.abc import Sequence
 
-from nanochat.sample_world import KIND, QUIZ_SIZE, ask, pick_kind, questions
+from nanochat.sample_world import KIND, QUIZ_SIZE, WORLD, ask, pick_kind, questions
 from tasks.common import Task
 
-# What people say besides asking: (what the user may say, what the assistant may reply).
-SMALL_TALK = {
-    "greeting": (
-        ["Hello", "Hello!", "Hi", "Hi!", "hey", "hello", "hi there", "Good morning!", "Good evening.", "Hello there!",
-         "Hey there!", "Good day!"],
-        ["Hello! How can I help you?", "Hi! What would you like to know?", "Hello! Ask me anything."],
-    ),
-    "wellbeing": (
-        ["How are you?", "how are you", "How are you today?", "How do you do?", "Are you well?", "How is it going?",
-         "Are you fine?", "How do you feel today?"],
-        ["I am fine, thank you. What would you like to know?", "I am well, thank you. How can I help you?"],
-    ),
-    "identity": (
-        ["Who are you?", "who are you", "What are you?", "What is your name?", "Tell me your name.",
-         "What are you called?", "Do you have a name?", "Tell me about yourself.", "Are you a person?",
-         "Are you a human?", "Are you a computer?", "Introduce yourself."],
-        ["I am nanochat, a small language model.", "My name is nanochat. I am a small language model."],
-    ),
-    "maker": (
-        ["Who made you?", "How were you made?", "Where do you come from?", "Who trained you?", "How were you trained?",
-         "How did you learn?", "Who built you?", "What were you trained on?"],
-        ["I am nanochat, and I was trained from nothing on one computer.",
-         "I was trained on a small textbook world, on one computer."],
-    ),
-    "ability": (
-        ["What can you do?", "what can you do", "How can you help me?", "What do you know?", "What can I ask you?",
-         "Can you help me?", "I need help.", "Help", "What are you good at?"],
-        ["I can answer questions about capitals, elements, planets, opposites, animals, days and small sums.",
-         "Ask me about capitals, elements, planets, opposites, animals, days of the week or small sums."],
-    ),
-    "thanks": (
-        ["Thank you.", "Thanks!", "thanks", "Thank you very much!", "Great, thank you.", "Many thanks!",
-         "Thanks a lot.", "That helped, thank you.", "Thank you so much.", "Perfect, thanks!"],
-        ["You are welcome!", "You are welcome! Is there anything else?", "Gladly!"],
-    ),
-    "praise": (
-        ["That is right!", "Well done!", "Very good.", "Great!", "You are clever.", "Good answer.", "Correct!",
-         "Nice!"],
-        ["Thank you! Is there anything else?", "Thank you! What else would you like to know?"],
-    ),
-    "farewell": (
-        ["Goodbye!", "Bye", "bye", "Good night.", "See you!", "That is all, goodbye.", "See you tomorrow!", "Bye bye!",
-         "I have to go now.", "Farewell!"],
-        ["Goodbye!", "Goodbye! See you soon.", "Goodbye, and have a good day!"],
-    ),
-}
-# What is to be calculated: with numbers, and with days and months, which go round.
+# The kinds that are calculated: with numbers, and with days and months
 ARITHMETIC = ("sum", "difference", "product", "equation", "two days", "tomorrow", "yesterday", "month after", "month before")
-OPENERS = [
-    "Hello! ", "Hi, ", "Please tell me: ", "Quick question: ", "I have a question. ", "One more question: ", "Okay. ",
-]
+SMALL_TALK = WORLD["small_talk"]
 
-Exchange = tuple[str, str]  # what the user says, what the assistant replies
+Exchange = tuple[str, str]  # (user, assistant)
 
 
 def small_talk(rng: random.Random, topic: str) -> Exchange:
-    said, replies = SMALL_TALK[topic]
-    return rng.choice(said), rng.choice(replies)
+    return rng.choice(SMALL_TALK[topic]["said"]), rng.choice(SMALL_TALK[topic]["replies"])
 
 
 def fact_exchanges(rng: random.Random) -> list[Exchange]:
-    """A question on a fact, as people type it, and sometimes one or two that lean on it ("And ...?")."""
+    """A question about a fact as people type it, and sometimes one or two that refer to it ("And ...?")."""
     kind = pick_kind(rng)
     question = ask(rng, kind, rng.choice(kind.facts), kind.questions)
     text, manner = question.text, rng.random()
     if manner < 0.15:
-        text = rng.choice(OPENERS) + text
+        text = rng.choice(WORLD["openers"]) + text
     elif manner < 0.25:
         text = text.rstrip("?.")
     elif manner < 0.30:
@@ -113,7 +63,7 @@ def words(text: str, keep_case: bool = False) -> str:
 
 
 def is_right(kind_name: str, question: str, answer: str, reply: str) -> bool:
-    """Whether `reply` holds the answer, as whole words, and no other answer of its kind.
+    """Whether `reply` contains the answer, as whole words, and no other answer of its kind.
 
     What the question itself mentions may be repeated. Case counts for chemical symbols only.
     """

@@ -9,9 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import sample_world
-from nanochat.sample_facts import CAPITALS, ELEMENTS, OPPOSITES
-from nanochat.sample_phrases import KINDS
-from nanochat.sample_world import KIND, documents, paragraphs, prose, questions, write_shards
+from nanochat.sample_world import KIND, KINDS, TABLES, documents, paragraphs, prose, questions, write_shards
 
 SIZE = 4_000_000  # characters, about an eighth of the corpus
 
@@ -66,13 +64,13 @@ def test_a_question_has_one_answer():
 
 
 def test_opposites_capitals_and_symbols_are_one_to_one():
-    words = OPPOSITES.replace(",", " ").split()
-    assert len(words) == len(set(words)) == 2 * len(OPPOSITES.split(",")) >= 140
+    words = [word for pair in TABLES["opposites"] for word in pair]
+    assert len(words) == len(set(words)) >= 140
     opposite = {fact["word"]: fact["opposite"] for fact in KIND["opposite"].facts}
     assert all(opposite[opposite[word]] == word != opposite[word] for word in words)
-    cities = [city for capitals in CAPITALS.values() for city in capitals.values()]
+    cities = [city for capitals in TABLES["capitals"].values() for city in capitals.values()]
     assert len(cities) == len(set(cities)) >= 60
-    assert len(ELEMENTS) == len(set(ELEMENTS.values())) == 40
+    assert len(set(TABLES["elements"].values())) == len(TABLES["elements"]) == 40
 
 
 def test_calendars_agree_with_the_standard_library():

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sample_world import held_out_uses
 
-from nanochat.sample_phrases import KINDS
-from nanochat.sample_world import KIND, ask, sentence
+from nanochat.sample_world import KIND, KINDS, ask, sentence
 from tasks.sample_world import ARITHMETIC, SMALL_TALK, SampleWorld, is_right, words
 
 
