@@ -87,6 +87,7 @@ def finetune(stage: str, args: argparse.Namespace, load_data: Callable[[Compute]
 
     # The data
     train_data, val_data = load_data(compute)
+    settings.examples = list(train_data.examples)
 
     def loader(conversations, rows_per_step, resume_state_dict=None, buffer_size=256):
         return conversation_data_loader(

@@ -269,14 +269,27 @@ def sorting(rng: random.Random) -> str:
     return f"In the order of the alphabet, {', '.join(words)} become {', '.join(sorted(words))}."
 
 
+def spelling(rng: random.Random) -> str:
+    word = rng.choice(WORLD["words"]).lower()
+    letter = rng.choice(word)
+    count = word.count(letter)
+    return f"The word {word} is spelled {', '.join(word)}. The letter {letter} occurs {count} time{'s' * (count != 1)} in {word}."
+
+
 def exercises(rng: random.Random, length: int) -> str:
-    """Tables, equations, counting and sorting, mixed or of one sort."""
-    sorts = [table, solution, solution, counting, sorting]
+    """Tables, equations, counting, sorting and spelling, mixed or of one sort."""
+    sorts = [table, solution, solution, counting, sorting, spelling, spelling]
     chosen = [rng.choice(sorts)] if rng.random() < 0.5 else sorts
     return fill(forever(lambda: rng.choice(chosen)(rng)), length, "\n")
 
 
-WRITERS = {page: 24, mixed_page: 24, exam: 20, entries: 8, dialogue: 10, story: 8, exercises: 6}  # shares of documents
+def poems(rng: random.Random, length: int) -> str:
+    """Poems with titles."""
+    chosen = rng.sample(list(WORLD["poems"].items()), 4)
+    return fill((f"A poem about {topic}:\n{poem}" for topic, poem in chosen), length, "\n\n")
+
+
+WRITERS = {page: 24, mixed_page: 24, exam: 20, entries: 8, dialogue: 10, story: 8, exercises: 8, poems: 2}  # shares of documents
 
 # -----------------------------------------------------------------------------
 # Prose of the standard library

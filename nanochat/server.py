@@ -17,6 +17,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -373,8 +374,11 @@ async def completion(generation: Generation, head: dict) -> Response:
 # The app
 
 
-def make_app(pool: Pool, name: str, temperature: float = 0.8, top_k: int = 50, max_tokens: int = 512, log_content: bool = False):
-    """The FastAPI app. `pool` has been started; `name` is the model's, as in "sft d4 step 60"."""
+def make_app(
+    pool: Pool, name: str, temperature: float = 0.8, top_k: int = 50, max_tokens: int = 512, log_content: bool = False,
+    examples: Sequence[str] = (),
+):  # fmt: skip
+    """The FastAPI app. `pool` has been started; `name` is the model's, as in "sft d4 step 60"; `examples` are for the page."""
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(BodyLimit)
     for kind in (Busy, UserError, RequestValidationError, AnyHTTPException, EngineFailure, Exception):
@@ -438,7 +442,7 @@ def make_app(pool: Pool, name: str, temperature: float = 0.8, top_k: int = 50, m
         waiting = sum(thread.waiting for thread in pool.threads)
         report = {
             "status": status, "ready": status == "ok", "model": name, "context": context,
-            "running": sum(thread.active for thread in pool.threads) - waiting, "waiting": waiting, "defaults": defaults,
+            "running": sum(thread.active for thread in pool.threads) - waiting, "waiting": waiting, "defaults": defaults, "examples": list(examples),
         }  # fmt: skip
         return JSONResponse(report, 200 if status == "ok" else 503)
 

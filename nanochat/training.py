@@ -390,7 +390,7 @@ def inherit(args: Namespace, origin: dict) -> Namespace:
             if saved.get(name) is None:
                 raise UserError(f"the model's checkpoint does not record its {name}; give --{name.replace('_', '-')}")
             setattr(settings, name, saved[name])
-    settings.short_run = saved.get("short_run", 1.0)
+    settings.short_run, settings.examples = saved.get("short_run", 1.0), saved.get("examples", [])
     return settings
 
 

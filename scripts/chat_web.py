@@ -68,14 +68,14 @@ def make_server(app, pool, sock, grace: float = GRACE):
 
 
 def make_pool(args):
-    """(pool, model name): for each device a thread that will load the model there and run an engine."""
+    """(pool, model name, examples): for each device a thread that will load the model there and run an engine."""
     from dataclasses import replace
     from functools import partial
 
     share_cores()
     import torch
 
-    from nanochat.checkpoint_manager import load_model, resolve_checkpoint
+    from nanochat.checkpoint_manager import load_model, resolve_checkpoint, verify
     from nanochat.device import prepare_for_inference
     from nanochat.engine import Engine
     from nanochat.engine_thread import EngineThread, Pool
@@ -94,8 +94,9 @@ def make_pool(args):
         kind = compute.device.type
         raise UserError(f"--num-gpus is {args.num_gpus}, but this machine has {len(devices)} {kind} device(s); use at most that many")
     directory, step = resolve_checkpoint(args.stage, args.model_tag, args.step)
+    examples = verify(directory, step, names=[]).get("user_config", {}).get("examples", [])
     threads = [EngineThread(partial(make_engine, device), str(device), args.max_queue) for device in devices[: args.num_gpus]]
-    return Pool(threads), f"{args.stage} {directory.name} step {step}"
+    return Pool(threads), f"{args.stage} {directory.name} step {step}", examples
 
 
 def main(argv=None):
@@ -106,10 +107,10 @@ def main(argv=None):
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with listen(args.host, args.port) as sock:
-        pool, name = make_pool(args)
+        pool, name, examples = make_pool(args)
         try:
             pool.start()
-            app = make_app(pool, name, args.temperature, args.top_k, args.max_tokens, args.log_content)
+            app = make_app(pool, name, args.temperature, args.top_k, args.max_tokens, args.log_content, examples)
             make_server(app, pool, sock).run(sockets=[sock])
         finally:
             pool.stop()

@@ -27,6 +27,7 @@ class Task:
 
     eval_type: str | None = None  # "categorical": choose a letter; "generative": write an answer; None: training only
     baseline = 0.0  # the accuracy of guessing
+    examples: tuple[str, ...] = ()  # what to ask a model that was trained on it, for the chat page
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1):
         self.view = slice(start, stop, step)
@@ -79,6 +80,7 @@ class TaskMixture(Task):
         self.tasks = list(tasks)
         self.order = [(which, index) for which, task in enumerate(self.tasks) for index in range(len(task))]
         random.Random(seed).shuffle(self.order)
+        self.examples = tuple(dict.fromkeys(example for task in self.tasks for example in task.examples))[:4]
 
     def num_examples(self) -> int:
         return len(self.order)

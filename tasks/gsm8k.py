@@ -17,6 +17,7 @@ class GSM8K(Task):
     """`subset` is "main" or "socratic"; `split` is "train" or "test"."""
 
     eval_type = "generative"
+    examples = ("A box holds 12 pencils. How many pencils are in 7 boxes?",)
 
     def __init__(self, subset: str, split: str, **view):
         super().__init__(**view)

@@ -11,14 +11,18 @@ import random
 import re
 from collections.abc import Sequence
 
-from nanochat.sample_world import KIND, QUIZ_SIZE, WORLD, ask, pick_kind, questions
+from nanochat.calculator import use_calculator
+from nanochat.sample_world import KIND, QUIZ_SIZE, TABLES, WORLD, ask, pick_kind, questions, sentence
 from tasks.common import Task
+from tasks.spellingbee import LETTERS, QUESTIONS
 
 # The kinds that are calculated: with numbers, and with days and months
 ARITHMETIC = ("sum", "difference", "product", "equation", "two days", "tomorrow", "yesterday", "month after", "month before")
 SMALL_TALK = WORLD["small_talk"]
 
-Exchange = tuple[str, str]  # (user, assistant)
+COUNT_QUESTIONS = QUESTIONS[:40]  # those in English
+
+Exchange = tuple[str, str | list[dict]]  # (user, assistant)
 
 
 def small_talk(rng: random.Random, topic: str) -> Exchange:
@@ -41,6 +45,42 @@ def fact_exchanges(rng: random.Random) -> list[Exchange]:
         follow_up = ask(rng, kind, rng.choice(kind.facts), [kind.follow_up])
         exchanges.append((follow_up.text, follow_up.reply))
     return exchanges
+
+
+def tool_call(expression: str, result: int, text: str) -> list[dict]:
+    """A reply that evaluates the expression with the calculator and then says `text`."""
+    parts = (("python", expression), ("python_output", str(result)), ("text", text))
+    return [{"type": kind, "text": content} for kind, content in parts]
+
+
+def tool_exchange(rng: random.Random) -> Exchange:
+    """Letters of a word, or numbers too large to be known by heart."""
+    if rng.random() < 0.5:
+        word = rng.choice(WORLD["words"])
+        letter = rng.choice(word if rng.random() < 0.8 else LETTERS).lower()
+        shown = word if rng.random() < 0.8 else f'"{word}"'
+        count = word.lower().count(letter)
+        text = f"The letter {letter} occurs {count} time{'s' * (count != 1)} in {word}."
+        return rng.choice(COUNT_QUESTIONS).format(c=letter, w=shown), tool_call(f"'{word.lower()}'.count('{letter}')", count, text)
+    kind, sign = rng.choice([("sum", "+"), ("difference", "-"), ("product", "*")])
+    a, b = rng.randint(11, rng.choice([99, 999])), rng.randint(2, 99)
+    question = sentence(rng.choice(KIND[kind].questions), {"a": str(a), "b": str(b)})
+    result = use_calculator(f"{a}{sign}{b}")
+    return question, tool_call(f"{a}{sign}{b}", result, f"{a} {sign} {b} = {result}.")
+
+
+def free_exchange(rng: random.Random) -> Exchange:
+    """What first visitors type that is no question about a fact: a poem, a joke, or something unknown."""
+    choice = rng.random()
+    if choice < 0.25:
+        topic, poem = rng.choice(list(WORLD["poems"].items()))
+        return rng.choice(WORLD["poem_requests"]).format(topic=topic), poem
+    if choice < 0.5:
+        topic = rng.choice(list(WORLD["general"].values()))
+        return rng.choice(topic["said"]), rng.choice(topic["replies"])
+    country = rng.choice(KIND["capital"].facts)
+    slots = country | {"name": rng.choice(TABLES["names"]), "thing": rng.choice(TABLES["things"])}
+    return rng.choice(WORLD["unknown"]["said"]).format(**slots), rng.choice(WORLD["unknown"]["replies"])
 
 
 def conversation(exchanges: list[Exchange]) -> dict:
@@ -86,6 +126,7 @@ class SampleWorld(Task):
 
     eval_type = "generative"
     baseline = 0.0
+    examples = ("Who are you?", "What is the capital of France?", "How many r are in strawberry?", "Why is the sky blue?")
 
     def __init__(self, split: str, size: int | None = None, kinds: Sequence[str] = tuple(KIND), **kwargs):
         assert split in ("train", "questions", "test"), split
@@ -112,14 +153,20 @@ class SampleWorld(Task):
     def training_conversation(self, rng: random.Random) -> dict:
         """Small talk, one question, or a chat of several turns that begins and ends as chats do."""
         shape = rng.random()
-        if shape < 0.15:
+        if shape < 0.12:
             return conversation([small_talk(rng, rng.choice(list(SMALL_TALK)))])
-        if shape < 0.6:
+        if shape < 0.24:
+            return conversation([tool_exchange(rng)])
+        if shape < 0.34:
+            return conversation([free_exchange(rng)])
+        if shape < 0.65:
             return conversation(fact_exchanges(rng))
         exchanges = [small_talk(rng, "greeting")] if rng.random() < 0.5 else []
         for _ in range(rng.randint(1, 4)):
             if rng.random() < 0.25:
                 exchanges.append(small_talk(rng, rng.choice(["wellbeing", "identity", "maker", "ability", "praise"])))
+            if rng.random() < 0.3:
+                exchanges.append(rng.choice([tool_exchange, free_exchange])(rng))
             exchanges += fact_exchanges(rng)
         if rng.random() < 0.5:
             exchanges.append(small_talk(rng, "thanks"))

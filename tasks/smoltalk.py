@@ -12,6 +12,8 @@ from tasks.common import Task, check_conversation, load_hub_dataset
 class SmolTalk(Task):
     """`split` is "train" or "test". A conversation may begin with a system message."""
 
+    examples = ("Who are you?", "Why is the sky blue?")
+
     def __init__(self, split: str, **view):
         super().__init__(**view)
         assert split in ("train", "test"), split

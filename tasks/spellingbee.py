@@ -117,6 +117,7 @@ class SpellingBee(Task):
     """How many times does a letter occur in a word?"""
 
     eval_type = "generative"
+    examples = ("How many r are in strawberry?",)
 
     def __init__(self, size: int = 1000, split: str = "train", **view):
         super().__init__(**view)

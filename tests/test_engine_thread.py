@@ -117,7 +117,7 @@ def test_health_and_stats_answer_during_a_step(held):
     assert held.engine.in_step.wait(TIMEOUT)
     assert held.get("/health").json() == {
         "status": "ok", "ready": True, "model": "sft d2 step 8", "context": 400, "running": 1, "waiting": 0,
-        "defaults": {"temperature": 0.8, "top_k": 50, "max_tokens": 512},
+        "defaults": {"temperature": 0.8, "top_k": 50, "max_tokens": 512}, "examples": [],
     }  # fmt: skip
     others = [held.in_background(held.ask) for _ in range(3)]
     wait_for_replies(held, 4)

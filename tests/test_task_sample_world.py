@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sample_world import held_out_uses
 
-from nanochat.sample_world import KIND, KINDS, ask, sentence
+from nanochat.calculator import use_calculator
+from nanochat.sample_world import KIND, KINDS, WORLD, ask, sentence
 from tasks.sample_world import ARITHMETIC, SMALL_TALK, SampleWorld, is_right, words
 
 
@@ -26,16 +27,24 @@ def test_training_conversations_alternate_and_end_with_the_assistant(train):
     for conversation in train:
         roles = [message["role"] for message in conversation["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
-        assert all(message["content"].strip() for message in conversation["messages"])
+        assert all(message["content"] for message in conversation["messages"])
 
 
 def test_there_are_single_and_multi_turn_conversations_and_small_talk(train):
     turns = [len(conversation["messages"]) // 2 for conversation in train]
     assert 0.3 < sum(turn == 1 for turn in turns) / len(turns) < 0.7
     assert sum(turn >= 4 for turn in turns) > 200
-    said = {message["content"] for conversation in train for message in conversation["messages"]}
-    for replies in SMALL_TALK.values():
-        assert said >= set(replies[0]) and said >= set(replies[1])
+    texts = {str(message["content"]) for conversation in train for message in conversation["messages"]}
+    for topic in [*SMALL_TALK.values(), *WORLD["general"].values()]:
+        assert texts >= {*topic["said"], *topic["replies"]}
+    assert texts >= {SampleWorld.examples[0], SampleWorld.examples[3]} and any("'strawberry'.count('r')" in text for text in texts)
+
+
+def test_tool_calls_are_right_and_are_what_the_calculator_answers(train):
+    calls = [message["content"] for conversation in train for message in conversation["messages"] if isinstance(message["content"], list)]
+    assert len(calls) > 500
+    for call, output, text in calls:
+        assert str(use_calculator(call["text"])) == output["text"] in text["text"]
 
 
 def test_every_training_reply_to_a_question_as_asked_is_right(train):
@@ -56,7 +65,7 @@ def test_every_training_reply_to_a_question_as_asked_is_right(train):
 
 
 def test_no_held_out_phrasing_is_in_the_train_split(train, quiz):
-    texts = [message["content"] for conversation in train for message in conversation["messages"]]
+    texts = [str(message["content"]) for conversation in train for message in conversation["messages"]]
     assert held_out_uses(texts) == []
     asked = {conversation["messages"][0]["content"] for conversation in quiz}
     assert not asked & set(texts)

@@ -30,7 +30,7 @@ window.emit = (text, i) => {
 };
 window.fetch = async (url, { body, signal }) => {
   const defaults = { temperature: 0.8, top_k: 50, max_tokens: 512 }, error = refusal;
-  if (url === "health") return Response.json({ ready: true, model: "sft d4 step 60", context: 1024, defaults });
+  if (url === "health") return Response.json({ ready: true, model: "sft d4 step 60", context: 1024, defaults, examples: ["Spell cat."] });
   requests.push(JSON.parse(body));
   refusal = null;
   if (error === "offline") throw new TypeError("Failed to fetch");
