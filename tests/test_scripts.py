@@ -191,7 +191,7 @@ def test_evaluating_and_chatting(base_dir, capsys, monkeypatch):
     run("chat_eval", "-i", "sft", "-a", "SampleWorld", "-x", "4", "-m", "8")
     run("chat_cli", "-p", "What is the capital of France?", "-i", "sft")
     out = capsys.readouterr().out
-    assert "left out GPT-2" in out and "left out the train text" in out and "GPT-4" in out and "\nKorean " in out and "\nval " in out
+    assert "skipped GPT-2" in out and "skipped the train text" in out and "GPT-4" in out and "\nKorean " in out and "\nval " in out
     assert "val bpb" in out and "The capital of France is" in out and "SampleWorld" in out
     importlib.import_module("nanochat.report").main(["generate"])
     text = (base_dir / "report" / "report.md").read_text()
