@@ -215,7 +215,9 @@ def _prefetch(batches: Batches, device: torch.device) -> Batches:
     done. Closing the generator ends the thread; an exception in the thread is raised here.
     """
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
-    ready, free, closed = SimpleQueue(), threading.Semaphore(AHEAD), threading.Event()
+    ready, free, closed = SimpleQueue(), SimpleQueue(), threading.Event()  # `free` holds a token for each batch that may be made
+    for _ in range(AHEAD):
+        free.put(None)
 
     def work() -> None:
         try:
@@ -229,7 +231,7 @@ def _prefetch(batches: Batches, device: torch.device) -> Batches:
                         targets = targets.pin_memory().to(device, non_blocking=True)
                         copied = side.record_event()
                 ready.put((inputs, targets, state, copied))
-                free.acquire()
+                free.get()
                 if closed.is_set():
                     return
         except BaseException as error:
@@ -239,14 +241,14 @@ def _prefetch(batches: Batches, device: torch.device) -> Batches:
 
     def stop() -> None:
         closed.set()
-        free.release()
+        free.put(None)
         thread.join()
 
     thread.start()
     atexit.register(stop)  # a thread that runs C++ or Rust code while the interpreter ends would crash the process
     try:
         while not isinstance(item := ready.get(), BaseException):
-            free.release()
+            free.put(None)
             inputs, targets, state, copied = item
             if copied:
                 current = torch.cuda.current_stream(device)

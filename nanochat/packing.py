@@ -189,12 +189,12 @@ class DocumentPacker:
 
     def __init__(self, documents: Documents, T: int, bos: int, buffer_size: int, waiting: list[list[int]]):
         self.documents, self.T, self.bos, self.buffer_size = documents, T, bos, buffer_size
-        self.buffer = BestFitBuffer(T + 1)  # items: (position, number of ids that are used up, ids)
+        self.buffer = BestFitBuffer(T + 1)  # items: ([*position, number of ids that are used up], ids)
         for item in documents.read_again(waiting):
             self._add(*item)
 
     def _add(self, position: Position, start: int, ids: np.ndarray) -> None:
-        self.buffer.add(1 + len(ids) - start, (position, start, ids))
+        self.buffer.add(1 + len(ids) - start, ([*position, start], ids))
 
     def _refill(self) -> None:
         """Read one chunk if there is room: a buffer that grows over its first rows starts without delay.
@@ -203,7 +203,7 @@ class DocumentPacker:
         """
         buffer = self.buffer
         if len(buffer) < (self.buffer_size if buffer.total < self.buffer_size * LONG else min(FEW, self.buffer_size)):
-            if not buffer or self.documents.position.epoch <= 1 + min(position.epoch for position, _, _ in buffer):
+            if not buffer or self.documents.position.epoch <= 1 + min(place[0] for place, _ in buffer):
                 for position, ids in self.documents.read():
                     self._add(position, 0, ids)
 
@@ -214,7 +214,7 @@ class DocumentPacker:
             self._refill()
             room = self.T + 1 - used
             item = (self.buffer.pop_best(room) or self.buffer.pop_shortest()) if used else self.buffer.pop_oldest()
-            position, start, ids = item
+            (*position, start), ids = item
             end = min(len(ids), start + room - 1)
             tokens[used + 1 : used + 1 + end - start] = ids[start:end]
             used += 1 + end - start
@@ -224,8 +224,7 @@ class DocumentPacker:
 
     def state(self) -> dict:
         position = self.documents.position
-        waiting = [[*at, start] for at, start, _ in self.buffer]
-        return {"epoch": position.epoch, "next": list(position), "buffer": waiting}
+        return {"epoch": position.epoch, "next": list(position), "buffer": [place for place, _ in self.buffer]}
 
 
 class StreamPacker:

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 MAX_BODY = 1_000_000  # bytes
 BODY_TIMEOUT = 30  # seconds without a byte of an unfinished body
 RETRY_AFTER = 5  # seconds
+SENDS_PER_SECOND = 1000  # of all streams: a send costs more than a token, so many streams send several tokens at a time
+MAX_PAUSE = 0.05  # seconds between the sends of a stream
 REASONS = {"stop": "stop", "length": "length", "context": "length"}  # ours -> OpenAI's
 FILES = Path(__file__).resolve().parent
 
@@ -269,6 +271,7 @@ class EventStream(StreamingResponse):
             try:
                 async for events in self.body_iterator:
                     await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+                    await asyncio.sleep(min(MAX_PAUSE, len(self.generation.thread.requests) / SENDS_PER_SECOND))
             except Exception as error:
                 if not isinstance(error, EngineFailure):  # which the engine's thread has logged
                     log.error("a stream failed", exc_info=error)
