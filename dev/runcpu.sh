@@ -34,7 +34,7 @@ else
     python -m scripts.base_loss --split-tokens 65536 --device-batch-size 8
     python -m scripts.base_eval --max-per-task 16
     python -m scripts.mid_train --tasks SampleWorld,Identity --num-iterations 60 --eval-every 20 --eval-tokens 32768
-    python -m scripts.chat_sft --tasks SampleWorld,Identity --num-iterations 60 --eval-every 20 --eval-tokens 32768
+    python -m scripts.chat_sft --tasks SampleWorld,Identity --num-iterations 120 --eval-every 40 --eval-tokens 32768
     python -m scripts.chat_eval -i sft -a SampleWorld
     question="What is the capital of France?"
 fi

@@ -273,12 +273,14 @@ def spelling(rng: random.Random) -> str:
     word = rng.choice(WORLD["words"]).lower()
     letter = rng.choice(word)
     count = word.count(letter)
-    return f"The word {word} is spelled {', '.join(word)}. The letter {letter} occurs {count} time{'s' * (count != 1)} in {word}."
+    if rng.random() < 0.3:
+        return f"The word {word} is spelled {', '.join(word)}. The letter {letter} occurs {count} time{'s' * (count != 1)} in it."
+    return f"How many {letter} are in {word}? '{word}'.count('{letter}') is {count}."
 
 
 def exercises(rng: random.Random, length: int) -> str:
     """Tables, equations, counting, sorting and spelling, mixed or of one sort."""
-    sorts = [table, solution, solution, counting, sorting, spelling, spelling]
+    sorts = [table, solution, solution, counting, sorting, spelling, spelling, spelling]
     chosen = [rng.choice(sorts)] if rng.random() < 0.5 else sorts
     return fill(forever(lambda: rng.choice(chosen)(rng)), length, "\n")
 
@@ -289,7 +291,7 @@ def poems(rng: random.Random, length: int) -> str:
     return fill((f"A poem about {topic}:\n{poem}" for topic, poem in chosen), length, "\n\n")
 
 
-WRITERS = {page: 24, mixed_page: 24, exam: 20, entries: 8, dialogue: 10, story: 8, exercises: 8, poems: 2}  # shares of documents
+WRITERS = {page: 24, mixed_page: 24, exam: 20, entries: 8, dialogue: 10, story: 8, exercises: 10, poems: 2}  # shares of documents
 
 # -----------------------------------------------------------------------------
 # Prose of the standard library

@@ -40,6 +40,8 @@ def fact_exchanges(rng: random.Random) -> list[Exchange]:
         text = text.rstrip("?.")
     elif manner < 0.30:
         text = text.lower() if kind.name != "element" else text  # symbols need their capitals
+    elif manner < 0.40:
+        text = re.sub("^What is (the )?", "", text)
     exchanges = [(text, question.reply)]
     while rng.random() < 0.2 and len(exchanges) < 3:
         follow_up = ask(rng, kind, rng.choice(kind.facts), [kind.follow_up])
@@ -55,16 +57,18 @@ def tool_call(expression: str, result: int, text: str) -> list[dict]:
 
 def tool_exchange(rng: random.Random) -> Exchange:
     """Letters of a word, or numbers too large to be known by heart."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         word = rng.choice(WORLD["words"])
         letter = rng.choice(word if rng.random() < 0.8 else LETTERS).lower()
         shown = word if rng.random() < 0.8 else f'"{word}"'
         count = word.lower().count(letter)
-        text = f"The letter {letter} occurs {count} time{'s' * (count != 1)} in {word}."
+        text = f"The letter {letter} occurs {count} time{'s' * (count != 1)}."
         return rng.choice(COUNT_QUESTIONS).format(c=letter, w=shown), tool_call(f"'{word.lower()}'.count('{letter}')", count, text)
     kind, sign = rng.choice([("sum", "+"), ("difference", "-"), ("product", "*")])
     a, b = rng.randint(11, rng.choice([99, 999])), rng.randint(2, 99)
     question = sentence(rng.choice(KIND[kind].questions), {"a": str(a), "b": str(b)})
+    if rng.random() < 0.3:  # 12*12
+        question = rng.choice(["{}", "{}=", "{}?", "{} = ?", "What is {}?", "what is {}", "How much is {}?"]).format(f"{a}{sign}{b}")
     result = use_calculator(f"{a}{sign}{b}")
     return question, tool_call(f"{a}{sign}{b}", result, f"{a} {sign} {b} = {result}.")
 
@@ -155,9 +159,9 @@ class SampleWorld(Task):
         shape = rng.random()
         if shape < 0.12:
             return conversation([small_talk(rng, rng.choice(list(SMALL_TALK)))])
-        if shape < 0.24:
+        if shape < 0.28:
             return conversation([tool_exchange(rng)])
-        if shape < 0.34:
+        if shape < 0.37:
             return conversation([free_exchange(rng)])
         if shape < 0.65:
             return conversation(fact_exchanges(rng))
