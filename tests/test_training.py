@@ -269,8 +269,8 @@ def test_where_to_resume(tmp_path, capsys):
 
 def test_inherit_takes_flags_that_were_not_given_from_the_initial_model():
     args = Namespace(matrix_lr=None, max_seq_len=64, model_tag=None)
-    settings = inherit(args, {"user_config": {"matrix_lr": 0.02, "max_seq_len": 512, "short_run": 2.0}})
-    assert vars(settings) == {"matrix_lr": 0.02, "max_seq_len": 64, "model_tag": None, "short_run": 2.0}
+    settings = inherit(args, {"user_config": {"matrix_lr": 0.02, "max_seq_len": 512, "short_run": 2.0, "examples": ["Hi"]}})
+    assert vars(settings) == {"matrix_lr": 0.02, "max_seq_len": 64, "model_tag": None, "short_run": 2.0, "examples": ["Hi"]}
     assert args.matrix_lr is None, "args stay what was given"
     with pytest.raises(UserError, match="--matrix-lr"):
         inherit(Namespace(matrix_lr=None), {"user_config": {}})
