@@ -269,13 +269,18 @@ def sorting(rng: random.Random) -> str:
     return f"In the order of the alphabet, {', '.join(words)} become {', '.join(sorted(words))}."
 
 
+def occurrences(letter: str, word: str) -> str:
+    """How often a letter occurs in a word, as a sentence without its end."""
+    count = word.count(letter)
+    return f"The letter {letter} occurs {count} time{'s' * (count != 1)}"
+
+
 def spelling(rng: random.Random) -> str:
     word = rng.choice(WORLD["words"]).lower()
     letter = rng.choice(word)
-    count = word.count(letter)
     if rng.random() < 0.3:
-        return f"The word {word} is spelled {', '.join(word)}. The letter {letter} occurs {count} time{'s' * (count != 1)} in it."
-    return f"How many {letter} are in {word}? '{word}'.count('{letter}') is {count}."
+        return f"The word {word} is spelled {', '.join(word)}. {occurrences(letter, word)} in it."
+    return f"How many {letter} are in {word}? '{word}'.count('{letter}') is {word.count(letter)}."
 
 
 def exercises(rng: random.Random, length: int) -> str:
@@ -373,8 +378,7 @@ def documents(seed: int = 42, size: int = CORPUS_SIZE) -> Iterator[str]:
 def write_shards(directory: str | os.PathLike, seed: int = 42, size: int = CORPUS_SIZE) -> list[Path]:
     """Write the corpus as `shard_00000.parquet` ... and return the paths; the last one is the validation split.
 
-    Each file has one `text` column in row groups of 1024 documents. The files get their names only after all of them
-    are written, so a folder never holds a part of the corpus.
+    Each file has one `text` column in row groups of 1024 documents. The caller publishes the folder as a whole.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -385,9 +389,7 @@ def write_shards(directory: str | os.PathLike, seed: int = 42, size: int = CORPU
     paths = [directory / f"shard_{index:05d}.parquet" for index in range(NUM_SHARDS)]
     for index, path in enumerate(paths):
         share = corpus[len(corpus) * index // NUM_SHARDS : len(corpus) * (index + 1) // NUM_SHARDS]
-        pq.write_table(pa.table({"text": share}), path.with_suffix(".tmp"), row_group_size=ROW_GROUP_SIZE)
-    for path in paths:
-        os.replace(path.with_suffix(".tmp"), path)
+        pq.write_table(pa.table({"text": share}), path, row_group_size=ROW_GROUP_SIZE)
     return paths
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from nanochat.calculator import use_calculator
-from nanochat.sample_world import KIND, QUIZ_SIZE, TABLES, WORLD, ask, pick_kind, questions, sentence
+from nanochat.sample_world import KIND, QUIZ_SIZE, TABLES, WORLD, ask, occurrences, pick_kind, questions, sentence
 from tasks.common import Task
 from tasks.spellingbee import LETTERS, QUESTIONS
 
@@ -49,9 +49,10 @@ def fact_exchanges(rng: random.Random) -> list[Exchange]:
     return exchanges
 
 
-def tool_call(expression: str, result: int, text: str) -> list[dict]:
-    """A reply that evaluates the expression with the calculator and then says `text`."""
-    parts = (("python", expression), ("python_output", str(result)), ("text", text))
+def tool_call(expression: str, text: str) -> list[dict]:
+    """A reply that evaluates the expression with the calculator and continues with `text`, in which {} is the result."""
+    result = str(use_calculator(expression))
+    parts = (("python", expression), ("python_output", result), ("text", text.format(result)))
     return [{"type": kind, "text": content} for kind, content in parts]
 
 
@@ -61,16 +62,14 @@ def tool_exchange(rng: random.Random) -> Exchange:
         word = rng.choice(WORLD["words"])
         letter = rng.choice(word if rng.random() < 0.8 else LETTERS).lower()
         shown = word if rng.random() < 0.8 else f'"{word}"'
-        count = word.lower().count(letter)
-        text = f"The letter {letter} occurs {count} time{'s' * (count != 1)}."
-        return rng.choice(COUNT_QUESTIONS).format(c=letter, w=shown), tool_call(f"'{word.lower()}'.count('{letter}')", count, text)
+        reply = tool_call(f"'{word.lower()}'.count('{letter}')", f"{occurrences(letter, word.lower())}.")
+        return rng.choice(COUNT_QUESTIONS).format(c=letter, w=shown), reply
     kind, sign = rng.choice([("sum", "+"), ("difference", "-"), ("product", "*")])
     a, b = rng.randint(11, rng.choice([99, 999])), rng.randint(2, 99)
     question = sentence(rng.choice(KIND[kind].questions), {"a": str(a), "b": str(b)})
     if rng.random() < 0.3:  # 12*12
         question = rng.choice(["{}", "{}=", "{}?", "{} = ?", "What is {}?", "what is {}", "How much is {}?"]).format(f"{a}{sign}{b}")
-    result = use_calculator(f"{a}{sign}{b}")
-    return question, tool_call(f"{a}{sign}{b}", result, f"{a} {sign} {b} = {result}.")
+    return question, tool_call(f"{a}{sign}{b}", f"{a} {sign} {b} = {{}}.")
 
 
 def free_exchange(rng: random.Random) -> Exchange:
