@@ -14,8 +14,8 @@
 
 A section that fails is reported and the others run. The table comes last.
 
-Text is the built-in corpus with two bytes per token, so no tokenizer is needed; weights are random. Times are medians after
-warm-up, taken by CUDA events on a GPU. MFU uses GPT.estimate_flops and the bf16 peak of the data sheet.
+Text is the built-in corpus with two bytes per token, so no tokenizer is needed; weights are random. Times are means after
+warm-up (torch.utils.benchmark). MFU uses GPT.estimate_flops and the bf16 peak of the data sheet.
 """
 
 from __future__ import annotations
@@ -46,24 +46,12 @@ def rows_of_text(context: int, characters: int, device):
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))].to(device)
 
 
-def seconds_of(work, device, repeats: int = 10, warmup: int = 3) -> float:
-    """Median seconds of one call of `work`."""
+def seconds_of(work, repeats: int = 10) -> float:
+    """Mean seconds of one call of `work` after warm-up, the device synchronised."""
     import torch
+    from torch.utils.benchmark import Timer
 
-    times = []
-    for i in range(warmup + repeats):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-    return statistics.median(times[warmup:])
+    return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).timeit(repeats).mean
 
 
 def error(actual, expected) -> float:
@@ -84,8 +72,8 @@ def ceilings(args, device, dtype) -> dict:
     n = 512 if args.tiny else 8192
     source = torch.randn(2**20 if args.tiny else 2**30, device=device)
     target, a, b = torch.empty_like(source), *(torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return {"copy GB/s": 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device) / 1e9,
-            "matmul TFLOP/s": 2 * n**3 / seconds_of(lambda: a @ b, device) / 1e12}  # fmt: skip
+    return {"copy GB/s": 2 * source.nbytes / seconds_of(lambda: target.copy_(source)) / 1e9,
+            "matmul TFLOP/s": 2 * n**3 / seconds_of(lambda: a @ b) / 1e12}  # fmt: skip
 
 
 def attention_backends(device, dtype, left: int) -> dict:
@@ -136,8 +124,8 @@ def attention(args, device, dtype) -> dict:
             y = attend(q, k, v)
             actual = torch.autograd.grad(y.float().square().sum(), (q, k, v))
             worst = max(error(y[:1], expected), *(error(g[:1], exact) for g, exact in zip(actual, gradients)))
-            forward = seconds_of(lambda: attend(q, k, v), device)
-            both = seconds_of(lambda: torch.autograd.grad(attend(q, k, v).sum(), (q, k, v)), device)
+            forward = seconds_of(lambda: attend(q, k, v))
+            both = seconds_of(lambda: torch.autograd.grad(attend(q, k, v).sum(), (q, k, v)))
             results[f"{name} {'full' if left < 0 else 'window'}"] = {
                 "error": require(worst, 3e-2 if dtype == torch.bfloat16 else 1e-4),
                 "forward TFLOP/s": flops / forward / 1e12, "with backward": 3.5 * flops / both / 1e12,
@@ -227,13 +215,13 @@ def training(args, device, dtype) -> dict:
             while seconds is None:
                 try:
                     run = Training(args, depth, rows, context, device, dtype, fp8)
-                    seconds = seconds_of(run.step, device, repeats=3 if args.tiny else 8)
+                    seconds = seconds_of(run.step, 3 if args.tiny else 8)
                 except torch.OutOfMemoryError:
                     run, rows = None, rows // 2
                     torch.cuda.empty_cache()
             for p in run.model.parameters():
                 p.grad = torch.randn_like(p)
-            optimizer, rate = seconds_of(run.optimizer.step, device, repeats=3 if args.tiny else 8), rows * context / seconds
+            optimizer, rate = seconds_of(run.optimizer.step, 3 if args.tiny else 8), rows * context / seconds
             name = f"d{depth} {'fp8' if fp8 else 'bf16'}"
             results[name] = {
                 "rows": rows, "recompute": run.model.recompute, "tok/s": rate, "MFU": peak and rate * run.model.estimate_flops() / peak,

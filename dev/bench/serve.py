@@ -1,14 +1,13 @@
-"""The web server as its clients see it: speed under load, disconnecting clients, malformed bodies.
+"""The web server as its clients see it: speed under load, clients that disconnect.
 
-    python -m dev.bench.serve                       # all three, with the newest SFT model
+    python -m dev.bench.serve                       # both, with the newest SFT model
     python -m dev.bench.serve streams --seconds 20 -i mid
 
     streams   1, 4, 16, 64 clients that each send one request after the other, while /health is polled
     leave     400 requests, half of whose clients disconnect: sequences leaked, replies that differ from the one sent alone
-    bad       1,000 malformed bodies: each must be refused with a 4xx in the API's error form, or be valid after all
 
 The server is a process of its own (scripts.chat_web on a free port); the clients are plain sockets, since they share
-the cores with the model. The exit code is 1 if `leave` or `bad` find a mistake.
+the cores with the model. The exit code is 1 if `leave` finds a mistake.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def request(rng: random.Random, **settings) -> bytes:
 
 
 # -----------------------------------------------------------------------------
-# The three experiments
+# The two experiments
 
 
 async def streams(port: int, args) -> None:
@@ -167,54 +166,9 @@ async def leave(port: int, args) -> list[str]:
     return [f"{count} {what}" for what, count in mistakes.items() if count]
 
 
-FIELDS = "messages role content temperature top_k top_p max_tokens max_completion_tokens seed n stop stream model".split()
-VALUES = ["NaN", "-Infinity", "1e999", "-1", "0.5", "9" * 400, "null", "true", "undefined", '""', '"\\ud800"', '"\\u0000"',
-          "[]", "[[]]", "{}", '{"a": 1}', "[" * 20000 + "]" * 20000, json.dumps("x" * 9000), json.dumps(["x"] * 600), json.dumps("x" * 1_100_000)]  # fmt: skip
-
-
-def malformed(rng: random.Random) -> tuple[str, bytes]:
-    """(what is wrong, body). A few are valid after all."""
-    valid = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-    body, kind = json.dumps(valid).encode(), rng.choice(["cut", "bytes", "field", "field", "message", "body", "encoding"])
-    if kind == "cut":
-        body = body[: rng.randrange(len(body))]
-    elif kind == "bytes":
-        body = bytes(rng.randrange(256) if rng.random() < 0.1 else byte for byte in body)
-    elif kind == "field":
-        body = json.dumps({**valid, rng.choice(FIELDS): "@"}).replace('"@"', rng.choice(VALUES)).encode()
-    elif kind == "message":
-        message = {"role": rng.choice(["user", "assistant", "system", "tool"]), "content": "hi", rng.choice(FIELDS): "@"}
-        body = json.dumps({**valid, "messages": [message] * rng.randint(1, 3)}).replace('"@"', rng.choice(VALUES)).encode()
-    elif kind == "body":
-        body = rng.choice(VALUES).encode()
-    else:
-        body = rng.choice([body.decode().encode(rng.choice(["utf-16", "utf-32", "utf-7"])), rng.randbytes(rng.randrange(200))])
-    return kind, body
-
-
-async def bad(port: int, args) -> list[str]:
-    """Malformed bodies must get a clear 4xx."""
-    rng, gate, wrong, table = random.Random(args.seed), asyncio.Semaphore(16), [], {}
-
-    async def one(kind: str, body: bytes) -> None:
-        async with gate:
-            status, reply, _ = await send(port, "POST", rng.choice(PATHS), body)
-        table.setdefault(kind, Counter())[status] += 1
-        is_error = status in (400, 404, 413) and json.loads(reply)["error"].keys() == {"message", "type", "param", "code"}
-        if status != 200 and not is_error:
-            wrong.append(f"{kind}: status {status}, {reply[:200]!r} for {body[:200]!r}")
-
-    await asyncio.gather(*(one(*malformed(rng)) for _ in range(1000)))
-    statuses = sorted({status for counts in table.values() for status in counts})
-    print(f"\n{'malformed':12s}" + "".join(f"{status:>6d}" for status in statuses))
-    for kind, counts in sorted(table.items()):
-        print(f"{kind:12s}" + "".join(f"{counts[status]:6d}" for status in statuses))
-    return wrong
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["streams", "leave", "bad"], help="streams, leave, bad")
+    parser.add_argument("parts", nargs="*", default=["streams", "leave"], help="streams, leave")
     parser.add_argument("-i", "--stage", default="sft", help="stage of the model: mid, sft or rl")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu (empty: the best available)")
     parser.add_argument("--seconds", type=float, default=15, help="duration for each number of clients")
@@ -222,7 +176,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     wrong = []
     with running_server("-i", args.stage, "--device-type", args.device_type) as (port, log):
-        for part in (streams, leave, bad):
+        for part in (streams, leave):
             if part.__name__ in args.parts:
                 wrong += asyncio.run(part(port, args)) or []
         if "Traceback" in log.read_text():

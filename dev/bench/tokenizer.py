@@ -26,52 +26,62 @@ import time
 from pathlib import Path
 
 from nanochat.common import UserError, get_base_dir, run_script
+from nanochat.dataset import iter_documents
 from nanochat.tokenizer import SPLIT_PATTERN
 
 PUBLISHED = "rustbpe==0.1.0"
 
 
+def texts_of(source: str, megabytes: float) -> list[str]:
+    """The first documents of the training split, so many megabytes of them."""
+    texts, size = [], 0
+    for text in iter_documents("train", source):
+        texts.append(text)
+        size += len(text.encode())
+        if size >= megabytes * 1e6:
+            return texts
+    raise UserError(f"the training shards of {source} hold only {size / 1e6:.1f} MB; fetch more, or ask for fewer --megabytes")
+
+
 def measure(job: dict) -> dict:
     """{"seconds", "digest" of the merges or ids} of one contestant, in its own process."""
     import numpy as np
-    import pyarrow as pa
+    import tiktoken
 
     import rustbpe
 
-    with pa.OSFile(job["corpus"]) as file:
-        texts = pa.ipc.open_file(file).read_all().column("text").to_pylist()
     who, threads, tokenizer = job["who"], job["threads"], rustbpe.Tokenizer()
+    texts, vocabulary = texts_of(job["source"], job["megabytes"]), Path(job["vocabulary"])
     options = {} if who == "published" else {"threads": threads}  # the published one obeys RAYON_NUM_THREADS
 
     def train():
         tokenizer.train_from_iterator(texts, job["vocab_size"], pattern=SPLIT_PATTERN, **options)
+        return tokenizer.get_mergeable_ranks()
 
     if job["task"] == "train":
         work = train
     elif who == "published":
         train()
         work = lambda: tokenizer.batch_encode(texts)
-    elif who == "tiktoken":
-        import tiktoken
-
-        ranks = dict(pickle.loads(Path(job["vocabulary"]).read_bytes()))
-        encoding = tiktoken.Encoding("bench", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
-        work = lambda: encoding.encode_ordinary_batch(texts, num_threads=threads)
     else:
-        ours = rustbpe.Tokenizer.from_ranks(dict(pickle.loads(Path(job["vocabulary"]).read_bytes())), SPLIT_PATTERN)
-        work = lambda: ours.encode_to_numpy(texts, threads=threads)[0]
+        ranks = dict(pickle.loads(vocabulary.read_bytes()))
+        if who == "tiktoken":
+            encoding = tiktoken.Encoding("bench", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+            work = lambda: encoding.encode_ordinary_batch(texts, num_threads=threads)
+        else:
+            ours = rustbpe.Tokenizer.from_ranks(ranks, SPLIT_PATTERN)
+            work = lambda: [ours.encode_to_numpy(texts, threads=threads)[0]]
 
     start = time.perf_counter()
     result = work()
     seconds = time.perf_counter() - start
     if job["task"] == "train":
-        result = pickle.dumps([(bytes(token), id) for token, id in tokenizer.get_mergeable_ranks()])
+        data = pickle.dumps([(bytes(token), id) for token, id in result])
         if who == "ours":
-            Path(job["vocabulary"]).write_bytes(result)
+            vocabulary.write_bytes(data)
     else:
-        rows = [result] if isinstance(result, np.ndarray) else result
-        result = np.concatenate([np.asarray(row, np.uint32) for row in rows]).tobytes()
-    return {"seconds": seconds, "digest": hashlib.sha256(result).hexdigest()}
+        data = np.concatenate([np.asarray(row, np.uint32) for row in result]).tobytes()
+    return {"seconds": seconds, "digest": hashlib.sha256(data).hexdigest()}
 
 
 def in_process(job: dict, published: Path | None) -> dict:
@@ -98,26 +108,6 @@ def published_package() -> Path | None:
     return folder
 
 
-def write_corpus(source: str, megabytes: float, path: Path) -> tuple[int, float]:
-    """The first megabytes of the training split as an arrow file; (documents, megabytes)."""
-    import pyarrow as pa
-
-    from nanochat.dataset import iter_documents
-
-    texts, size = [], 0
-    for text in iter_documents("train", source):
-        texts.append(text)
-        size += len(text.encode())
-        if size >= megabytes * 1e6:
-            break
-    else:
-        raise UserError(f"the training shards of {source} hold only {size / 1e6:.1f} MB; fetch more, or ask for fewer --megabytes")
-    table = pa.table({"text": texts})
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-    return len(texts), size / 1e6
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=50, help="size of the text")
@@ -137,9 +127,8 @@ def main(argv=None):
         raise UserError("the published rustbpe is installed, not ours: install Rust, then run `bash dev/setup.sh`")
     published, mismatch = published_package(), False
     with tempfile.TemporaryDirectory(prefix="nanochat_bench_") as folder:
-        paths = {"corpus": f"{folder}/corpus.arrow", "vocabulary": f"{folder}/vocabulary.pickle"}
-        documents, megabytes = write_corpus(args.source, args.megabytes, Path(paths["corpus"]))
-        print(f"{documents} documents of {args.source}, {megabytes:.1f} MB; vocabulary {args.vocab_size}; {os.cpu_count()} cores")
+        job = {"source": args.source, "megabytes": args.megabytes, "vocab_size": args.vocab_size, "vocabulary": f"{folder}/ours"}
+        print(f"{args.megabytes:g} MB of {args.source}; vocabulary {args.vocab_size}; {os.cpu_count()} cores")
         print(f"{'':8s}{'threads':>8s}  {'':12s}{'s':>8s}{'MB/s':>8s}{'x best peer':>13s}{'same':>6s}")
         for task, reference in (("train", "published"), ("encode", "tiktoken")):
             contestants = ["ours", *["published"] * bool(published), *["tiktoken"] * (task == "encode")]
@@ -147,15 +136,14 @@ def main(argv=None):
                 seen = {who: [] for who in contestants}
                 for _ in range(args.repeats):
                     for who, results in seen.items():
-                        job = {"who": who, "task": task, "threads": threads, "vocab_size": args.vocab_size, **paths}
-                        results.append(in_process(job, published))
+                        results.append(in_process(job | {"who": who, "task": task, "threads": threads}, published))
                 seconds = {who: min(result["seconds"] for result in results) for who, results in seen.items()}
                 peer = min((seconds[who] for who in seen if who != "ours"), default=float("nan"))
                 expected = seen.get(reference, seen["ours"])[0]["digest"]
                 for who, results in seen.items():
                     same = all(result["digest"] == expected for result in results)
                     mismatch |= not same
-                    print(f"{task:8s}{threads:8d}  {who:12s}{seconds[who]:8.2f}{megabytes / seconds[who]:8.1f}{peer / seconds[who]:13.2f}"
+                    print(f"{task:8s}{threads:8d}  {who:12s}{seconds[who]:8.2f}{args.megabytes / seconds[who]:8.1f}{peer / seconds[who]:13.2f}"
                           f"{'yes' if same else 'NO':>6s}", flush=True)
     if mismatch:
         sys.exit("FAILED: merges or ids differ, see above")

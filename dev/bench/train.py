@@ -45,13 +45,6 @@ def build(depth: int, context: int, vocab_size: int, device, dtype=None, noise: 
     return model
 
 
-def build_with_optimizer(args):
-    from nanochat.optim import MuonAdamW
-
-    model = build(args.depth, args.sequence_len, args.vocab_size, "cpu")
-    return model, MuonAdamW(model.param_groups())
-
-
 def timed_step(model, optimizer, inputs, targets) -> list[float]:
     """Seconds of forward, backward and optimizer of one step."""
     times = [time.perf_counter()]
@@ -111,9 +104,11 @@ def main(argv=None):
 
     from nanochat.common import compute_init
     from nanochat.device import compile_model
+    from nanochat.optim import MuonAdamW
 
     compute = compute_init("cpu")
-    model, optimizer = build_with_optimizer(args)
+    model = build(args.depth, args.sequence_len, args.vocab_size, "cpu")
+    optimizer = MuonAdamW(model.param_groups())
 
     def textbook(inputs, targets):
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
