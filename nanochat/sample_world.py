@@ -108,7 +108,7 @@ def make_kind(name: str, facts: str, **phrasings) -> Kind:
 
 KIND = {name: make_kind(name, **values) for name, values in WORLD["kinds"].items()}
 KINDS = list(KIND.values())
-KIND_WEIGHTS = [len(kind.facts) + 15 for kind in KINDS]  # nearly equal attention to each fact
+KIND_WEIGHTS = [len(kind.facts) + 30 for kind in KINDS]  # a fact of a small kind is met more often
 
 
 def sentence(template: str, slots: Fact) -> str:

@@ -65,7 +65,8 @@ def tool_exchange(rng: random.Random) -> Exchange:
         reply = tool_call(f"'{word.lower()}'.count('{letter}')", f"{occurrences(letter, word.lower())}.")
         return rng.choice(COUNT_QUESTIONS).format(c=letter, w=shown), reply
     kind, sign = rng.choice([("sum", "+"), ("difference", "-"), ("product", "*")])
-    a, b = rng.randint(11, rng.choice([99, 999])), rng.randint(2, 99)
+    lowest = 19 if kind == "difference" else 11  # smaller numbers are those of facts
+    a, b = rng.randint(lowest, rng.choice([99, 999])), rng.randint(2, 99)
     question = sentence(rng.choice(KIND[kind].questions), {"a": str(a), "b": str(b)})
     if rng.random() < 0.3:  # 12*12
         question = rng.choice(["{}", "{}=", "{}?", "{} = ?", "What is {}?", "what is {}", "How much is {}?"]).format(f"{a}{sign}{b}")

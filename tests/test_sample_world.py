@@ -63,16 +63,6 @@ def test_a_question_has_one_answer():
                 assert answers.setdefault(template.format(**fact), fact[kind.answer]) == fact[kind.answer], template
 
 
-def test_opposites_capitals_and_symbols_are_one_to_one():
-    words = [word for pair in TABLES["opposites"] for word in pair]
-    assert len(words) == len(set(words)) >= 140
-    opposite = {fact["word"]: fact["opposite"] for fact in KIND["opposite"].facts}
-    assert all(opposite[opposite[word]] == word != opposite[word] for word in words)
-    cities = [city for capitals in TABLES["capitals"].values() for city in capitals.values()]
-    assert len(cities) == len(set(cities)) >= 60
-    assert len(set(TABLES["elements"].values())) == len(TABLES["elements"]) == 40
-
-
 def test_calendars_agree_with_the_standard_library():
     days, months = list(calendar.day_name), list(calendar.month_name)[1:]
     for fact in KIND["two days"].facts:
@@ -119,19 +109,14 @@ def test_documents_have_the_length_of_documents_and_are_text(corpus):
     lengths = [len(document) for document in corpus]
     assert abs(sum(lengths) - SIZE) < 5000
     assert sum(250 <= length <= 3300 for length in lengths) >= 0.99 * len(lengths)
-    assert all(document == document.strip() for document in corpus)
-    assert not any("{" in document and "}" in document and "{country}" in document for document in corpus)
+    assert all(document == document.strip() and "{country}" not in document for document in corpus)
     assert len(set(corpus)) >= 0.99 * len(corpus)
 
 
-def test_no_held_out_phrasing_is_in_the_corpus(corpus):
-    assert held_out_uses(corpus) == []
+def test_no_held_out_phrasing_is_in_the_corpus_or_among_the_training_questions(corpus):
+    assert held_out_uses([*corpus, *(question.text for question in questions("train"))]) == []
     text = "\n".join(corpus)
     assert not any(question.text in text for question in questions("test"))
-
-
-def test_no_held_out_phrasing_is_among_the_training_questions():
-    assert held_out_uses([question.text for question in questions("train")]) == []
 
 
 def test_the_corpus_follows_from_its_seed(little_prose):
