@@ -5,8 +5,7 @@
     python -m scripts.chat_web --host 0.0.0.0   # reachable from other machines, without a password
 
 `/` is a chat page, `/v1` is for OpenAI's clients (with any API key), `/health` and `/stats` show the server's state,
-and `/openapi.json` describes all routes. Ctrl-C waits for running replies. The log holds no conversations unless
---log-content is given.
+and `/openapi.json` describes all routes. Ctrl-C waits for running replies. The log holds no conversations.
 """
 
 from nanochat import flags
@@ -24,7 +23,6 @@ def parse_args(argv):
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all addresses of this machine")
     group.add_argument("--max-sequences", type=flags.COUNT, default=64, help="replies generated at once on each device, if its memory suffices")
     group.add_argument("--max-queue", type=flags.number(int, 0), default=64, help="replies that may wait for each device")
-    group.add_argument("--log-content", action="store_true", help="write conversations to the log")
     flags.add_sampling_flags(parser, temperature=0.8)  # of requests that do not set them
     return parser.parse_args(argv)
 
@@ -110,7 +108,7 @@ def main(argv=None):
         pool, name, examples = make_pool(args)
         try:
             pool.start()
-            app = make_app(pool, name, args.temperature, args.top_k, args.max_tokens, args.log_content, examples)
+            app = make_app(pool, name, args.temperature, args.top_k, args.max_tokens, examples)
             make_server(app, pool, sock).run(sockets=[sock])
         finally:
             pool.stop()

@@ -165,7 +165,7 @@ def segments_of(response: httpx.Response) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def serving(*engines, max_queue: int = 64, log_content: bool = False, grace: float = TIMEOUT, **defaults):
+def serving(*engines, max_queue: int = 64, grace: float = TIMEOUT, **defaults):
     """A Site whose server has these engines, one thread each."""
     from nanochat.server import make_app
     from scripts.chat_web import listen, make_server
@@ -175,7 +175,7 @@ def serving(*engines, max_queue: int = 64, log_content: bool = False, grace: flo
     sock = listen("127.0.0.1", 0)
     sock.listen()  # clients can connect before the server is ready
     address = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    server = make_server(make_app(pool, "sft d2 step 8", log_content=log_content, **defaults), pool, sock, grace)
+    server = make_server(make_app(pool, "sft d2 step 8", **defaults), pool, sock, grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     site = Site(address, list(engines), pool, server)

@@ -143,7 +143,7 @@ def test_as_few_exchanges_as_possible_are_dropped(lengths, system):
     assert dropped == fitting[0] and prompt == rendered[dropped]
     with pytest.raises(ApiError, match="keep it below 149") as caught:  # a reply gets at most a quarter of the context
         fit(TOKENIZER, head + messages[:-1] + [message("x" * 199, messages[-1]["role"])], 200, 1000)
-    assert caught.value.code == "context_length_exceeded"
+    assert caught.value.detail["error"]["code"] == "context_length_exceeded"
 
 
 # -----------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def send(site, route, body, content_type="application/json"):
     ({"messages": [message([{"type": "text", "text": ""}] * 201)]}, "messages[0].content", "at most 200"),
     ({"messages": [message(), message()]}, "messages[1]", "must alternate"),
     ({"messages": [message(role="assistant"), message()]}, "messages[0]", "is expected"),
-    ({"messages": [message(role="system")]}, "messages[0].role", "last message"),
+    ({"messages": [message(role="system")]}, "messages[0]", "must follow"),
     ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
     ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
     ({"temperature": "hot"}, "temperature", "number"),
