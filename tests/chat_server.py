@@ -48,6 +48,10 @@ class Sequence:
     def __post_init__(self):
         self.prompt_length = len(self.tokens)
 
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
 
 class ScriptedEngine:
     """The interface of engine.Engine. Generates `reply(prompt)`, one byte per step; after `hold`, steps wait for `allow`."""
