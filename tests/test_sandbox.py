@@ -381,7 +381,7 @@ def test_an_interrupted_run_leaves_no_process(monkeypatch):
         assert len(running(os.getpid())) == 2
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(subprocess.Popen, "communicate", interrupt)
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         execute_code("while True: pass")
     assert all_gone(os.getpid())
