@@ -40,7 +40,7 @@ BODY_TIMEOUT = 30  # seconds without a byte of an unfinished body
 RETRY_AFTER = 5  # seconds
 SENDS_PER_SECOND = 1000  # of all streams: a send costs more than a token, so many streams send several tokens at a time
 MAX_PAUSE = 0.05  # seconds between the sends of a stream
-REASONS = {"stop": "stop", "length": "length", "context": "length"}  # ours -> OpenAI's
+REASONS = {"stop": "stop", "length": "length", "context": "length"}  # finish reasons of the engine -> of OpenAI
 FILES = Path(__file__).resolve().parent
 
 # The page may load nothing from elsewhere. Its script and style are inline.
@@ -103,9 +103,6 @@ class ChatRequest(RequestModel):
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=8)
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
-
-    def conversation(self) -> list[dict]:
-        return [message.plain() for message in self.messages]
 
 
 class BodyLimit:
@@ -391,14 +388,14 @@ def make_app(
 
     @app.post("/chat/completions", response_class=Response)
     async def chat(body: ChatRequest):
-        prompt, dropped = await asyncio.to_thread(fit, tokenizer, body.conversation(), context, body.max_tokens or max_tokens)
+        prompt, dropped = await asyncio.to_thread(fit, tokenizer, [message.plain() for message in body.messages], context, body.max_tokens or max_tokens)
         generation = generate(body, prompt)
         return EventStream(page_events(generation, dropped), generation)
 
     @app.post("/v1/chat/completions")
     async def completions(request: Request, body: ChatRequest):
         check_model(body.model)
-        prompt = await asyncio.to_thread(render_prompt, tokenizer, body.conversation())
+        prompt = await asyncio.to_thread(render_prompt, tokenizer, [message.plain() for message in body.messages])
         if len(prompt) >= context:
             message = f"the messages have {len(prompt)} tokens, and the model's context of {context} must hold them and the reply"
             raise ApiError(400, f"{message}; shorten them", param="messages", code="context_length_exceeded")

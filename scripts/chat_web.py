@@ -28,17 +28,13 @@ def parse_args(argv):
 
 
 def listen(host: str, port: int):
-    """A socket bound to the address, before a model is loaded."""
+    """A socket that listens on the address, before a model is loaded."""
     import socket
 
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port or --host") from error
-    return sock
 
 
 def make_server(app, pool, sock, grace: float = GRACE):
@@ -89,8 +85,7 @@ def make_pool(args):
     compute = compute_init(args.device_type)
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if compute.device.type == "cuda" else [compute.device]
     if args.num_gpus > len(devices):
-        kind = compute.device.type
-        raise UserError(f"--num-gpus is {args.num_gpus}, but this machine has {len(devices)} {kind} device(s); use at most that many")
+        raise UserError(f"--num-gpus is {args.num_gpus}, but this machine has {len(devices)} {compute.device.type} device(s)")
     directory, step = resolve_checkpoint(args.stage, args.model_tag, args.step)
     examples = verify(directory, step, names=[]).get("user_config", {}).get("examples", [])
     threads = [EngineThread(partial(make_engine, device), str(device), args.max_queue) for device in devices[: args.num_gpus]]

@@ -176,7 +176,6 @@ def serving(*engines, max_queue: int = 64, grace: float = TIMEOUT, **defaults):
     pool = Pool([EngineThread(lambda engine=engine: engine, f"fake:{i}", max_queue) for i, engine in enumerate(engines)])
     pool.start()
     sock = listen("127.0.0.1", 0)
-    sock.listen()  # clients can connect before the server is ready
     server = make_server(make_app(pool, "sft d2 step 8", **defaults), pool, sock, grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()

@@ -44,7 +44,6 @@ def test_a_signal_ends_the_server_after_the_running_reply(base_dir, number):
 ])  # fmt: skip
 def test_bad_flags_are_one_line(base_dir, arguments, says, capsys):
     with listen("127.0.0.1", 0) as taken, pytest.raises((UserError, SystemExit)) as caught:
-        taken.listen()
         main(["-p", "0", "--device-type", "cpu", *(text.format(taken=taken.getsockname()[1]) for text in arguments)])
     assert re.search(says, capsys.readouterr().err + str(caught.value)) and "\n" not in str(caught.value)
 
