@@ -333,11 +333,15 @@ clone3:435/435 kill:62/129 tgkill:234/131 prlimit64:302/261 socketpair:53/199 fc
 """
 
 
+def system_calls(column: int) -> dict[str, int]:
+    """The numbers of the allowed system calls, of one of the two columns."""
+    rows = [entry.replace(":", "/").split("/") for entry in SYSTEM_CALLS.split()]
+    return {name: int(numbers[column]) for name, *numbers in rows if numbers[column] != "-"}
+
+
 def filter_system_calls(request: dict, namespaces: bool) -> None:
     """seccomp: a program in the kernel's own small language reads each call and lets it pass or fail."""
     column, arch = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}[os.uname().machine]
-    entries = [entry.partition(":") for entry in SYSTEM_CALLS.split()]
-    numbers = {name: int(both.split("/")[column]) for name, _, both in entries if both.split("/")[column] != "-"}
 
     # linux/bpf_common.h; each instruction is (code, jump if true, jump if false, constant)
     load = lambda offset: (0x20, 0, 0, offset)  # noqa: E731
@@ -362,7 +366,7 @@ def filter_system_calls(request: dict, namespaces: bool) -> None:
         "ioctl": [argument(1), equal(0x5421, 3, 0), equal(0x5450, 2, 0), equal(0x5451, 1, 0), no, allow],
     }
     program = [load(4), equal(arch, 1, 0), kill, load(0)]
-    for name, number in numbers.items():
+    for name, number in system_calls(column).items():
         check = checks.get(name, [allow])
         program += [equal(number, 0, len(check)), *check]
     program.append(no)  # the numbers of x32 are among the rest
