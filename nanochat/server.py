@@ -104,6 +104,9 @@ class ChatRequest(RequestModel):
     n: int | None = Field(None, ge=1, le=8)
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
 
+    def conversation(self) -> list[dict]:
+        return [message.plain() for message in self.messages]
+
 
 class BodyLimit:
     """Middleware that refuses bodies that are too large or never end."""
@@ -186,7 +189,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), param=message and message[0])
         case RequestValidationError():
             # For a field that may be a string or a list, pydantic reports both; the most specific error is the useful one
-            return invalid(max(error.errors(), key=lambda item: (len(item["loc"]), item["type"] not in ("string_type", "list_type"))))
+            general = ("string_type", "list_type")
+            return invalid(max(error.errors(), key=lambda item: (len(item["loc"]), item["type"] not in general)))
         case StarletteHTTPException():  # the base class of FastAPI's own
             message = "unknown URL; GET /openapi.json lists the routes" if error.status_code == 404 else error.detail
             return ApiError(error.status_code, message, headers=error.headers)
@@ -388,23 +392,26 @@ def make_app(
 
     @app.post("/chat/completions", response_class=Response)
     async def chat(body: ChatRequest):
-        prompt, dropped = await asyncio.to_thread(fit, tokenizer, [message.plain() for message in body.messages], context, body.max_tokens or max_tokens)
+        limit = body.max_tokens or max_tokens
+        prompt, dropped = await asyncio.to_thread(fit, tokenizer, body.conversation(), context, limit)
         generation = generate(body, prompt)
         return EventStream(page_events(generation, dropped), generation)
 
     @app.post("/v1/chat/completions")
     async def completions(request: Request, body: ChatRequest):
         check_model(body.model)
-        prompt = await asyncio.to_thread(render_prompt, tokenizer, [message.plain() for message in body.messages])
+        prompt = await asyncio.to_thread(render_prompt, tokenizer, body.conversation())
         if len(prompt) >= context:
             message = f"the messages have {len(prompt)} tokens, and the model's context of {context} must hold them and the reply"
             raise ApiError(400, f"{message}; shorten them", param="messages", code="context_length_exceeded")
         body.max_tokens = body.max_completion_tokens or body.max_tokens
         generation = generate(body, prompt, body.n or 1)
-        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion", "created": int(time.time()), "model": model_id}
+        id = f"chatcmpl-{secrets.token_hex(12)}"
+        head = {"id": id, "object": "chat.completion", "created": int(time.time()), "model": model_id}
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return EventStream(chunks(generation, {**head, "object": "chat.completion.chunk"}, include_usage), generation)
+            events = chunks(generation, {**head, "object": "chat.completion.chunk"}, include_usage)
+            return EventStream(events, generation)
         async with generation.until_disconnect(request.receive):
             return await completion(generation, head)
 
@@ -419,7 +426,11 @@ def make_app(
 
     @app.get("/health")
     async def health():
-        status = "shutting down" if pool.closing else "failing" if any(thread.failing for thread in pool.threads) else "ok"
+        status = "ok"
+        if any(thread.failing for thread in pool.threads):
+            status = "failing"
+        if pool.closing:
+            status = "shutting down"
         waiting = sum(thread.num_waiting for thread in pool.threads)
         running = sum(len(thread.replies) for thread in pool.threads) - waiting
         report = {"status": status, "ready": status == "ok", "model": name, "context": context, "running": running,
@@ -428,16 +439,16 @@ def make_app(
 
     @app.get("/stats")
     async def stats():
-        engines = [thread.engine for thread in pool.threads]
-        return {
-            "uptime_s": round(time.monotonic() - started, 1),
-            **{key: sum(thread.counts[key] for thread in pool.threads) for key in ("requests", "completed", "cancelled", "failed", "rejected")},
-            **{key: sum(getattr(engine, key) for engine in engines) for key in ("generated_tokens", "prefill_tokens", "cached_tokens")},
-            # The engines' own counts, so that a leaked sequence would show here
-            "workers": [
-                {"device": thread.device, "running": thread.engine.num_running, "waiting": thread.engine.num_waiting,
-                 "max_sequences": thread.engine.max_sequences} for thread in pool.threads
-            ],
-        }  # fmt: skip
+        report = {"uptime_s": round(time.monotonic() - started, 1)}
+        for key in ("requests", "completed", "cancelled", "failed", "rejected"):
+            report[key] = sum(thread.counts[key] for thread in pool.threads)
+        for key in ("generated_tokens", "prefill_tokens", "cached_tokens"):
+            report[key] = sum(getattr(thread.engine, key) for thread in pool.threads)
+        # The engines' own counts, so that a leaked sequence would show here
+        report["workers"] = [
+            {"device": thread.device, "running": thread.engine.num_running, "waiting": thread.engine.num_waiting,
+             "max_sequences": thread.engine.max_sequences} for thread in pool.threads
+        ]  # fmt: skip
+        return report
 
     return app

@@ -19,9 +19,9 @@ def parse_args(argv):
     flags.add_model_flags(parser, ["mid", "sft", "rl"])
     group = parser.add_argument_group("server")
     group.add_argument("-n", "--num-gpus", type=flags.COUNT, default=1, help="GPUs to use, each with a copy of the model")
-    group.add_argument("-p", "--port", type=flags.number(int, 0, 65535), default=8000, help="port to listen on; 0 for any free port")
+    group.add_argument("-p", "--port", type=flags.number(int, 0, 65535), default=8000, help="port; 0 for any free one")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all addresses of this machine")
-    group.add_argument("--max-sequences", type=flags.COUNT, default=64, help="replies generated at once on each device, if its memory suffices")
+    group.add_argument("--max-sequences", type=flags.COUNT, default=64, help="replies generated at once on each device, if they fit")
     group.add_argument("--max-queue", type=flags.number(int, 0), default=64, help="replies that may wait for each device")
     flags.add_sampling_flags(parser, temperature=0.8)  # of requests that do not set them
     return parser.parse_args(argv)
@@ -83,7 +83,9 @@ def make_pool(args):
     if ranks()[2] > 1:
         raise UserError("chat_web is one process for all GPUs; start it without torchrun, and with -n GPUS")
     compute = compute_init(args.device_type)
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if compute.device.type == "cuda" else [compute.device]
+    devices = [compute.device]
+    if compute.device.type == "cuda":
+        devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     if args.num_gpus > len(devices):
         raise UserError(f"--num-gpus is {args.num_gpus}, but this machine has {len(devices)} {compute.device.type} device(s)")
     directory, step = resolve_checkpoint(args.stage, args.model_tag, args.step)

@@ -21,7 +21,8 @@ from nanochat.engine_thread import EngineThread, Pool
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
 # Every byte is a token; nothing is merged.
-TOKENIZER = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+SPECIAL_IDS = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
+TOKENIZER = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, SPECIAL_IDS)
 END = TOKENIZER.encode_special("<|assistant_end|>")
 TIMEOUT = 30  # seconds
 PAGE, V1 = ROUTES = ["/chat/completions", "/v1/chat/completions"]
@@ -29,8 +30,10 @@ PAGE, V1 = ROUTES = ["/chat/completions", "/v1/chat/completions"]
 
 def tokens_of(text: str) -> list[int]:
     """Ids of a text in which special tokens, written out, are meant: "<|python_start|>1+1<|python_end|>"."""
-    segments = re.split(r"(<\|\w+\|>)", text)
-    return [id for text in segments for id in ([TOKENIZER.encode_special(text)] if text in SPECIAL_TOKENS else TOKENIZER.encode(text))]
+    ids = []
+    for segment in re.split(r"(<\|\w+\|>)", text):
+        ids += [SPECIAL_IDS[segment]] if segment in SPECIAL_IDS else TOKENIZER.encode(segment)
+    return ids
 
 
 def message(content="hi", role="user"):
@@ -197,9 +200,9 @@ def save_model(model, *stages: str) -> None:
     from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
     from nanochat.common import Compute
 
-    compute = Compute(torch.device("cpu"), torch.float32)
+    meta, compute = {"model_config": vars(model.config)}, Compute(torch.device("cpu"), torch.float32)
     for stage in stages:
-        save_checkpoint(checkpoint_dir(stage, "d2"), 5, model.state_dict(), None, {"model_config": vars(model.config)}, TOKENIZER, compute)
+        save_checkpoint(checkpoint_dir(stage, "d2"), 5, model.state_dict(), None, meta, TOKENIZER, compute)
 
 
 @contextmanager

@@ -30,7 +30,8 @@ def prompts(chat):
 
 def prompt(*texts):
     """The prompt that training renders for these messages, user first; the assistant answers the last."""
-    return TOKENIZER.render_for_completion({"messages": [message(text, ("user", "assistant")[i % 2]) for i, text in enumerate(texts)]})
+    messages = [message(text, ("user", "assistant")[i % 2]) for i, text in enumerate(texts)]
+    return TOKENIZER.render_for_completion({"messages": messages})
 
 
 def test_a_conversation_is_remembered_as_training_renders_it_until_it_is_cleared():

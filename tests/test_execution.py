@@ -95,7 +95,13 @@ def test_output_is_bounded_and_decoded():
 @on_linux
 def test_the_folder_is_empty_is_writable_with_namespaces_only_and_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = "import os, tempfile\nprint(os.listdir('.'))\nopen('a', 'w').write('x')\nos.rename('a', 'b')\nprint(tempfile.gettempdir(), os.listdir('.'))"
+    code = """
+import os, tempfile
+print(os.listdir("."))
+open("a", "w").write("x")
+os.rename("a", "b")
+print(tempfile.gettempdir(), os.listdir("."))
+"""
     result = execute_code(code, layers=LAYERS[1:])
     assert result.stdout == "[]\n" and result.error.startswith("PermissionError")
     if "namespaces" in ACTIVE:

@@ -27,7 +27,10 @@ REPLIES = {
 
 @pytest.fixture(scope="module")
 def site():
-    with serving(ScriptedEngine(lambda prompt: next((text for word, text in REPLIES.items() if word in prompt), "hello"))) as site:
+    def reply(prompt):
+        return next((text for word, text in REPLIES.items() if word in prompt), "hello")
+
+    with serving(ScriptedEngine(reply)) as site:
         yield site
 
 
