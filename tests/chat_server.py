@@ -66,7 +66,7 @@ class ScriptedEngine:
     def __init__(self, reply=lambda prompt: "hello", max_sequences: int = 4, context: int = 400):
         self.reply, self.max_sequences, self.context = reply, max_sequences, context
         self.tokenizer, self.terminal_tokens = TOKENIZER, frozenset([END])
-        self.prefill_tokens = self.cached_tokens = self.generated_tokens = self.steps = 0
+        self.prefill_tokens = self.cached_tokens = self.generated_tokens = 0
         self.seqs: list[Sequence] = []
         self.submitted: list[Sequence] = []
         self.error: Exception | None = None  # raised by the next step
@@ -112,7 +112,6 @@ class ScriptedEngine:
         self.in_step.set()
         if self._permits:
             assert self._permits.acquire(timeout=TIMEOUT)
-        self.steps += 1
         if self.error:
             error, self.error, self.seqs = self.error, None, []
             raise error
