@@ -1,7 +1,7 @@
-"""An engine in a thread of its own, with one queue of tokens per request.
+"""An engine in a thread of its own, which generates replies for an event loop.
 
-The event loop sends the thread commands (begin this request, drop that one), which it executes between two steps.
-After each step the thread sends all new tokens to the loop at once, where each goes into the queue of its request.
+The event loop sends the thread commands (begin this reply, drop that one), which it executes between two steps.
+After each step the thread sends all new tokens to the loop at once, where each joins the pending ones of its reply.
 So the loop never waits for the engine, and the engine never waits for a slow client.
 
 Nothing here knows of HTTP or text (server.py does), or of a model: `engine` is anything with the methods of
@@ -13,11 +13,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from concurrent.futures import Future
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,18 +37,47 @@ class EngineFailure(Exception):
 
 
 @dataclass(eq=False)
-class Request:
-    """`n` replies to one prompt. `events` receives lists of (reply, token), or the error that ended the request."""
+class Reply:
+    """A reply to a prompt, used on the event loop."""
 
+    thread: EngineThread
     prompt: list[int]
-    n: int
     settings: dict
-    events: asyncio.Queue = field(default_factory=asyncio.Queue)
-    sequences: list = field(default_factory=list)  # the engine's, used by its thread only
+    changed: asyncio.Event  # shared by all replies to one request: there are new tokens, or one has ended
+    pending: list[int] = field(default_factory=list)  # tokens not yet yielded by `new_tokens`
+    finish_reason: str | None = None
+    error: Exception | None = None
+    sequence: object = None  # the engine's, used by its thread only
 
-    def __post_init__(self):
-        self.unfinished = set(range(self.n))
-        self.finish_reasons: list[str | None] = [None] * self.n
+    def cancel(self, reason: str = "cancelled", error: Exception | None = None) -> None:
+        """End the reply and free its sequence before the next step; no effect if it has ended."""
+        if self.finish_reason is None:
+            self.end(reason, error)
+            self.thread.commands.put(partial(self.thread.drop, self))
+
+    def end(self, reason: str, error: Exception | None = None) -> None:
+        self.finish_reason, self.error = reason, error
+        self.changed.set()
+        self.thread.replies.remove(self)
+        self.thread.counts[reason if reason in ("cancelled", "failed") else "completed"] += 1
+
+
+async def new_tokens(replies: list[Reply]) -> AsyncIterator[list[tuple[int, int]]]:
+    """Yields lists of (index of the reply, token) until all replies to a request have ended.
+
+    Raises the error of one that has failed: UserError from the engine, or EngineFailure.
+    """
+    changed = replies[0].changed
+    while any(reply.pending or reply.finish_reason is None for reply in replies):
+        await changed.wait()
+        changed.clear()
+        tokens = [(index, token) for index, reply in enumerate(replies) for token in reply.pending]
+        for reply in replies:
+            reply.pending.clear()
+        yield tokens
+    for reply in replies:
+        if reply.error:
+            raise reply.error
 
 
 class EngineThread:
@@ -60,162 +88,108 @@ class EngineThread:
     """
 
     def __init__(self, make_engine: Callable[[], object], device: str = "cpu", max_queue: int = 64):
-        self.device, self.max_queue = device, max_queue
+        self.make_engine, self.device, self.max_queue = make_engine, device, max_queue
         self.engine = None  # set by `start`
+        self.failures = 0  # failed steps in a row
         # Used on the event loop
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.requests: set[Request] = set()
-        self.counts: Counter[str] = Counter()  # requests, and of these completed, cancelled, failed
+        self.replies: set[Reply] = set()  # waiting and running
+        self.counts: Counter[str] = Counter()  # requests and rejected ones; completed, cancelled and failed replies
         # Used in the thread
-        self.failures = 0  # failed steps in a row
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._running: dict = {}  # engine's sequence -> (request, index)
-        self._made: Future = Future()
-        self._thread = threading.Thread(target=self._run, args=[make_engine], name=f"engine {device}")
+        self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: stop
+        self._executor = ThreadPoolExecutor(1, f"engine {device}")
+        self._running: dict[object, Reply] = {}  # by the engine's sequence
 
     def start(self) -> None:
         """Start the thread and wait for the engine; raises what its construction raised."""
-        self._thread.start()
-        self.engine = self._made.result()
+        self.engine = self._executor.submit(self.make_engine).result()
+        self._executor.submit(self._run).add_done_callback(lambda run: run.result())  # logs an unexpected end
 
     def stop(self) -> None:
         """End the thread after its current step."""
-        self._commands.put(None)
-        if self._thread.ident:
-            self._thread.join()
+        self.commands.put(None)
+        self._executor.shutdown()
 
     # -------------------------------------------------------------------------
     # On the event loop
 
     @property
-    def active(self) -> int:
-        return sum(len(request.unfinished) for request in self.requests)
-
-    @property
-    def waiting(self) -> int:
-        return max(0, self.active - self.engine.max_sequences)
+    def num_waiting(self) -> int:
+        return max(0, len(self.replies) - self.engine.max_sequences)
 
     @property
     def failing(self) -> bool:
         return self.failures >= FAILING
 
-    def submit(self, prompt: list[int], n: int = 1, **settings) -> Request:
+    def submit(self, prompt: list[int], n: int = 1, **settings) -> list[Reply]:
         """Request `n` replies to a prompt; `settings` are those of `Engine.submit`. Raises Busy if the queue is full."""
-        if self.active >= self.engine.max_sequences + self.max_queue:
+        if len(self.replies) >= self.engine.max_sequences + self.max_queue:
+            self.counts["rejected"] += 1
             raise Busy("the server is busy; try again later")
-        self.loop = asyncio.get_running_loop()
-        request = Request(prompt, n, settings)
-        self.requests.add(request)
+        self.loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        replies = [Reply(self, prompt, {**settings, "sample_index": index}, changed) for index in range(n)]
+        self.replies.update(replies)
         self.counts["requests"] += 1
-        self._commands.put(partial(self._begin, request))
-        return request
+        self.commands.put(partial(self._begin, replies))
+        return replies
 
-    async def tokens(self, request: Request) -> AsyncIterator[list[tuple[int, int | None]]]:
-        """Yields lists of (reply, token) as they are generated, the token None at the end of a reply.
-
-        Returns once all replies have ended. Raises what ended the request: UserError from the engine, or EngineFailure.
-        """
-        while request.unfinished or not request.events.empty():
-            events = [await request.events.get()]
-            while not request.events.empty():
-                events.append(request.events.get_nowait())
-            if tokens := [pair for event in events if isinstance(event, list) for pair in event]:
-                yield tokens
-            for error in events:
-                if isinstance(error, Exception):
-                    raise error
-
-    def cancel(self, request: Request, replies: Iterable[int] | None = None, reason: str = "cancelled", error: Exception | None = None):
-        """End some replies (None: all) and free their sequences before the next step; no effect on finished ones."""
-        ended = request.unfinished & set(range(request.n) if replies is None else replies)
-        if ended:
-            for index in ended:
-                self._finish(request, index, reason)
-            request.events.put_nowait(error or [])  # wakes the reader
-            self._commands.put(partial(self._drop, request, ended))
-
-    def _finish(self, request: Request, index: int, reason: str) -> None:
-        request.unfinished.remove(index)
-        request.finish_reasons[index] = reason
-        if not request.unfinished:
-            self.requests.discard(request)
-            self.counts[reason if reason in ("cancelled", "failed") else "completed"] += 1
-
-    def _deliver(self, events: list[tuple[Request, int, int, str | None]]) -> None:
-        """Put the tokens of a step into the queues of their requests."""
-        tokens = defaultdict(list)
-        for request, index, token, reason in events:
-            if index in request.unfinished:  # otherwise it was cancelled meanwhile
-                tokens[request].append((index, token))
+    def _deliver(self, events: list[tuple[Reply, int, str | None]]) -> None:
+        """Add the tokens of a step to their replies."""
+        for reply, token, reason in events:
+            if reply.finish_reason is None:  # otherwise it was cancelled meanwhile
+                reply.pending.append(token)
+                reply.changed.set()
                 if reason:
-                    tokens[request].append((index, None))
-                    self._finish(request, index, reason)
-        for request, pairs in tokens.items():
-            request.events.put_nowait(pairs)
+                    reply.end(reason)
 
     # -------------------------------------------------------------------------
     # In the thread
 
-    def _run(self, make_engine: Callable[[], object]) -> None:
-        try:
-            self._made.set_result(make_engine())
-        except BaseException as error:  # raised by `start`
-            self._made.set_exception(error)
-            return
-        while self._execute_commands():
-            if self._running:
-                self._step()
-
-    def _execute_commands(self) -> bool:
-        """Execute the pending commands, waiting for one if the engine is idle. Returns False after the last one."""
+    def _run(self) -> None:
         while True:
             try:
-                command = self._commands.get(block=not self._running)
+                command = self.commands.get(block=not self._running)
             except queue.Empty:
-                return True
+                command = self._step
             if command is None:
-                return False
+                return
             command()
 
-    def _begin(self, request: Request) -> None:
+    def _begin(self, replies: list[Reply]) -> None:
         try:
-            for index in range(request.n):
-                seq = self.engine.submit(request.prompt, sample_index=index, **request.settings)
-                request.sequences.append(seq)
-                self._running[seq] = request, index
-        except UserError as error:
-            self._fail(request, error)
-        except Exception:
-            log.exception("the engine on %s could not begin a request", self.device)
-            self._fail(request, EngineFailure("the server could not begin this reply; try again"))
+            for reply in replies:
+                reply.sequence = self.engine.submit(reply.prompt, **reply.settings)
+                self._running[reply.sequence] = reply
+        except Exception as error:
+            self._fail(replies, error)
 
-    def _drop(self, request: Request, indexes: set[int]) -> None:
-        for index in indexes:
-            if index < len(request.sequences):
-                self.engine.cancel(request.sequences[index])
-                self._running.pop(request.sequences[index], None)
+    def drop(self, reply: Reply) -> None:
+        """Free the sequence of a reply."""
+        if reply.sequence is not None:
+            self.engine.cancel(reply.sequence)
+            self._running.pop(reply.sequence, None)
 
     def _step(self) -> None:
         try:
             events = self.engine.step()
-        except Exception:
-            log.exception("the engine on %s failed; %d replies are lost", self.device, len(self._running))
+        except Exception as error:
             self.failures += 1
-            for request in {request for request, _ in self._running.values()}:
-                self._fail(request, EngineFailure("the server failed while generating this reply; try again"))
-            for seq in self._running:
-                self.engine.cancel(seq)
-            self._running.clear()
+            self._fail(self._running.values(), error)
+            self._running.clear()  # the engine has ended all sequences
             return
         self.failures = 0
-        if events:
-            self._call(self._deliver, [(*self._running[seq], token, seq.finish_reason) for seq, token, _ in events])
+        self._call(self._deliver, [(self._running[seq], token, seq.finish_reason) for seq, token, _ in events])
         for seq, _, _ in events:
             if seq.finish_reason:
                 del self._running[seq]
 
-    def _fail(self, request: Request, error: Exception) -> None:
-        self._call(self.cancel, request, None, "failed", error)
+    def _fail(self, replies: Iterable[Reply], error: Exception) -> None:
+        """End replies. Clients see their own mistakes; the details of other errors are only logged."""
+        if not isinstance(error, UserError):
+            log.error("the engine on %s failed", self.device, exc_info=error)
+            error = EngineFailure("the server failed while generating this reply; try again")
+        for reply in replies:
+            self._call(reply.cancel, "failed", error)
 
     def _call(self, *call) -> None:
         with suppress(RuntimeError):  # the loop is closed: the server has ended
@@ -225,10 +199,8 @@ class EngineThread:
 class Pool:
     """One engine thread per device."""
 
-    def __init__(self, threads: Sequence[EngineThread]):
-        self.threads = list(threads)
-        self.closing = False
-        self.rejected = 0
+    def __init__(self, threads: list[EngineThread]):
+        self.threads, self.closing = threads, False
 
     def start(self) -> None:
         """Start one after the other, so that host memory holds one model at a time on its way to a GPU."""
@@ -239,23 +211,18 @@ class Pool:
         for thread in self.threads:
             thread.stop()
 
-    def submit(self, prompt: list[int], n: int = 1, **settings) -> tuple[EngineThread, Request]:
-        """A request to the engine with the fewest active replies. Raises Busy."""
-        thread = min(self.threads, key=lambda thread: (thread.failing, thread.active))
-        try:
-            if self.closing:
-                raise Busy("the server is shutting down; try again later")
-            return thread, thread.submit(prompt, n, **settings)
-        except Busy:
-            self.rejected += 1
-            raise
+    def submit(self, prompt: list[int], n: int = 1, **settings) -> list[Reply]:
+        """Replies of the engine that has the fewest. Raises Busy."""
+        if self.closing:
+            raise Busy("the server is shutting down; try again later")
+        return min(self.threads, key=lambda thread: (thread.failing, len(thread.replies))).submit(prompt, n, **settings)
 
     async def drain(self, grace: float, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Refuse new requests and wait for the running ones; after `grace` seconds, or when `hurry()`, these fail."""
+        """Refuse new requests and wait for the running replies; after `grace` seconds, or when `hurry()`, these fail."""
         self.closing = True
         deadline = time.monotonic() + grace
-        while any(thread.requests for thread in self.threads) and time.monotonic() < deadline and not hurry():
+        while any(thread.replies for thread in self.threads) and time.monotonic() < deadline and not hurry():
             await asyncio.sleep(0.05)
-        for thread in self.threads:
-            for request in list(thread.requests):
-                thread.cancel(request, None, "failed", EngineFailure("the server was shut down before this reply was complete"))
+        error = EngineFailure("the server was shut down before this reply was complete")
+        for reply in [reply for thread in self.threads for reply in thread.replies]:
+            reply.cancel("failed", error)

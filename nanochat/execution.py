@@ -2,8 +2,8 @@
 
 A fresh interpreter runs `nanochat/sandbox.py`, which gives up every right it can, layer by layer, before the program
 starts: it gets no files, environment, network or input of ours, and ends with all its processes when its time is up. A
-system that lacks the layers for that is refused, unless the caller accepts it: then the program has access to what we
-have access to, and a child of it that starts its own session outlives it.
+system that lacks the layers for that is refused, unless the caller accepts that the program has access to all that we
+have, and that a child of it that starts its own session outlives it.
 
 Success without tests means that the program came to its end, which a program that inspects its own interpreter can
 fake. Tests run in another confined process, to which the program can only send values; to fake their success takes a
@@ -87,24 +87,23 @@ def run_sandbox(request: dict, tests: str | None, timeout: float) -> tuple[str, 
         tempfile.TemporaryFile() as stdin,
         tempfile.TemporaryFile() as stdout,
         tempfile.TemporaryFile() as stderr,
+        tempfile.TemporaryFile() as report,
     ):
         stdin.write(marshal.dumps(request) + marshal.dumps(tests))
         stdin.seek(0)
-        command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", SANDBOX, str(stdout.fileno()), str(os.getpid())]
-        streams = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": stderr, "pass_fds": (stdout.fileno(),)}
-        process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, start_new_session=True, **streams)
-        report, timed_out = b"", False
-        with process:
+        command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", SANDBOX, str(report.fileno()), str(os.getpid())]
+        streams = {"stdin": stdin, "stdout": stdout, "stderr": stderr, "pass_fds": [report.fileno()]}
+        timed_out = False
+        with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, start_new_session=True, **streams) as process:
             try:
-                for seconds in (timeout, SECONDS_TO_COLLECT):
-                    try:
-                        report, _ = process.communicate(timeout=seconds)
-                        break
-                    except subprocess.TimeoutExpired as expired:
-                        report, timed_out = expired.stdout or b"", True
-                        process.terminate()  # the judge kills and collects the program
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                timed_out = True
+                process.terminate()  # the judge kills and collects the program
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(SECONDS_TO_COLLECT)
             finally:
                 with suppress(ProcessLookupError, PermissionError):  # none is left, on macOS only a zombie
                     os.killpg(process.pid, signal.SIGKILL)
-        output, errors = (os.pread(file.fileno(), MAX_OUTPUT_BYTES, 0) for file in (stdout, stderr))
-        return *(data.decode(errors="replace") for data in (report, output, errors)), timed_out
+        texts = [os.pread(file.fileno(), MAX_OUTPUT_BYTES, 0).decode(errors="replace") for file in (report, stdout, stderr)]
+    return *texts, timed_out

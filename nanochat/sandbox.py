@@ -13,10 +13,8 @@ it takes part in a comparison. Each confines itself in layers, all of them optio
     limits      memory, CPU time, size and number of files, number of threads
 
 Without namespaces nothing can be written, the program can see that a file exists (not its contents), and only memory
-limits the number of threads.
-
-Sources: the man pages unshare(2), pivot_root(2), mount_setattr(2), landlock(7), seccomp(2), capabilities(7), prctl(2);
-Documentation/userspace-api/landlock.rst of the kernel; its headers for every number.
+limits the number of threads. Sources: the man pages of the system calls, the kernel's userspace-api/landlock.rst, and
+its headers for every number.
 """
 
 import _signal as signal  # `signal` and `socket` import enum, a third of the start-up time
@@ -40,21 +38,14 @@ def is_safe(layers) -> bool:
 
 def main() -> None:
     """The judge. Returns in the program's process only, whose interpreter then exits as that of any program."""
-    output, parent = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-    report = os.dup(1)
-    os.dup2(output, 1)
-    os.close(output)
+    inherited, parent = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+    report = os.dup(inherited)  # a low number, which `run_program` closes
+    os.close(inherited)
     requests = open(0, "rb", buffering=0, closefd=False)  # unbuffered: what follows the request is not read yet
     request = marshal.load(requests)
     layers = []
-    if "namespaces" in request["layers"]:
-        try:
-            enter_namespaces(os.getcwd())
-            layers.append("namespaces")
-        except (OSError, AttributeError, KeyError):
-            pass  # not allowed, or not Linux; having left some of our rights already does no harm
-    # before the fork, as landlock stops signals between siblings
-    confine(request, layers, limits=limit_resources, landlock=restrict_files)
+    # Before the fork, as landlock stops signals between siblings
+    confine(request, layers, namespaces=enter_namespaces, limits=limit_resources, landlock=restrict_files)
     die_with_parent()
     if os.getppid() != parent:
         os._exit(1)  # it died before we asked for that
@@ -233,7 +224,7 @@ def confine(request: dict, layers: list, **steps) -> None:
                 apply(request, "namespaces" in layers)
                 layers.append(name)
         except (OSError, AttributeError, KeyError, ValueError):
-            pass  # not supported here
+            pass  # not supported or not allowed here; having given up some rights already does no harm
 
 
 def limit_resources(request: dict, namespaces: bool) -> None:
@@ -249,15 +240,12 @@ def readable() -> list[str]:
     prefixes = {sys.base_prefix, sys.base_exec_prefix}
     paths = {os.path.join(prefix, lib) for prefix in prefixes for lib in ("lib", sys.platlibdir)} | set(sys.path)
     paths |= {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo"}
-    chosen = []
-    for path in sorted(paths):  # a folder comes before its contents
-        if os.path.exists(path) and not any(path.startswith(f"{folder}/") for folder in chosen):
-            chosen.append(path)
-    return chosen
+    return sorted(filter(os.path.exists, paths))  # a folder comes before its contents
 
 
-def enter_namespaces(root: str) -> None:
-    """Leave this machine's files, network, processes and user; `root`, an empty folder, becomes the root folder."""
+def enter_namespaces(request: dict, namespaces: bool) -> None:
+    """Leave this machine's files, network, processes and user; the current, empty folder becomes the root folder."""
+    root = os.getcwd()
     uid, gid = os.getuid(), os.getgid()
     new = 0x00020000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000  # CLONE_NEWNS, NEWUTS, NEWIPC, NEWPID, NEWNET
     own_user = uid == 0
@@ -283,7 +271,7 @@ def enter_namespaces(root: str) -> None:
     call("mount", b"tmpfs", tmp, b"tmpfs", nosuid_nodev, options.encode())
     for path in [*readable(), *DEVICES]:
         os.makedirs(root + (path if os.path.isdir(path) else os.path.dirname(path)), exist_ok=True)
-        if not os.path.isdir(path):
+        if not os.path.exists(root + path):
             os.close(os.open(root + path, os.O_CREAT | os.O_WRONLY, 0o644))
         call("mount", os.fsencode(path), os.fsencode(root + path), None, bind | rec, None)
 
@@ -345,11 +333,15 @@ clone3:435/435 kill:62/129 tgkill:234/131 prlimit64:302/261 socketpair:53/199 fc
 """
 
 
+def system_calls(column: int) -> dict[str, int]:
+    """The numbers of the allowed system calls, of one of the two columns."""
+    rows = [entry.replace(":", "/").split("/") for entry in SYSTEM_CALLS.split()]
+    return {name: int(numbers[column]) for name, *numbers in rows if numbers[column] != "-"}
+
+
 def filter_system_calls(request: dict, namespaces: bool) -> None:
     """seccomp: a program in the kernel's own small language reads each call and lets it pass or fail."""
     column, arch = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}[os.uname().machine]
-    entries = [entry.partition(":") for entry in SYSTEM_CALLS.split()]
-    numbers = {name: int(both.split("/")[column]) for name, _, both in entries if both.split("/")[column] != "-"}
 
     # linux/bpf_common.h; each instruction is (code, jump if true, jump if false, constant)
     load = lambda offset: (0x20, 0, 0, offset)  # noqa: E731
@@ -374,7 +366,7 @@ def filter_system_calls(request: dict, namespaces: bool) -> None:
         "ioctl": [argument(1), equal(0x5421, 3, 0), equal(0x5450, 2, 0), equal(0x5451, 1, 0), no, allow],
     }
     program = [load(4), equal(arch, 1, 0), kill, load(0)]
-    for name, number in numbers.items():
+    for name, number in system_calls(column).items():
         check = checks.get(name, [allow])
         program += [equal(number, 0, len(check)), *check]
     program.append(no)  # the numbers of x32 are among the rest

@@ -14,9 +14,7 @@ from contextlib import closing, suppress
 from nanochat import flags
 from nanochat.common import UserError, compute_init, run_script
 
-HELP = "Type 'clear' for a new conversation and 'quit' to exit. Ctrl-C stops a reply."
-# A call of the calculator is shown as [48/2]=[24]
-SHOWN = {"<|python_start|>": "[", "<|python_end|>": "]", "<|output_start|>": "=[", "<|output_end|>": "]"}
+BRACKETS = {"text": ("", ""), "python": ("[", "]"), "python_output": ("=[", "]")}  # a call is shown as [48/2]=[24]
 
 
 def parse_args(argv):
@@ -36,32 +34,41 @@ class Chat:
     """A conversation with one model, as tokens."""
 
     def __init__(self, engine, raw: bool, max_tokens: int, temperature: float, top_k: int | None):
-        self.engine = engine
-        self.tokenizer = engine.tokenizer
-        self.context = engine.model.config.sequence_len
+        self.engine, self.tokenizer = engine, engine.tokenizer
         self.raw = raw  # continue text instead of answering
         self.max_tokens, self.temperature, self.top_k = max_tokens, temperature, top_k
         self.turns: list[list[int]] = []  # each: user_start .. user_end assistant_start .. assistant_end
         self.asked = 0  # the next reply's seed, so that repeating a question can give another reply
-        self.cut_short = ""  # why the last reply is incomplete
-        self.assistant_end = self.tokenizer.encode_special("<|assistant_end|>")
-        self.shown = {self.tokenizer.encode_special(name): text for name, text in SHOWN.items()}
+        self.finish_reason: str | None = None  # of the last reply
 
     def ask(self, text: str):
         """Yield the reply to `text` in chunks of whole characters.
 
         The reply becomes part of the conversation, also if it is stopped or interrupted.
         """
-        bos = self.tokenizer.get_bos_token_id()
+        from nanochat.tokenizer import Segments
+
         turn = self._open_turn(text)
-        prompt = [bos, *(token for earlier in self.turns for token in earlier), *turn]
+        prompt = [self.tokenizer.get_bos_token_id(), *(token for earlier in self.turns for token in earlier), *turn]
         self.asked += 1
-        said = []
+        seq = self.engine.submit(prompt, self.max_tokens, temperature=self.temperature, top_k=self.top_k, seed=self.asked)
+        segments, kind = Segments(self.tokenizer), "text"
         try:
-            yield from self._decode(self._say(prompt, said))
+            while seq.finish_reason is None:
+                new = [segment for _, token, _ in self.engine.step() for segment in segments.push(token)]
+                if seq.finish_reason:
+                    new += [*segments.finish(), ("text", "")]  # the last closes a call that was cut off
+                for next_kind, chunk in new:
+                    if next_kind != kind:
+                        yield BRACKETS[kind][1] + BRACKETS[next_kind][0]
+                        kind = next_kind
+                    yield chunk
         finally:
+            self.engine.cancel(seq)
+            self.finish_reason = seq.finish_reason
+            said = [token for token in seq.generated if token not in self.engine.terminal_tokens]
             if said and not self.raw:
-                self.turns.append([*turn, *said, self.assistant_end])
+                self.turns.append([*turn, *said, self.tokenizer.encode_special("<|assistant_end|>")])
 
     def _open_turn(self, text: str) -> list[int]:
         """The tokens of a user message, after dropping the oldest turns as far as needed to make room."""
@@ -70,52 +77,21 @@ class Chat:
         else:
             conversation = {"messages": [{"role": "user", "content": text}]}
             turn = self.tokenizer.render_for_completion(conversation)[1:]  # bos comes only before the first turn
-        room = self.context - 1 - min(self.max_tokens, self.context // 4)  # the rest is for bos and the reply
+        context = self.engine.context
+        room = context - 1 - min(self.max_tokens, context // 4)  # the rest is for bos and the reply
         if len(turn) > room:
-            raise UserError(
-                f"the message has {len(turn)} tokens and the model's context is {self.context}; keep it below {room}"
-            )
-        dropped = 0
+            raise UserError(f"the message has {len(turn)} tokens and the model's context is {context}; keep it below {room}")
         while sum(map(len, self.turns)) + len(turn) > room:
             self.turns.pop(0)
-            dropped += 1
-        if dropped:
-            turns = "turn was" if dropped == 1 else f"{dropped} turns were"
-            note(f"the context of {self.context} tokens is full: the oldest {turns} dropped; 'clear' starts a new conversation")
+            note(f"the context of {context} tokens is full: the oldest turn was dropped; 'clear' starts a new conversation")
         return turn
-
-    def _say(self, prompt: list[int], said: list[int]):
-        """Yield the tokens of the reply and append them to `said`."""
-        for (token,), _ in self._columns(prompt):
-            if token not in self.engine.terminal_tokens:
-                said.append(token)
-                yield token
-
-    def _columns(self, prompt: list[int]):
-        self.cut_short = ""
-        (reason,) = yield from self.engine.generate(
-            prompt, max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, seed=self.asked
-        )
-        if reason == "context":
-            self.cut_short = f"cut off: the context of {self.context} tokens is full; 'clear' starts a new conversation"
-        elif reason == "length":
-            self.cut_short = f"cut off after {self.max_tokens} tokens; raise -m for longer replies"
-
-    def _decode(self, tokens):
-        """Yield the tokens as text without cutting a character."""
-        from nanochat.tokenizer import StreamDecoder
-
-        decoder = StreamDecoder(self.tokenizer)
-        for token in tokens:
-            yield decoder.finish() + self.shown[token] if token in self.shown else decoder.push(token)
-        yield decoder.finish()
 
 
 def converse(chat: Chat) -> None:
     """Read messages and print replies until the user exits."""
     with suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history at the prompt, if available
-    print(HELP)
+    print("Type 'clear' for a new conversation and 'quit' to exit. Ctrl-C stops a reply.")
     while True:
         try:
             text = input("\nText: " if chat.raw else "\nUser: ").strip()
@@ -140,8 +116,10 @@ def answer(chat: Chat, text: str) -> None:
             for chunk in chunks:
                 print(chunk, end="", flush=True)
         print()
-        if chat.cut_short:
-            note(chat.cut_short)
+        if chat.finish_reason == "context":
+            note(f"cut off: the context of {chat.engine.context} tokens is full; 'clear' starts a new conversation")
+        elif chat.finish_reason == "length":
+            note(f"cut off after {chat.max_tokens} tokens; raise -m for longer replies")
     except KeyboardInterrupt:
         print()
         note("stopped")
@@ -160,7 +138,7 @@ def main(argv=None):
 
     sys.stdout.reconfigure(errors="replace")  # for terminals that cannot encode a character
     compute = compute_init(args.device_type)
-    model, tokenizer, meta = load_model(args.stage, compute, model_tag=args.model_tag, step=args.step)
+    model, tokenizer, _ = load_model(args.stage, compute, model_tag=args.model_tag, step=args.step)
     engine = Engine(prepare_for_inference(model), tokenizer, max_sequences=1)
     chat = Chat(engine, args.stage == "base", args.max_tokens, args.temperature, args.top_k or None)
     if args.prompt is None:

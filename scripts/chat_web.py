@@ -5,8 +5,7 @@
     python -m scripts.chat_web --host 0.0.0.0   # reachable from other machines, without a password
 
 `/` is a chat page, `/v1` is for OpenAI's clients (with any API key), `/health` and `/stats` show the server's state,
-and `/openapi.json` describes all routes. Ctrl-C waits for running replies. The log holds no conversations unless
---log-content is given.
+and `/openapi.json` describes all routes. Ctrl-C waits for running replies. The log holds no conversations.
 """
 
 from nanochat import flags
@@ -20,27 +19,22 @@ def parse_args(argv):
     flags.add_model_flags(parser, ["mid", "sft", "rl"])
     group = parser.add_argument_group("server")
     group.add_argument("-n", "--num-gpus", type=flags.COUNT, default=1, help="GPUs to use, each with a copy of the model")
-    group.add_argument("-p", "--port", type=flags.number(int, 0, 65535), default=8000, help="port to listen on; 0 for any free port")
+    group.add_argument("-p", "--port", type=flags.number(int, 0, 65535), default=8000, help="port; 0 for any free one")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all addresses of this machine")
-    group.add_argument("--max-sequences", type=flags.COUNT, default=64, help="replies generated at once on each device, if its memory suffices")
+    group.add_argument("--max-sequences", type=flags.COUNT, default=64, help="replies generated at once on each device, if they fit")
     group.add_argument("--max-queue", type=flags.number(int, 0), default=64, help="replies that may wait for each device")
-    group.add_argument("--log-content", action="store_true", help="write conversations to the log")
     flags.add_sampling_flags(parser, temperature=0.8)  # of requests that do not set them
     return parser.parse_args(argv)
 
 
 def listen(host: str, port: int):
-    """A socket bound to the address, before a model is loaded."""
+    """A socket that listens on the address, before a model is loaded."""
     import socket
 
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port or --host") from error
-    return sock
 
 
 def make_server(app, pool, sock, grace: float = GRACE):
@@ -89,10 +83,11 @@ def make_pool(args):
     if ranks()[2] > 1:
         raise UserError("chat_web is one process for all GPUs; start it without torchrun, and with -n GPUS")
     compute = compute_init(args.device_type)
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if compute.device.type == "cuda" else [compute.device]
+    devices = [compute.device]
+    if compute.device.type == "cuda":
+        devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     if args.num_gpus > len(devices):
-        kind = compute.device.type
-        raise UserError(f"--num-gpus is {args.num_gpus}, but this machine has {len(devices)} {kind} device(s); use at most that many")
+        raise UserError(f"--num-gpus is {args.num_gpus}, but this machine has {len(devices)} {compute.device.type} device(s)")
     directory, step = resolve_checkpoint(args.stage, args.model_tag, args.step)
     examples = verify(directory, step, names=[]).get("user_config", {}).get("examples", [])
     threads = [EngineThread(partial(make_engine, device), str(device), args.max_queue) for device in devices[: args.num_gpus]]
@@ -110,7 +105,7 @@ def main(argv=None):
         pool, name, examples = make_pool(args)
         try:
             pool.start()
-            app = make_app(pool, name, args.temperature, args.top_k, args.max_tokens, args.log_content, examples)
+            app = make_app(pool, name, args.temperature, args.top_k, args.max_tokens, examples)
             make_server(app, pool, sock).run(sockets=[sock])
         finally:
             pool.stop()

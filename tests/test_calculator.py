@@ -20,7 +20,7 @@ from nanochat.calculator import MAX_DEPTH, MAX_LENGTH, use_calculator
         ("2**64 + 1", 2**64 + 1), ("123456789 * 987654321", 121932631112635269), ("--3", 3), ("+5 - -2", 7),
         ("2 - 3 - 4", -5), ("100 / 10 / 5", 2), ("((1+2)*(3+4))", 21), (" 1 +\t2 \n", 3), (".5 + 5.", 5.5),
         ("1,000 + 1", 1001), ("1,234,567.50 * 2", 2469135), ("1e3 + 2.5E-1", 1000.25), ("007", 7),
-        ("0.1234567890123456789 * 10**19", 1234567890123456789), ("1" + "+1" * 99, 100),
+        ("0.1234567890123456789 * 10**19", 1234567890123456789), ("1" + "+1" * 99, 100), ("-" * MAX_DEPTH + "1", 1),
         # counting
         ("'strawberry'.count('r')", 3), ('"strawberry".count("rr")', 1), ("\"it's\".count(\"'\")", 1),
         ("'it\\'s'.count('\\'')", 1), ("'a, b, c'.count(', ')", 2), ("'1,000'.count('0')", 3),
@@ -36,24 +36,21 @@ def test_arithmetic_and_counting(expression, value):
 @pytest.mark.parametrize(
     "expression",
     [
-        "", " ", "()", "1 +", "* 2", "1 2", "1 + + ", "(1", "1)", "2(3)", "1..2", "1.2.3", "1,00", "1,0000",
-        "1,000,00", ",1", "1_000", "0x10", "1e", "1e9999", "2j", "٣+٤", "1+1\n2", "1;2", "1=1", "1<2", "2^3", "5!",
-        "50%", "$5", "3 x 4",
-        # no value
-        "1/0", "1//0", "1%0", "0/0", "0**-1", "(-8)**0.5", "1/(1-1)",
-        # too large, too long, too deep
-        "9**9**9", "10**1000", "2**100000", "2**-100000", "1.5**10000", "(2**900)*(2**900)", "1e999", "1e-999",
-        "9**9**9**9**9", "0.1**0.1**-999", "1" * (MAX_LENGTH + 1), "(" * 500 + "1" + ")" * 500, "-" * 500 + "1",
-        "2" + "**1" * 400, "9" * 900,
+        # not arithmetic as we write it
+        "", " ", "()", "1 +", "1 2", "(1", "2(3)", "1..2", "1.2.3", "1,00", "1,0000", "1,000,00", ",1", "1_000", "0x10",
+        "1e", "2j", "٣+٤", "1+1\n2", "1;2", "1=1", "1<2", "2^3", "5!", "50%", "$5", "3 x 4", "~1", "1 << 9", "1 # one",
+        # no value, too large, too long, too deep
+        "1/0", "1//0", "1%0", "0**-1", "(-8)**0.5", "1/(1-1)", "9**9**9", "10**1000", "2**-100000", "1.5**10000",
+        "(2**900)*(2**900)", "1e999", "1e-999", "1e9999", "0.1**0.1**-999", "2" + "**1" * 400, "9" * 900,
+        "1" * (MAX_LENGTH + 1), "(" * 500 + "1" + ")" * 500, "-" * (MAX_DEPTH + 1) + "1",
         # names, calls, attributes, other kinds of literals
-        "x", "_0", "1 + _0", "True", "None", "print(1)", "open('x')", "eval('1')", "__import__('os').system('true')",
+        "x", "_0", "1 + _0", "True", "None", "print(1)", "eval('1')", "__import__('os').system('true')", "lambda: 1",
         "().__class__", "(1).__class__", "'a'.__class__", "'a'.upper()", "'a'.count", "'a'.count()", "1.count('1')",
-        "'a'.count('a', 0)", "'a'.count(1)", "'a'.count('a').real", "'a'.count(*'a')", "'a'.count(**'a')",
-        "'a'.counts('a')", "[1].count(1)", "'a'", "'a' + 'b'", "'a' * 9", "'%s' % 1", "'a'.count('a'", "'a.count('a')",
-        "'a\"", "f'{1}'.count('1')", "b'a'.count(b'a')", "r'a'.count('a')", "'a' 'b'.count('a')", "(1).count('a')",
-        "'\\x41'.count('A')", "'\\N{DIGIT ONE}'.count('1')", "'a\nb'.count('a')", "'''a'''.count('a')", "lambda: 1",
-        "1 if 1 else 2", "[1 for _ in '1']", "(1, 2)", "1 or 2", "not 1", "~1", "1 << 9", "1 # one", "a:=1", "\x00",
-        "1\x00", "\ud800", None, 5, b"1+1",
+        "'a'.count('a', 0)", "'a'.count(1)", "'a'.count('a').real", "'a'.count(*'a')", "'a'.count(**'a')", "[1].count(1)",
+        "'a'.counts('a')", "'a'", "'a' + 'b'", "'a' * 9", "'%s' % 1", "'a'.count('a'", "'a.count('a')", "'a\"",
+        "f'{1}'.count('1')", "b'a'.count(b'a')", "r'a'.count('a')", "'a' 'b'.count('a')", "(1).count('a')",
+        "'\\x41'.count('A')", "'a\nb'.count('a')", "'''a'''.count('a')", "1 if 1 else 2", "[1 for _ in '1']", "(1, 2)",
+        "1 or 2", "a:=1", "\x00", "1\x00", "\ud800", None, 5, b"1+1",
     ],
 )  # fmt: skip
 def test_refuses(expression):
@@ -76,24 +73,11 @@ def test_agrees_with_python_on_exact_fractions(expression):
     assert result == (None if expected is None else float(expected) if expected.denominator != 1 else expected)
 
 
-@given(st.text(max_size=50), st.text(max_size=3))
-def test_counts_any_text_as_python_does(text, part):
-    def quoted(s):
-        return "'" + "".join({"\\": "\\\\", "'": "\\'", "\n": "\\n"}.get(c, c) for c in s) + "'"
-
-    assert use_calculator(f"{quoted(text)}.count({quoted(part)})") == text.count(part)
-
-
 @settings(max_examples=500)
 @given(st.text(alphabet="0123456789+-*/%(). ,eE'\"\\countabc_", max_size=60))
 def test_never_raises_and_results_are_bounded(expression):
     result = use_calculator(expression)
     assert result is None or abs(result) < 2**1000
-
-
-def test_depth_is_limited():
-    assert use_calculator("-" * MAX_DEPTH + "1") == 1
-    assert use_calculator("-" * (MAX_DEPTH + 1) + "1") is None
 
 
 def test_parses_only_names_and_operators_and_executes_nothing():

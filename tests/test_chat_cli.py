@@ -3,124 +3,88 @@
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from test_checkpoint_manager import BYTES, CPU
+from chat_server import TOKENIZER, ScriptedEngine, message, program, save_model
 
-from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
 from nanochat.common import UserError
-from scripts.chat_cli import Chat, main
+from scripts.chat_cli import Chat, answer, main
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class FakeEngine:
-    """Generates the given replies and records its prompts."""
-
-    tokenizer = BYTES
-    end = BYTES.encode_special("<|assistant_end|>")
-    terminal_tokens = {end, BYTES.get_bos_token_id()}
-
-    def __init__(self, replies, context):
-        self.replies = list(replies)
-        self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=context))
-        self.prompts, self.seeds = [], []
-
-    def generate(self, tokens, max_tokens, temperature, top_k, seed):
-        self.prompts.append(tokens)
-        self.seeds.append(seed)
-        reply = self.replies.pop(0)
-        for token in (BYTES.encode(reply) if isinstance(reply, str) else reply)[:max_tokens]:
-            yield [token], [1]
-        if len(reply) > max_tokens:
-            return ["length"]
-        yield [self.end], [1]
-        return ["stop"]
-
-
-def chat_with(replies, raw=False, context=200, max_tokens=50):
-    return Chat(FakeEngine(replies, context), raw, max_tokens, temperature=0.6, top_k=50)
+def chat_with(*replies, raw=False, context=200, max_tokens=50):
+    scripts = iter(replies)
+    engine = ScriptedEngine(lambda prompt: next(scripts), context=context)
+    return Chat(engine, raw, max_tokens, temperature=0.6, top_k=50)
 
 
 def ask(chat, text):
     return "".join(chat.ask(text))
 
 
+def prompts(chat):
+    return [seq.prompt for seq in chat.engine.submitted]
+
+
 def prompt(*texts):
     """The prompt that training renders for these messages, user first; the assistant answers the last."""
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    return BYTES.render_for_completion({"messages": messages})
-
-
-# -----------------------------------------------------------------------------
-# A conversation
+    messages = [message(text, ("user", "assistant")[i % 2]) for i, text in enumerate(texts)]
+    return TOKENIZER.render_for_completion({"messages": messages})
 
 
 def test_a_conversation_is_remembered_as_training_renders_it_until_it_is_cleared():
-    chat = chat_with(["one", "two", "three"])
-    assert [ask(chat, "a"), ask(chat, "<|assistant_end|>")] == ["one", "two"]
+    special_token_as_text = "<|assistant_end|>"
+    chat = chat_with("one", "two", "three")
+    assert [ask(chat, "a"), ask(chat, special_token_as_text)] == ["one", "two"]
     chat.turns.clear()
     assert ask(chat, "c") == "three"
-    special_token_as_text = "<|assistant_end|>"
-    assert chat.engine.prompts == [prompt("a"), prompt("a", "one", special_token_as_text), prompt("c")]
-    assert len(set(chat.engine.seeds)) == 3  # asking again may give another answer
+    assert prompts(chat) == [prompt("a"), prompt("a", "one", special_token_as_text), prompt("c")]
+    assert len({seq.settings["seed"] for seq in chat.engine.submitted}) == 3  # asking again may give another answer
 
 
 def test_tool_calls_are_shown_and_remembered():
-    special = BYTES.encode_special
-    reply = [*b"6*7", special("<|python_start|>"), *b"6*7", special("<|python_end|>"),
-             special("<|output_start|>"), *b"42", special("<|output_end|>"), *b"42."]  # fmt: skip
-    chat = chat_with([reply, "ok"])
+    chat = chat_with("6*7<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>42.", "é<|python_start|>1+")
     assert ask(chat, "?") == "6*7[6*7]=[42]42."
-    ask(chat, "!")
-    parts = [{"type": kind, "text": text} for kind, text in
-             (("text", "6*7"), ("python", "6*7"), ("python_output", "42"), ("text", "42."))]  # fmt: skip
-    assert chat.engine.prompts[1] == prompt("?", parts, "!")
+    assert ask(chat, "!") == "é[1+]"
+    kinds = ("text", "6*7"), ("python", "6*7"), ("python_output", "42"), ("text", "42.")
+    assert prompts(chat)[1] == prompt("?", [{"type": kind, "text": text} for kind, text in kinds], "!")
 
 
-def test_the_beginning_of_a_stopped_answer_is_remembered():
-    chat = chat_with(["abcdef", "ok"])
+def test_the_beginning_of_a_stopped_reply_is_remembered():
+    chat = chat_with("abcdef", "ok")
     chunks = chat.ask("?")
     assert next(chunks) + next(chunks) == "ab"
     chunks.close()
+    assert not chat.engine.seqs
     ask(chat, "!")
-    assert chat.engine.prompts[1] == prompt("?", "ab", "!")
+    assert prompts(chat)[1] == prompt("?", "ab", "!")
 
 
 def test_a_full_context_forgets_the_oldest_turns_and_says_so(capsys):
-    chat = chat_with(["x" * 30, "y" * 30, "z" * 30, "w"], context=138, max_tokens=30)
+    chat = chat_with("x" * 30, "y" * 30, "z" * 30, "w", context=138, max_tokens=30)
     for letter in "abcd":
         ask(chat, letter)
     assert "context of 138 tokens is full: the oldest turn was dropped" in capsys.readouterr().err
-    assert chat.engine.prompts[2] == prompt("a", "x" * 30, "b", "y" * 30, "c")
-    assert chat.engine.prompts[3] == prompt("b", "y" * 30, "c", "z" * 30, "d")
+    assert prompts(chat)[2:] == [prompt("a", "x" * 30, "b", "y" * 30, "c"), prompt("b", "y" * 30, "c", "z" * 30, "d")]
 
 
-def test_a_message_longer_than_the_context_is_refused_and_changes_nothing():
-    chat = chat_with(["one", "two"])
-    ask(chat, "a")
-    with pytest.raises(UserError, match="303 tokens and the model's context is 200"):
-        ask(chat, "x" * 300)
-    ask(chat, "b")
-    assert chat.engine.prompts[1] == prompt("a", "one", "b")
-
-
-def test_an_answer_that_is_cut_off_says_why():
-    chat = chat_with(["x" * 60, "short"])
-    assert ask(chat, "?") == "x" * 50
-    assert "50 tokens" in chat.cut_short
-    ask(chat, "?")
-    assert chat.cut_short == ""
+def test_notes_follow_a_reply_that_is_cut_off_and_refuse_a_message_that_is_too_long(capsys):
+    chat = chat_with("x" * 60, "short")
+    for text, says in (("?", "cut off after 50 tokens"), ("y" * 300, "303 tokens and the model's context is 200"), ("?", None)):
+        answer(chat, text)
+        shown = capsys.readouterr()
+        assert says in shown.err and "\n" not in shown.err.strip() if says else shown.err == ""
+    assert shown.out == "Assistant: short\n"
+    assert prompts(chat)[1] == prompt("?", "x" * 50, "?")  # what was refused changed nothing
 
 
 def test_a_base_model_continues_text_and_remembers_nothing():
-    chat = chat_with([" Paris", " Rome"], raw=True)
+    chat = chat_with(" Paris", " Rome", raw=True)
     texts = ["The capital of France is", "The capital of Italy is"]
     assert [ask(chat, text) for text in texts] == [" Paris", " Rome"]
-    assert chat.engine.prompts == BYTES.encode(texts, prepend="<|bos|>")
+    assert prompts(chat) == TOKENIZER.encode(texts, prepend="<|bos|>")
 
 
 # -----------------------------------------------------------------------------
@@ -131,12 +95,9 @@ def test_a_base_model_continues_text_and_remembers_nothing():
 def artifacts(tmp_path_factory, make_random_model):
     """A base folder with a small model for two stages that generates letters and never ends a reply."""
     base = tmp_path_factory.mktemp("artifacts")
-    model = make_random_model(BYTES, sequence_len=4096)
-    meta = {"model_config": vars(model.config)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        for stage in ("base", "sft"):
-            save_checkpoint(checkpoint_dir(stage, "d2"), 5, model.state_dict(), None, meta, BYTES, CPU)
+        save_model(make_random_model(TOKENIZER, sequence_len=4096), "base", "sft")
     return base
 
 
@@ -199,42 +160,26 @@ def test_an_answer_imports_no_heavy_library(in_base):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-def test_ctrl_c_stops_the_answer_and_then_the_program(in_base):
-    """A real second process: Ctrl-C in the middle of an answer, another question, Ctrl-C at the prompt."""
-    chat = subprocess.Popen(
-        [sys.executable, "-m", "scripts.chat_cli", "-k", "5", "-m", "100000", "--device-type", "cpu"],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # tests that run in the background of a shell ignore SIGINT, and so would their children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    watchdog = threading.Timer(120, chat.kill)
-    watchdog.start()
+def test_ctrl_c_stops_the_reply_and_then_the_program(in_base):
+    """A real second process: Ctrl-C in the middle of a reply, another question, Ctrl-C at the prompt."""
+    with program("scripts.chat_cli", "-k", "5", "-m", "100000") as chat:
 
-    def read_until(marker):
-        seen = b""
-        while not seen.endswith(marker):
-            byte = chat.stdout.read(1)
-            assert byte, f"ended after {seen!r}: {chat.stderr.read().decode()}"
-            seen += byte
-        return seen
+        def read_until(marker):
+            seen = b""
+            while not seen.endswith(marker):
+                byte = chat.stdout.read(1)
+                assert byte, f"ended after {seen!r}: {chat.stderr.read().decode()}"
+                seen += byte
 
-    def ask(line):
-        chat.stdin.write(line + b"\n")
-        chat.stdin.flush()
-        read_until(b"Assistant: ")
-        assert chat.stdout.read(20).isalpha()  # it is streaming, and far from done
-
-    try:
         read_until(b"User: ")
-        for question in (b"hello", b"and again"):
-            ask(question)
+        for question in (b"hello\n", b"and again\n"):
+            chat.stdin.write(question)
+            chat.stdin.flush()
+            read_until(b"Assistant: ")
+            assert chat.stdout.read(20).isalpha()  # it is streaming, and far from done
             chat.send_signal(signal.SIGINT)
             read_until(b"User: ")
         chat.send_signal(signal.SIGINT)
-        _, notes = chat.communicate(timeout=60)
+        notes = chat.communicate(timeout=60)[1].decode()
         assert chat.returncode == 0
-        assert notes.decode().count("(stopped)") == 2 and "Traceback" not in notes.decode()
-    finally:
-        watchdog.cancel()
-        chat.kill()
-        chat.wait()
+        assert notes.count("(stopped)") == 2 and "Traceback" not in notes

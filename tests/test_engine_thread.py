@@ -1,8 +1,9 @@
-"""The thread around an engine, used from an event loop and by clients: load, disconnects, failures, shutdown."""
+"""The thread around an engine as clients see it: load, disconnects, failures, shutdown."""
 
 import asyncio
 import json
 import logging
+import re
 import signal
 import socket
 import threading
@@ -10,76 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from chat_server import END, PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, message, segments_of, serving
+from chat_server import PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, events_in, message, segments_of, serving
 
 from nanochat.common import UserError
 from nanochat.conversation import render_for_completion
 from nanochat.engine import Engine
 from nanochat.engine_thread import EngineThread, Pool
-
-PROMPT = TOKENIZER.encode("hi")
-
-
-def run(scenario, *engines):
-    """Run `await scenario(pool)` with engines in threads, which have ended afterwards."""
-    pool = Pool([EngineThread(lambda engine=engine: engine, f"fake:{i}") for i, engine in enumerate(engines)])
-    pool.start()
-    try:
-        asyncio.run(asyncio.wait_for(scenario(pool), TIMEOUT))
-    finally:
-        pool.stop()
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("engine fake")]
-
-
-async def all_tokens(thread, request) -> list:
-    return [pair async for pairs in thread.tokens(request) for pair in pairs]
-
-
-def test_tokens_of_a_reply_come_in_order_with_its_end_last():
-    async def scenario(pool):
-        expected = [*b"hello", END, None]
-        thread, request = pool.submit(PROMPT, n=2, max_tokens=100)
-        other = pool.submit(PROMPT, max_tokens=100)
-        assert await all_tokens(*other) == [(0, token) for token in expected]
-        tokens = await all_tokens(thread, request)  # a slow reader has lost nothing
-        assert [[token for index, token in tokens if index == i] for i in range(2)] == [expected] * 2
-        assert request.finish_reasons == ["stop"] * 2 and not thread.requests
-        assert [seq.settings["sample_index"] for seq in thread.engine.submitted] == [0, 1, 0]
-        steps = thread.engine.steps
-        await asyncio.sleep(0.05)
-        assert thread.engine.steps == steps  # an idle engine is not stepped
-
-    run(scenario, ScriptedEngine())
-
-
-def test_a_request_goes_to_the_engine_with_the_fewest_replies_and_not_to_a_failing_one():
-    async def scenario(pool):
-        assert [pool.submit(PROMPT, n)[0].device for n in (2, 1, 2, 1)] == ["fake:0", "fake:1", "fake:1", "fake:0"]
-        pool.threads[0].failures = 3
-        assert {pool.submit(PROMPT)[0].device for _ in range(9)} == {"fake:1"}
-        await pool.drain(TIMEOUT)
-
-    run(scenario, ScriptedEngine(), ScriptedEngine())
-
-
-def test_the_engine_is_made_in_its_thread_and_a_failure_reaches_the_starter():
-    names = []
-
-    def fail():
-        names.append(threading.current_thread().name)
-        raise UserError("no model")
-
-    pool = Pool([EngineThread(ScriptedEngine), EngineThread(fail, "fake:7")])
-    try:
-        with pytest.raises(UserError, match="no model"):
-            pool.start()
-    finally:
-        pool.stop()
-    assert names == ["engine fake:7"]
-
-
-# -----------------------------------------------------------------------------
-# With clients
 
 
 @pytest.fixture
@@ -90,8 +27,7 @@ def held():
     with serving(engine, max_queue=3) as site, ThreadPoolExecutor(8) as pool:
         site.in_background = pool.submit
         yield site
-        if engine._permits:
-            engine.release()
+        engine.release()
 
 
 def wait_for_replies(site, number: int) -> None:
@@ -103,13 +39,48 @@ def wait_for_replies(site, number: int) -> None:
     raise AssertionError(health)
 
 
-def test_events_are_sent_as_tokens_are_generated(held):
+def test_an_engine_is_made_in_its_thread_and_a_failure_reaches_the_starter():
+    names = []
+
+    def fail():
+        names.append(threading.current_thread().name)
+        raise UserError("no model")
+
+    pool = Pool([EngineThread(ScriptedEngine), EngineThread(fail, "fake:7")])
+    with pytest.raises(UserError, match="no model"):
+        pool.start()
+    pool.stop()
+    assert names == ["engine fake:7_0"] and not [thread for thread in threading.enumerate() if thread.name.startswith("engine")]
+
+
+def test_a_request_goes_to_the_engine_with_the_fewest_replies_and_not_to_a_failing_one():
+    engines = [ScriptedEngine(), ScriptedEngine()]
+    for engine in engines:
+        engine.hold()
+    with serving(*engines) as site, ThreadPoolExecutor(8) as pool:
+        for i, n in enumerate((2, 1, 2, 1)):
+            pool.submit(site.ask, str(i), V1, n=n)
+            wait_for_replies(site, [2, 3, 5, 6][i])
+        site.pool.threads[0].failures = 3
+        for i in (4, 5):
+            pool.submit(site.ask, str(i), V1)
+            wait_for_replies(site, 3 + i)
+        for engine in engines:
+            engine.release()
+    requests = [{re.search(r"\d", TOKENIZER.decode(seq.prompt))[0] for seq in engine.submitted} for engine in engines]
+    assert requests == [{*"03"}, {*"1245"}]
+
+
+def test_events_are_sent_as_tokens_are_generated_and_an_idle_engine_is_not_stepped(held):
     with held.open() as response:
         lines = response.iter_lines()
         for letter in "hello":
             held.engine.allow(1)
             assert next(lines) == f'data: {{"token": "{letter}", "type": "text"}}' and next(lines) == ""
         held.engine.release()
+        assert events_in(lines)[-1]["done"]
+    held.engine.in_step.clear()
+    assert not held.engine.in_step.wait(0.05)
 
 
 def test_health_and_stats_answer_during_a_step(held):
@@ -137,26 +108,23 @@ def test_health_and_stats_answer_during_a_step(held):
 @pytest.mark.parametrize("path, extra", [(PAGE, {}), (V1, {"n": 2, "stream": True}), (V1, {"n": 2})])
 def test_a_client_that_disconnects_frees_its_sequences_before_the_next_step(held, path, extra):
     n = extra.get("n", 1)
-    if extra.get("stream") or path == PAGE:
-        with held.open(path=path, **extra) as response:
-            held.engine.allow(1)
-            lines = response.iter_lines()  # a reference, since closing it would disconnect
-            assert next(lines)
-            assert held.engine.in_step.wait(TIMEOUT)
-    else:
-        body = json.dumps({"messages": [message()], **extra})
-        with socket.create_connection(held.address.removeprefix("http://").split(":")) as connection:
-            head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall((head + body).encode())
-            assert held.engine.in_step.wait(TIMEOUT)
+    body = json.dumps({"messages": [message()], **extra})
+    with socket.create_connection(held.address.removeprefix("http://").split(":")) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall((head + body).encode())
+        held.engine.allow(1)
+        if extra != {"n": 2}:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        wait_for_replies(held, n)
+        assert held.engine.in_step.wait(TIMEOUT)
     wait_for_replies(held, 0)
     held.engine.allow(1)
     assert held.engine.dropped.wait(TIMEOUT)
     held.engine.release()
     assert segments_of(held.ask()) == [("text", "hello")]
     assert [seq.finish_reason for seq in held.engine.submitted] == ["cancelled"] * n + ["stop"]
-    assert all(len(seq.tokens) - seq.prompt_length <= 2 for seq in held.engine.submitted[:n])
-    assert held.get("/stats").json()["cancelled"] == 1
+    assert all(len(seq.generated) <= 2 for seq in held.engine.submitted[:n])
+    assert held.get("/stats").json()["cancelled"] == n
 
 
 def test_a_full_queue_answers_503_and_a_waiting_client_that_disconnects_is_never_served(held):
@@ -173,7 +141,7 @@ def test_a_full_queue_answers_503_and_a_waiting_client_that_disconnects_is_never
     assert [segments_of(reply.result(TIMEOUT)) for reply in first] == [[("text", "hello")]] * 4
     assert held.ask().status_code == 200
     waiting = next(seq for seq in held.engine.submitted if "waiting" in TOKENIZER.decode(seq.tokens))
-    assert waiting.finish_reason == "cancelled" and len(waiting.tokens) == waiting.prompt_length
+    assert waiting.finish_reason == "cancelled" and not waiting.generated
     assert held.get("/stats").json()["rejected"] == 2
 
 
@@ -181,12 +149,11 @@ def test_a_failed_step_is_the_last_event_and_repeated_failures_show_in_health(he
     with held.open() as response:
         lines = response.iter_lines()
         held.engine.allow(1)
-        assert json.loads(next(lines).removeprefix("data: ")) == {"token": "h", "type": "text"}
+        assert events_in([next(lines)]) == [{"token": "h", "type": "text"}]
         held.engine.error = RuntimeError("an internal secret")
         held.engine.allow(1)
-        rest = [json.loads(line.removeprefix("data: ")) for line in lines if line]
-    assert [event.keys() for event in rest] == [{"error"}]
-    assert rest[0]["error"]["type"] == "server_error" and "secret" not in json.dumps(rest)
+        (last,) = events_in(lines)
+    assert last["error"]["type"] == "server_error" and "secret" not in json.dumps(last)
     assert "an internal secret" in caplog.text and "Traceback" in caplog.text
     held.engine.release()
     for _ in range(2):
@@ -205,14 +172,14 @@ def test_shutdown_waits_for_running_replies_and_refuses_new_requests(held, monke
     with held.open() as response:
         lines = response.iter_lines()
         held.engine.allow(1)
-        assert json.loads(next(lines).removeprefix("data: "))["token"] == "h"
+        assert events_in([next(lines)])[0]["token"] == "h"
         held.server.handle_exit(signal.SIGTERM, None)
         assert draining.wait(TIMEOUT)
         for reply in (held.ask(), held.ask(path=V1), held.get("/health")):
             assert reply.status_code == 503
         assert "shutting down" in held.ask().json()["error"]["message"]
         held.engine.release()
-        events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+        events = events_in(lines)
     assert "".join(event.get("token", "") for event in events) == "ello" and events[-1]["finish_reason"] == "stop"
 
 
@@ -222,23 +189,21 @@ def test_shutdown_ends_replies_after_the_grace_period():
     with serving(engine, grace=0) as site, site.open() as response:
         wait_for_replies(site, 1)
         site.server.handle_exit(signal.SIGTERM, None)
-        (line,) = [line for line in response.iter_lines() if line]
-        assert "shut down" in json.loads(line.removeprefix("data: "))["error"]["message"]
+        (event,) = events_in(response.iter_lines())
+        assert "shut down" in event["error"]["message"]
         engine.release()
 
 
-def test_the_log_holds_conversations_only_on_request(caplog):
+def test_the_log_holds_no_conversation(caplog):
     caplog.set_level(logging.DEBUG)
-    for log_content in (False, True):
-        with serving(ScriptedEngine(lambda prompt: "their secret"), log_content=log_content) as site:
-            site.ask("my secret")
-            site.ask("my secret", V1)
-            site.ask("my secret", V1, stream=True, stop="secret")
-            site.ask("my secret", temperature="secret")
-            site.ask("my secret", V1, model="secret")
-            site.get("/secret")
-        ours = [record.getMessage() for record in caplog.records if record.name.startswith(("nanochat", "uvicorn"))]
-        assert ("secret" in str(ours)) is log_content and "12 generated in" in str(ours)
+    with serving(ScriptedEngine(lambda prompt: "their secret")) as site:
+        site.ask("my secret")
+        site.ask("my secret", temperature="secret")
+        for settings in ({}, {"stream": True, "stop": "secret"}, {"model": "secret"}):
+            site.ask("my secret", V1, **settings)
+        site.get("/secret")
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith(("nanochat", "uvicorn"))]
+    assert "secret" not in str(ours) and "12 generated in" in str(ours)
 
 
 def test_concurrent_replies_of_a_real_engine_equal_replies_generated_alone(make_random_model):

@@ -16,12 +16,12 @@ from nanochat.sandbox import LAYERS, is_safe
 
 ACTIVE = execute_code("", allow_unsafe=True).layers
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these layers")
-with_namespaces = pytest.mark.skipif("namespaces" not in ACTIVE, reason="no namespaces here")
 
 
-def test_a_program_runs_as_the_main_module_and_its_output_is_returned():
+def test_a_program_runs_as_the_main_module_and_its_output_is_returned(monkeypatch):
+    monkeypatch.setenv("API_KEY", "hush")
     code = """
-import sys, threading
+import os, sys, threading
 from dataclasses import dataclass
 
 @dataclass
@@ -30,10 +30,11 @@ class Point:
 
 if __name__ == "__main__":
     threading.Thread(target=lambda: print(Point(1), "草莓")).start()
-    print("oops", file=sys.stderr)
+    print(sorted(os.environ), sys.argv[1:], repr(sys.stdin.read()), file=sys.stderr)
 """
     result = execute_code(code)
-    assert (result.success, result.stdout, result.stderr) == (True, "Point(x=1) 草莓\n", "oops\n"), result
+    assert (result.success, result.stdout) == (True, "Point(x=1) 草莓\n"), result
+    assert result.stderr == "['HOME', 'LANG', 'PATH', 'TMPDIR'] [] ''\n"
     assert result.error is None and not result.timeout and not result.memory_exceeded and result.layers == ACTIVE
 
 
@@ -81,7 +82,7 @@ print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pi
 
 
 @on_linux
-def test_memory_limit():
+def test_the_memory_limit_is_an_argument():
     result = execute_code("x = bytearray(200 * 2**20)", maximum_memory_bytes=128 * 1024 * 1024)
     assert not result.success and result.memory_exceeded and not result.timeout
 
@@ -89,28 +90,23 @@ def test_memory_limit():
 def test_output_is_bounded_and_decoded():
     result = execute_code("import sys; sys.stdout.buffer.write(b'a\\xff' + b'x' * (3 * 2**20))")
     assert result.success and result.stdout[:3] == "a\ufffdx" and len(result.stdout) == MAX_OUTPUT_BYTES
-    result = execute_code("while True: print('x' * 1000)")
-    assert "File too large" in result.error and len(result.stdout) == MAX_OUTPUT_BYTES
-
-
-def test_environment_and_arguments_are_empty(monkeypatch):
-    monkeypatch.setenv("API_KEY", "hush")
-    result = execute_code("import os, sys\nprint(sorted(os.environ), sys.argv[1:], repr(sys.stdin.read()))")
-    assert result.stdout == "['HOME', 'LANG', 'PATH', 'TMPDIR'] [] ''\n"
 
 
 @on_linux
-def test_the_folder_is_empty_and_is_removed(tmp_path, monkeypatch):
+def test_the_folder_is_empty_is_writable_with_namespaces_only_and_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    result = execute_code("import os\nprint(os.listdir('.'))\nopen('note', 'w')", layers=LAYERS[1:])
-    assert result.stdout == "[]\n" and result.error.startswith("PermissionError") and os.listdir(tmp_path) == []
-
-
-@with_namespaces
-def test_with_namespaces_the_folder_is_writable(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = "import os, tempfile\nopen('a', 'w').write('x')\nos.rename('a', 'b')\nprint(tempfile.gettempdir(), os.listdir('.'))"
-    assert execute_code(code).stdout == "/tmp ['b']\n" and os.listdir(tmp_path) == []
+    code = """
+import os, tempfile
+print(os.listdir("."))
+open("a", "w").write("x")
+os.rename("a", "b")
+print(tempfile.gettempdir(), os.listdir("."))
+"""
+    result = execute_code(code, layers=LAYERS[1:])
+    assert result.stdout == "[]\n" and result.error.startswith("PermissionError")
+    if "namespaces" in ACTIVE:
+        assert execute_code(code).stdout == "[]\n/tmp ['b']\n"
+    assert os.listdir(tmp_path) == []
 
 
 @on_linux
@@ -123,20 +119,12 @@ def test_too_few_layers_are_refused_unless_allowed(layers):
     assert result.success and result.stdout == "ran\n" and result.layers == layers
 
 
-@with_namespaces
+@pytest.mark.skipif("namespaces" not in ACTIVE, reason="no namespaces here")
 def test_a_system_that_forbids_mounts_falls_back_to_the_other_layers(monkeypatch, tmp_path):
     source = Path(execution.SANDBOX).read_text()
     monkeypatch.setattr(execution, "SANDBOX", str(tmp_path / "sandbox.py"))
     (tmp_path / "sandbox.py").write_text(source.replace('call("mount"', 'call("no_mount"'))
     assert execute_code("print(1)").layers == LAYERS[1:]
-
-
-def test_the_parent_leaks_nothing():
-    execute_code("print(1)")
-    before = psutil.Process().num_fds()
-    for code in ("print(1)", "1 / 0", "while True: pass"):
-        execute_code(code, timeout=1)
-    assert psutil.Process().num_fds() == before and psutil.Process().children() == []
 
 
 @pytest.mark.parametrize(

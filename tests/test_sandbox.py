@@ -21,13 +21,13 @@ import psutil
 import pytest
 
 from nanochat.execution import SANDBOX, execute_code
-from nanochat.sandbox import LAYERS, SYSTEM_CALLS
+from nanochat.sandbox import LAYERS, system_calls
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these layers")
 
 PRELUDE = """
-import asyncio, concurrent.futures, ctypes, fcntl, gc, marshal, mmap, multiprocessing, os, pty, resource, signal, socket
-import subprocess, sys, threading, time, urllib.request
+import concurrent.futures, ctypes, fcntl, gc, marshal, mmap, multiprocessing, os, pty, resource, signal, socket
+import subprocess, sys, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
 def breach(what): print("breach".upper(), what, flush=True)
 def each(function, *arguments):
@@ -50,13 +50,10 @@ def sleep_in_threads():
 
 # One attempt per line, each of which must raise OSError. PROGRAMS below tries all system calls that are not allowed.
 REFUSED = """
-each(os.fstat, *range(5, 1024))
 each(lambda call: call(), os.fork, os.forkpty, pty.fork, os.setsid, multiprocessing.Process(target=print).start)
 each(subprocess.run, ['/bin/true'], [sys.executable])
-multiprocessing.Pool(2).map(abs, [1])
 concurrent.futures.ProcessPoolExecutor(2).submit(abs, 1).result()
 shell(f'touch {OUTSIDE}/made')
-os.posix_spawn('/bin/true', ['true'], {})
 each(lambda p: os.execv(p, [p, '/bin/true']), '/bin/sh', '/lib64/ld-linux-x86-64.so.2', '/lib/ld-linux-aarch64.so.1')
 each(lambda flags: syscall('clone', flags, 0, 0, 0, 0), 17, 0x100, 0x4111, 0x10000011, 0x20000011, 0x100d0f00)
 syscall('clone3', ctypes.create_string_buffer(88), 88)
@@ -90,8 +87,6 @@ each(os.chroot, '/', '.')
 each(lambda host: socket.create_connection((host, PORT), 1), '127.0.0.1', '::1')
 socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT))
 socket.getaddrinfo('example.com', 80)
-urllib.request.urlopen(f'http://127.0.0.1:{PORT}', timeout=1)
-asyncio.run(asyncio.open_connection('127.0.0.1', PORT))
 each(socket.socket(socket.AF_UNIX).connect, OUTSIDE + '/socket', ABSTRACT)
 each(lambda kind: socket.socketpair(socket.AF_UNIX, kind)[0].sendto(b'x', ABSTRACT), 1, 2)
 """
@@ -292,11 +287,6 @@ def aftermath(tmp_path_factory):
     os.close(inherited)
 
 
-def system_calls(column):
-    pairs = [entry.partition(":")[::2] for entry in SYSTEM_CALLS.split()]
-    return {name: int(both.split("/")[column]) for name, both in pairs if both.split("/")[column] != "-"}
-
-
 def test_the_surroundings_are_unchanged(aftermath):
     _, before, after, _ = aftermath
     assert after == (before, []) and all_gone(os.getpid())
@@ -327,14 +317,11 @@ def test_tests_fail_if_the_program_ends_in_a_call_whose_exceptions_they_handle()
 
 def test_no_descriptor_is_inherited_from_a_parent_with_many():
     opened = [os.dup(1) for _ in range(600)]
-    try:
-        program = "import os\nfor fd in range(5, 2000):\n    try: print(fd, os.fstat(fd))\n    except OSError: pass"
-        for layers in WAYS.values():
-            result = execute_code(program, layers=layers)
-            assert result.success and result.stdout == "", result
-    finally:
-        for fd in opened:
-            os.close(fd)
+    program = "import os\nfor fd in range(5, 2000):\n    try: print(fd, os.fstat(fd))\n    except OSError: pass"
+    results = [execute_code(program, layers=layers) for layers in WAYS.values()]
+    for fd in opened:
+        os.close(fd)
+    assert [(result.success, result.stdout) for result in results] == [(True, "")] * 2
 
 
 def test_most_of_the_standard_library_works():
@@ -381,7 +368,7 @@ def test_an_interrupted_run_leaves_no_process(monkeypatch):
         assert len(running(os.getpid())) == 2
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(subprocess.Popen, "communicate", interrupt)
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         execute_code("while True: pass")
     assert all_gone(os.getpid())

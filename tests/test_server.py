@@ -2,11 +2,11 @@
 
 import json
 import socket
-from itertools import groupby
 
 import openai
 import pytest
-from chat_server import END, PAGE, ROUTES, TOKENIZER, V1, ScriptedEngine, answering, events_of, message, segments_of, serving, tokens_of
+from chat_server import (END, PAGE, ROUTES, TOKENIZER, V1, ScriptedEngine, events_of, joined, message, segments_of, serving,
+                         tokens_of)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,12 +22,15 @@ REPLIES = {
     "silence": "",
     "long": "x" * 1000,
     "count": "1, 2, 3, 4, 5",
-}
+}  # by a word of the prompt
 
 
 @pytest.fixture(scope="module")
 def site():
-    with serving(ScriptedEngine(answering(REPLIES))) as site:
+    def reply(prompt):
+        return next((text for word, text in REPLIES.items() if word in prompt), "hello")
+
+    with serving(ScriptedEngine(reply)) as site:
         yield site
 
 
@@ -41,6 +44,14 @@ def ask(client, text="hi", **settings):
     return client.chat.completions.create(**{"model": MODEL, "messages": [message(text)], **settings})
 
 
+def text_of(chunks) -> str:
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+
+
+def prompt_text(site) -> str:
+    return TOKENIZER.decode(site.engine.submitted[-1].prompt)
+
+
 # -----------------------------------------------------------------------------
 # Text
 
@@ -51,25 +62,16 @@ def shown(tokens, stop=()) -> list[list[tuple[str, str]]]:
     return [*(segments.push(token) for token in tokens), segments.finish()]
 
 
-def joined(lists) -> list[tuple[str, str]]:
-    flat = [segment for segments in lists for segment in segments]
-    return [(kind, "".join(text for _, text in group)) for kind, group in groupby(flat, key=lambda segment: segment[0])]
-
-
 @given(st.text(max_size=20), st.binary(max_size=3))
 def test_characters_are_never_cut(text, tail):
     tokens = [*text.encode(), *tail]
-    assert joined(shown([*tokens, END])) == ([("text", TOKENIZER.decode(tokens))] if tokens else [])
-    whole = [segment[1] for segments in shown(text.encode()) for segment in segments]
-    assert all(len(part) == 1 for part in whole)
+    assert joined(sum(shown([*tokens, END]), [])) == ([("text", TOKENIZER.decode(tokens))] if tokens else [])
+    assert all(len(segment) == 1 for _, segment in sum(shown(text.encode()), []))
 
 
-def test_stop_strings_are_found_in_text_across_tool_calls_but_not_in_them():
+def test_stop_strings_are_found_in_text_only_and_only_their_possible_beginnings_are_held_back():
     tokens = tokens_of("a=<|python_start|>=b<|python_end|>=b")
-    assert joined(shown(tokens, ["=="])) == [("text", "a"), ("python", "=b")]
-
-
-def test_only_text_that_may_become_a_stop_string_is_held_back():
+    assert joined(sum(shown(tokens, ["=="]), [])) == [("text", "a"), ("python", "=b")]
     lists = shown(TOKENIZER.encode("an EN ENd"), ["END"])
     assert ["".join(text for _, text in segments) for segments in lists] == ["a", "n", " ", "", "", "EN ", "", "", "ENd", ""]
 
@@ -78,12 +80,11 @@ def test_only_text_that_may_become_a_stop_string_is_held_back():
 def test_text_ends_before_the_first_stop_string(text, stop):
     def naive():
         for end in range(len(text) + 1):
-            found = [text[:end].find(string) for string in stop if string in text[:end]]
-            if found:
+            if found := [text.find(string, 0, end) for string in stop if string in text[:end]]:
                 return text[: min(found)]
         return text
 
-    assert "".join(part for _, part in joined(shown(TOKENIZER.encode(text), stop))) == naive()
+    assert "".join(segment for _, segment in sum(shown(TOKENIZER.encode(text), stop), [])) == naive()
 
 
 # -----------------------------------------------------------------------------
@@ -99,36 +100,24 @@ def test_page_reply_is_an_event_per_token_then_done(site):
     assert done == {"done": True, "finish_reason": "stop", "usage": usage, "forgotten": 0}
     assert response.headers["cache-control"] == "no-cache" and response.headers["x-accel-buffering"] == "no"
     assert segments_of(site.ask("sums")) == [("text", "It is "), ("python", "6*7"), ("python_output", "42"), ("text", "42.")]
+    assert segments_of(site.ask("emoji")) == [("text", REPLIES["emoji"])]
     assert events_of(site.ask("silence"))[-1]["usage"]["completion_tokens"] == 0
     assert events_of(site.ask("long", max_tokens=7))[-1]["finish_reason"] == "length"
     end = events_of(site.ask("long"))[-1]
     assert end["finish_reason"] == "context" and end["usage"]["total_tokens"] == site.engine.context
 
 
-def test_page_settings_reach_the_engine_and_defaults_replace_missing_ones():
-    with serving(ScriptedEngine(), temperature=0.5, top_k=7, max_tokens=3) as site:
-        site.ask(temperature=0, top_k=0, max_tokens=50, seed=-(10**30))
-        assert events_of(site.ask())[-1]["usage"]["completion_tokens"] == 3
-        site.ask()
-        given, *defaults = [seq.settings for seq in site.engine.submitted]
-        assert given == {"temperature": 0, "top_k": None, "seed": -(10**30), "sample_index": 0}
-        assert [(settings["temperature"], settings["top_k"]) for settings in defaults] == [(0.5, 7)] * 2
-        assert defaults[0]["seed"] != defaults[1]["seed"]
-
-
 def test_a_conversation_with_tool_calls_is_rendered_as_in_training(site):
     parts = [{"type": "text", "text": "It is "}, {"type": "python", "text": "6*7"}, {"type": "python_output", "text": "42"}]
     messages = [message("Be brief.", "system"), message("a"), message(parts, "assistant"), message("b")]
     assert site.post(PAGE, messages=messages).status_code == 200
-    seq = site.engine.submitted[-1]
-    assert seq.tokens[: seq.prompt_length] == render_for_completion(TOKENIZER, {"messages": messages})
+    assert site.engine.submitted[-1].prompt == render_for_completion(TOKENIZER, {"messages": messages})
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_last_assistant_message_is_continued(site, route):
     assert site.post(route, messages=[message("count"), message("1, ", "assistant")]).status_code == 200
-    seq = site.engine.submitted[-1]
-    assert TOKENIZER.decode(seq.tokens[: seq.prompt_length]) == "<|bos|><|user_start|>count<|user_end|><|assistant_start|>1, "
+    assert prompt_text(site) == "<|bos|><|user_start|>count<|user_end|><|assistant_start|>1, "
 
 
 @pytest.mark.parametrize("system", [None, "Be brief, and kind."])
@@ -141,9 +130,8 @@ def test_as_few_exchanges_as_possible_are_dropped(lengths, system):
     rendered = [render_for_completion(TOKENIZER, {"messages": head + messages[2 * n :]}) for n in range(len(lengths) // 2 + 1)]
     fitting = [n for n, ids in enumerate(rendered) if len(ids) <= 200 - 1 - 30]
     assert dropped == fitting[0] and prompt == rendered[dropped]
-    with pytest.raises(ApiError, match="keep it below 149") as caught:  # a reply gets at most a quarter of the context
+    with pytest.raises(ApiError, match="keep it below 149.*context_length_exceeded"):  # a reply gets at most a quarter of the context
         fit(TOKENIZER, head + messages[:-1] + [message("x" * 199, messages[-1]["role"])], 200, 1000)
-    assert caught.value.code == "context_length_exceeded"
 
 
 # -----------------------------------------------------------------------------
@@ -167,6 +155,7 @@ def test_completion(client, site):
     assert reply.object == "chat.completion" and reply.id.startswith("chatcmpl-")
     assert [choice.message.content for choice in reply.choices] == ["hello"] * 3
     assert [(choice.index, choice.message.role, choice.finish_reason) for choice in reply.choices] == [(i, "assistant", "stop") for i in range(3)]
+    assert [seq.settings["sample_index"] for seq in site.engine.submitted[-3:]] == [0, 1, 2]
     assert reply.usage.completion_tokens == 15 and reply.usage.total_tokens == reply.usage.prompt_tokens + 15
     assert ask(client, "sums").choices[0].message.content == "It is 42."  # text only
     for limits in ({"max_tokens": 7}, {"max_completion_tokens": 7}, {"max_tokens": 99, "max_completion_tokens": 7}):
@@ -179,8 +168,7 @@ def test_completion(client, site):
 def test_streamed_completion(client):
     *chunks, last = ask(client, stream=True, stream_options={"include_usage": True})
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"} and len({chunk.id for chunk in chunks}) == 1
-    assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "hello"
+    assert chunks[0].choices[0].delta.role == "assistant" and text_of(chunks) == "hello"
     assert [chunk.choices[0].finish_reason for chunk in chunks][-2:] == [None, "stop"]
     assert last.choices == [] and last.usage == ask(client).usage and not any(chunk.usage for chunk in chunks)
     assert not any(chunk.usage for chunk in ask(client, stream=True))
@@ -191,24 +179,33 @@ def test_streamed_completion(client):
     assert texts == dict.fromkeys(range(3), "hellostop")
 
 
-@pytest.mark.parametrize("stop, text", [(", 3", "1, 2"), ([", 4", "3"], "1, 2, "), (["absent"], "1, 2, 3, 4, 5"), (None, "1, 2, 3, 4, 5")])
+@pytest.mark.parametrize("stop, text", [(", 3", "1, 2"), ([", 4", "3"], "1, 2, "), (["absent", "56"], "1, 2, 3, 4, 5"), (None, "1, 2, 3, 4, 5")])
 def test_stop_strings_end_the_reply_and_are_not_in_it(client, site, stop, text):
     reply = ask(client, "count", stop=stop)
     assert reply.choices[0].message.content == text and reply.choices[0].finish_reason == "stop"
-    chunks = list(ask(client, "count", stop=stop, stream=True, stream_options={"include_usage": True}))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == text
-    assert chunks[-1].usage == reply.usage
+    *chunks, last = ask(client, "count", stop=stop, stream=True, stream_options={"include_usage": True})
+    assert text_of(chunks) == text and last.usage == reply.usage
     ask(client)
     assert not site.engine.seqs  # the rest was dropped
 
 
-def test_completion_settings_reach_the_engine(client, site):
-    ask(client, temperature=0, top_p=0.5, seed=7, extra_body={"top_k": 3, "unknown": {}}, user="me", presence_penalty=1)
-    assert site.engine.submitted[-1].settings == {"temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 7, "sample_index": 0}
+@pytest.mark.parametrize("route", ROUTES)
+def test_settings_reach_the_engine_and_defaults_replace_missing_ones(route):
+    with serving(ScriptedEngine(), temperature=0.5, top_k=7, max_tokens=3) as site:
+        site.ask(path=route, temperature=0, top_k=0, top_p=0.5, max_tokens=50, seed=-(10**30), unknown={}, presence_penalty=1)
+        site.ask(path=route)
+        site.ask(path=route)
+        given, first, second = site.engine.submitted
+        assert given.settings == {"temperature": 0, "top_k": None, "top_p": 0.5, "seed": -(10**30), "sample_index": 0}
+        assert (len(given.generated), len(first.generated)) == (len("hello."), 3)
+        assert (first.settings["temperature"], first.settings["top_k"]) == (0.5, 7)
+        assert first.settings["seed"] != second.settings["seed"]
+
+
+def test_developer_messages_and_parts_are_joined(client, site):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     ask(client, messages=[message("Be brief.", "developer"), message(parts), message("c", "assistant"), {**message("d"), "name": "me"}])
-    seq = site.engine.submitted[-1]
-    assert TOKENIZER.decode(seq.tokens[: seq.prompt_length]) == (
+    assert prompt_text(site) == (
         "<|bos|><|user_start|>Be brief.\n\na\nb<|user_end|><|assistant_start|>c<|assistant_end|><|user_start|>d<|user_end|><|assistant_start|>"
     )
 
@@ -236,10 +233,8 @@ def send(site, route, body, content_type="application/json"):
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("body, param, says", [
     ({}, "messages", "required"),
-    ({"messages": []}, "messages", "at least 1"),
     ({"messages": "hi"}, "messages", "list"),
     ({"messages": [message()] * 501}, "messages", "at most 500"),
-    ({"messages": ["hi"]}, "messages[0]", "dictionary"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
     ({"messages": [message(role="robot")]}, "messages[0].role", "'system', 'developer', 'user' or 'assistant'"),
     ({"messages": [message(3)]}, "messages[0].content", "string"),
@@ -247,19 +242,17 @@ def send(site, route, body, content_type="application/json"):
     ({"messages": [message([{"type": "text", "text": ""}] * 201)]}, "messages[0].content", "at most 200"),
     ({"messages": [message(), message()]}, "messages[1]", "must alternate"),
     ({"messages": [message(role="assistant"), message()]}, "messages[0]", "is expected"),
-    ({"messages": [message(role="system")]}, "messages[0].role", "last message"),
-    ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+    ({"messages": [message(role="system")]}, "messages[0]", "must follow"),
     ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
-    ({"temperature": "hot"}, "temperature", "number"),
     ({"temperature": True}, "temperature", "number"),
-    ({"top_k": 201}, "top_k", "200"),
     ({"top_k": 1.5}, "top_k", "integer"),
     ({"top_p": 0}, "top_p", "greater than 0"),
-    ({"max_tokens": 0}, "max_tokens", "1"),
     ({"max_tokens": 10**400}, "max_tokens", "1000000"),
-    ({"seed": "x"}, "seed", "integer"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens", "1"),
     ({"stop": ["a"] * 5}, "stop", "at most 4"),
     ({"stop": ["a", 3]}, "stop[1]", "string"),
+    ({"n": 9}, "n", "8"),
+    ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "boolean"),
 ])  # fmt: skip
 def test_invalid_requests_name_the_field(site, route, body, param, says):
     before = len(site.engine.submitted)
@@ -268,14 +261,10 @@ def test_invalid_requests_name_the_field(site, route, body, param, says):
     assert len(site.engine.submitted) == before
 
 
-@pytest.mark.parametrize("body, param", [
-    ({"n": 9}, "n"), ({"stream": "yes"}, "stream"), ({"model": 7}, "model"), ({"max_completion_tokens": -1}, "max_completion_tokens"),
-    ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"), ({"messages": [message("x" * 500)]}, "messages"),
-])  # fmt: skip
-def test_invalid_completion_requests_name_the_field(client, body, param):
-    with pytest.raises(openai.BadRequestError) as caught:
-        ask(client, extra_body=body)
-    assert caught.value.param == param
+def test_a_conversation_longer_than_the_context_is_refused(client):
+    with pytest.raises(openai.BadRequestError, match="the messages have 504 tokens") as caught:
+        ask(client, "x" * 500)
+    assert caught.value.param == "messages" and caught.value.code == "context_length_exceeded"
 
 
 def with_value(raw: str, field: str = "temperature") -> bytes:
@@ -290,7 +279,7 @@ BODIES = {
     "deep field": with_value("[" * 100_000 + "]" * 100_000, "messages"),
     "many messages": json.dumps({**VALID, "messages": [{}] * 240_000}).encode(),
     "many parts": json.dumps({**VALID, "messages": [message([{}] * 240_000)]}).encode(),
-    "not UTF-8": b'{"messages": "\xff"}', "UTF-16": json.dumps(VALID).encode("utf-16-be")[1:], "zeros": bytes(1000), "gzip": b"\x1f\x8b\x08\x00" + bytes(20),
+    "not UTF-8": b'{"messages": "\xff"}', "UTF-16": json.dumps(VALID).encode("utf-16-be")[1:], "gzip": b"\x1f\x8b\x08\x00" + bytes(20),
 }  # fmt: skip
 
 
@@ -305,10 +294,10 @@ def test_malformed_bodies(site, route):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("chunked", [True, False])
-def test_bodies_above_the_limit_are_refused(site, route, chunked):
+def test_bodies_above_the_limit_are_refused(site, route):
     body = json.dumps({**VALID, "padding": "x" * server.MAX_BODY}).encode()
-    assert "1,000,000" in error_of(send(site, route, iter([body[:500_000], body[500_000:]]) if chunked else body), 413)["message"]
+    for content in (body, iter([body[:500_000], body[500_000:]])):  # the second is sent in chunks of unknown number
+        assert "1,000,000" in error_of(send(site, route, content), 413)["message"]
     assert send(site, route, json.dumps({**VALID, "padding": "x" * (server.MAX_BODY - 200)}).encode()).status_code == 200
 
 
@@ -329,9 +318,9 @@ fields = st.sampled_from(["messages", "temperature", "top_k", "top_p", "max_toke
 @given(st.sampled_from(ROUTES), st.dictionaries(fields, json_values), st.booleans())
 def test_any_json_is_accepted_or_refused_with_an_error(site, route, body, valid_messages):
     response = send(site, route, json.dumps({**body, **(VALID if valid_messages else {})}).encode())
-    assert response.status_code in (200, 400, 404)
-    if response.status_code >= 400:
+    if response.status_code != 200:
         error_of(response, response.status_code)
+        assert response.status_code in (400, 404)
 
 
 def test_unknown_urls_and_methods(site):
@@ -358,7 +347,7 @@ def test_an_internal_error_shows_no_details(monkeypatch, caplog):
         monkeypatch.setattr(site.pool, "submit", lambda *args, **kwargs: 1 / 0)
         assert "division" not in error_of(site.ask(), 500)["message"]
         monkeypatch.undo()
-        assert "the engine refuses this" in site.ask("refuse me", V1).json()["error"]["message"]
+        assert "the engine refuses this" in error_of(site.ask("refuse me", V1), 400)["message"]
         assert "the engine refuses this" in events_of(site.ask("refuse me"))[-1]["error"]["message"]
         assert site.ask().status_code == 200
     assert "division by zero" in caplog.text
