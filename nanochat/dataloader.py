@@ -35,16 +35,15 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor, dict]]
 def tokenizing_distributed_data_loader_with_state_bos_bestfit(
     tokenizer, B: int, T: int, split: str, tokenizer_threads: int = 4, tokenizer_batch_size: int = 128,
     device: str | torch.device = "cuda", resume_state_dict: dict | None = None, *, source: str = DEFAULT_SOURCE,
-    rank: int | None = None, world_size: int | None = None, rows_per_step: int | None = None, buffer_size: int = 1000,
+    rows_per_step: int | None = None, buffer_size: int = 1000,
 ) -> Batches:
     """Pretraining batches in which every row starts with bos and is packed by best fit, without padding or loss.
 
     Args:
         B, T: rows of a micro-batch and tokens of a row.
         split: "train" or "val".
-        rank, world_size: torchrun's by default.
-        rows_per_step: rows of one optimizer step over all ranks, by default B * world_size. If B does not divide it,
-            the last micro-batch of a step is smaller.
+        rows_per_step: rows of one optimizer step over all ranks, by default B for each. If B does not divide it, the
+            last micro-batch of a step is smaller.
         buffer_size: number of documents to choose from; 0 makes one plain stream that is cut wherever a row ends.
 
     Yields (inputs int32 (B, T), targets int64 (B, T), state) endlessly, epoch after epoch, in new tensors on the device.
@@ -54,7 +53,8 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
     Raises:
         UserError: no shards, only one shard for "train", no document in the split, or a state of other data.
     """
-    paths, bos, state = split_paths(source, split), tokenizer.get_bos_token_id(), resume_state_dict
+    bos, state = tokenizer.get_bos_token_id(), resume_state_dict
+    paths = split_paths(source, split)
     data = {"shards": count_rows(paths), "tokenizer": tokenizer.fingerprint()}
     if state:
         _check_data_unchanged(state, data)
@@ -66,8 +66,11 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
     position = Position(*state["next"]) if state else Position(epoch=1, shard=0, group=0, row=0)
     documents = Documents(paths, encode, tokenizer_batch_size, position)
     waiting = state["buffer"] if state else []
-    packer = DocumentPacker(documents, T, bos, waiting, buffer_size) if buffer_size else StreamPacker(documents, T, bos, waiting)
-    return _prefetch(_micro_batches(packer, data, B, rank, world_size, rows_per_step), torch.device(device))
+    if buffer_size:
+        packer = DocumentPacker(documents, T, bos, waiting, buffer_size)
+    else:
+        packer = StreamPacker(documents, T, bos, waiting)
+    return _batches(packer, data, B, rows_per_step, torch.device(device))
 
 
 def _without_state(loader: Callable[..., Batches]) -> Callable[..., Iterator[tuple[torch.Tensor, torch.Tensor]]]:
@@ -102,9 +105,8 @@ def _check_data_unchanged(state: dict, data: dict) -> None:
 
 
 def conversation_data_loader(
-    dataset, tokenizer, B: int, T: int, *, supervise: str, device: str | torch.device, rank: int | None = None,
-    world_size: int | None = None, rows_per_step: int | None = None, resume_state_dict: dict | None = None,
-    seed: int = 42, buffer_size: int = 256,
+    dataset, tokenizer, B: int, T: int, *, supervise: str, device: str | torch.device, rows_per_step: int | None = None,
+    resume_state_dict: dict | None = None, seed: int = 42, buffer_size: int = 256,
 ) -> Batches:
     """Batches of packed conversations in which every supervised token appears exactly once per epoch.
 
@@ -112,7 +114,7 @@ def conversation_data_loader(
         dataset: anything with `len` whose items are conversations.
         T: pairs of (input, target) per row. A longer conversation is split, never cropped.
         supervise: "assistant" trains on what the assistant says (mask 1), "all" on every token.
-        rank, world_size, rows_per_step: as for documents.
+        rows_per_step: as for documents.
         seed: determines the order of the conversations, which differs from epoch to epoch.
 
     Yields (inputs int32 (B, T), targets int64 (B, T), state) endlessly. Targets that are not trained on and padding
@@ -131,32 +133,33 @@ def conversation_data_loader(
         return split_conversation(*tokenizer.render_conversation(conversation, max_tokens=None), T, supervise)
 
     packer = ConversationPacker(dataset, render, T, tokenizer.get_bos_token_id(), buffer_size, seed, resume_state_dict)
-    return _prefetch(_micro_batches(packer, data, B, rank, world_size, rows_per_step), torch.device(device))
+    return _batches(packer, data, B, rows_per_step, torch.device(device))
 
 
 # -----------------------------------------------------------------------------
 # Rows -> micro-batches -> device
 
 
-def _micro_batches(packer, data: dict, B: int, rank: int | None, world_size: int | None, rows_per_step: int | None) -> Batches:
-    """The micro-batches of this rank on the CPU; `data` is added to each state."""
-    launched_rank, _, launched_world_size = ranks()
-    rank = launched_rank if rank is None else rank
-    world_size = launched_world_size if world_size is None else world_size
-    rows_per_step = B * world_size if rows_per_step is None else rows_per_step
+def _batches(packer, data: dict, B: int, rows_per_step: int | None, device: torch.device) -> Batches:
+    """This rank's micro-batches of the packer's rows, on the device; `data` is added to each state."""
+    rank, _, world_size = ranks()
+    rows_per_step = rows_per_step or B * world_size
     starts = range(0, rows_per_step, B)  # the first row of each micro-batch
     mine = range(rank, len(starts), world_size)
     assert mine, f"rank {rank} of {world_size} has none of the {len(starts)} micro-batches of a step"
 
-    while True:
-        for number, start in enumerate(starts):
-            rows = [packer.next_row() for _ in range(min(B, rows_per_step - start))]
-            if number in mine:
-                inputs, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
-                batch = inputs, targets.long()
-                if number != mine[-1]:
-                    yield *batch, {**packer.state(), **data}
-        yield *batch, {**packer.state(), **data}  # at the end of the step, where the state is the same on all ranks
+    def micro_batches() -> Batches:
+        while True:
+            for number, start in enumerate(starts):
+                rows = [packer.next_row() for _ in range(min(B, rows_per_step - start))]
+                if number in mine:
+                    inputs, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
+                    batch = inputs, targets.long()
+                    if number != mine[-1]:
+                        yield *batch, {**packer.state(), **data}
+            yield *batch, {**packer.state(), **data}  # at the end of the step, where the state is the same on all ranks
+
+    return _prefetch(micro_batches(), device)
 
 
 def _prefetch(batches: Batches, device: torch.device) -> Batches:

@@ -62,7 +62,7 @@ def shard_paths(source: str = DEFAULT_SOURCE) -> list[Path]:
         write_once(folder, write_shards)
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
-        raise UserError(f"no .parquet files in {folder}, of which the last is for validation. {_how_to_add(source)}")
+        raise UserError(f"no .parquet files in {folder}. {_remedy(source)}")
     return paths
 
 
@@ -73,12 +73,14 @@ def split_paths(source: str, split: str) -> list[Path]:
     if split == "val":
         return [val]
     if not train:
-        raise UserError(f"{val.parent} has only one shard, which is the validation split. {_how_to_add(source)}")
+        raise UserError(f"{val.parent} has only one shard, which is the validation split. {_remedy(source)}")
     return train
 
 
-def _how_to_add(source: str) -> str:
-    return f"Download more: python -m nanochat.dataset -n 8 --source {source}" if source in SOURCES else "Add more to the folder"
+def _remedy(source: str) -> str:
+    if source in SOURCES:
+        return f"Download more: python -m nanochat.dataset -n 8 --source {source}"
+    return "Add more to the folder: at least two are needed, the last is for validation"
 
 
 # -----------------------------------------------------------------------------
@@ -111,7 +113,7 @@ def read_row_groups(path: Path, start: int = 0, step: int = 1) -> Iterator[tuple
                 table = shard.read_row_group(group, columns=["text"], use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 raise UserError(
-                    f"{path} is damaged in row group {group} ({str(error).splitlines()[0]}). Delete it and download it again."
+                    f"{path} is damaged in row group {group} ({str(error).splitlines()[0]}). Restore it or download it again"
                 ) from error
             yield group, [text or "" for text in table.column("text").to_pylist()]
 
@@ -164,49 +166,46 @@ def hub_answers(timeout: float = 5.0) -> bool:
 def download_shards(source: str, num_train: int, workers: int = 4) -> None:
     """Download the first `num_train` shards of a source of the hub and its last, the validation split.
 
-    Existing shards are kept. Raises UserError for the first shard that cannot be downloaded or is damaged.
+    Existing shards are kept. Raises UserError if one cannot be downloaded, or is damaged, which is then deleted.
     """
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    last = SOURCES[source][1]
-    folder = data_dir(source)
+    (repo, last), folder, endpoint = SOURCES[source], data_dir(source), hub_endpoint()
     paths = [folder / f"shard_{number:05d}.parquet" for number in (last, *range(min(num_train, last)))]
-    if not all(path.exists() for path in paths) and not hub_answers():
+    missing = [path.name for path in paths if not path.exists()]
+    if missing and not hub_answers():
         raise UserError(
-            f"cannot download shards of {source}: nothing answers at {hub_endpoint()}. Check the connection, set HF_ENDPOINT "
-            "to a mirror, or use the built-in corpus (--source sample), which needs no network."
+            f"cannot download shards of {source}: nothing answers at {endpoint}. Check the connection, set HF_ENDPOINT to a "
+            "mirror, or use the built-in corpus (--source sample), which needs no network."
         )
+
+    def download(name: str) -> None:
+        hf_hub_download(repo, name, repo_type="dataset", local_dir=folder, endpoint=endpoint)
+
     disable_progress_bars()  # one bar over all shards instead of one per shard
-    bar = tqdm(total=len(paths), desc=source, unit="shard")
-    # The threads of a ThreadPool are daemons, so Ctrl-C ends the program at once.
-    with bar, logging_redirect_tqdm([logging.getLogger("huggingface_hub")]), ThreadPool(workers) as pool:
-        for _ in pool.imap_unordered(lambda path: _download_shard(source, path), paths):
-            bar.update()
-
-
-def _download_shard(source: str, path: Path) -> None:
-    """Download one shard unless it exists. A damaged one, downloaded now or earlier, is deleted and reported."""
-    from huggingface_hub import hf_hub_download
-
-    if not path.exists():
-        repo, endpoint = SOURCES[source][0], hub_endpoint()
-        try:
-            hf_hub_download(repo, path.name, repo_type="dataset", local_dir=path.parent, endpoint=endpoint)
-        except Exception as error:  # of the library, its HTTP client or the system, without a common ancestor
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise
-            cause = (str(error.__cause__ or error).strip() or repr(error)).splitlines()[0].rstrip(".")
-            raise UserError(
-                f"cannot download {path.name} of {repo} from {endpoint}: {cause}. "
-                "Check the connection, then run this again: complete shards are kept."
-            ) from error
+    bar = tqdm(total=len(paths), initial=len(paths) - len(missing), desc=source, unit="shard")
     try:
-        open_shard(path).close()
-    except UserError as error:
-        path.unlink()
-        raise UserError(f"{error}; it was deleted, run this again to download it") from error
+        # The threads of a ThreadPool are daemons, so Ctrl-C ends the program at once.
+        with bar, logging_redirect_tqdm([logging.getLogger("huggingface_hub")]), ThreadPool(workers) as pool:
+            for _ in pool.imap_unordered(download, missing):
+                bar.update()
+    except Exception as error:  # of the library, its HTTP client or the system, without a common ancestor
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        cause = " ".join(str(error.__cause__ or error).split()) or repr(error)
+        raise UserError(
+            f"cannot download shards of {repo} from {endpoint}: {cause}. Check the connection, then run this again: "
+            "complete shards are kept."
+        ) from error
+    for path in paths:
+        try:
+            open_shard(path).close()
+        except UserError as error:
+            path.unlink()
+            raise UserError(f"{error}; it was deleted, run this again to download it") from error
 
 
 # -----------------------------------------------------------------------------
@@ -252,7 +251,7 @@ def fetch_file(url: str, path: str | os.PathLike, check: Callable[[Path], None] 
                 cause = str(error).strip("<>")
                 if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429):
                     break  # the answer will be the same in a moment
-        raise Unreachable(f"cannot download {path.name} from {url}: {cause}. Check the connection and the address, then run this again")
+        raise Unreachable(f"cannot download {path.name} from {url}: {cause}. Check the connection and run this again")
 
     write_once(path, download)
     return path

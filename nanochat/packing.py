@@ -112,8 +112,8 @@ class Documents:
     A new walk from `position` continues exactly like this one.
     """
 
-    def __init__(self, paths: list[Path], encode: Callable[[list[str]], list[np.ndarray]], chunk_size: int, position: Position):
-        """`encode` returns the ids of each text, without bos."""
+    def __init__(self, paths: list[Path], encode: Callable, chunk_size: int, position: Position):
+        """`encode(texts)` returns the ids of each text in an array, without bos."""
         self.paths, self.encode, self.chunk_size = paths, encode, chunk_size
         self._texts = self._walk(position)
         self._ahead = next(self._texts)
@@ -159,7 +159,8 @@ class Documents:
         for *position, start in waiting:
             row = tuple(position[1:])
             if row not in ids or start > len(ids[row]):
-                raise UserError(f"{self.paths[row[0]]} has changed since this run read it. Restore it, or start this stage again.")
+                path = self.paths[row[0]]
+                raise UserError(f"{path} has changed since this run read it. Restore it, or start this stage again.")
             yield Position(*position), start, ids[row]
 
 
@@ -185,11 +186,15 @@ class DocumentPacker:
 
         Of a corpus smaller than the buffer, hold only this epoch and the next.
         """
-        buffer = self.buffer
-        if len(buffer) < (self.buffer_size if buffer.total < self.buffer_size * LONG else min(FEW, self.buffer_size)):
-            if not buffer or self.documents.position.epoch <= 1 + min(place[0] for place, _ in buffer):
-                for position, ids in self.documents.read():
-                    self._add(position, 0, ids)
+        limit = self.buffer_size
+        if self.buffer.total >= self.buffer_size * LONG:
+            limit = min(limit, FEW)
+        if len(self.buffer) >= limit:
+            return
+        epochs = [epoch for (epoch, *_), _ in self.buffer]
+        if not epochs or self.documents.position.epoch <= 1 + min(epochs):
+            for position, ids in self.documents.read():
+                self._add(position, 0, ids)
 
     def next_row(self) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.full(self.T + 1, self.bos, np.int32)  # bos is in place before each document is copied behind it
@@ -197,7 +202,10 @@ class DocumentPacker:
         while used < self.T:  # if a single place is left, it keeps its bos
             self._refill()
             room = self.T + 1 - used
-            item = (self.buffer.pop_best(room) or self.buffer.pop_shortest()) if used else self.buffer.pop_oldest()
+            if used:
+                item = self.buffer.pop_best(room) or self.buffer.pop_shortest()
+            else:
+                item = self.buffer.pop_oldest()
             (*position, start), ids = item
             end = min(len(ids), start + room - 1)
             tokens[used + 1 : used + 1 + end - start] = ids[start:end]

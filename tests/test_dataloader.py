@@ -108,8 +108,8 @@ def corpus(tmp_path_factory):
 
 def open_loader(kind: str, folder: Path, B: int, **kwargs):
     if kind == "conversations":
-        kinds = dict(supervise="assistant", device="cpu", buffer_size=3)
-        return conversation_data_loader(make_conversations(SHAPES), WordTokenizer(), B, 7, **kinds, **kwargs)
+        kwargs |= dict(supervise="assistant", device="cpu", buffer_size=3)
+        return conversation_data_loader(make_conversations(SHAPES), WordTokenizer(), B, 7, **kwargs)
     kwargs |= dict(device="cpu", source=str(folder), tokenizer_batch_size=3)
     if kind == "packed":
         return PACKED(WordTokenizer(), B, 8, "train", buffer_size=6, **kwargs)
@@ -119,8 +119,11 @@ def open_loader(kind: str, folder: Path, B: int, **kwargs):
 def take_steps(kind, folder, n, rows_per_step, B, world_size, resume=None):
     """The rows of each of n steps over all ranks, in order, and the state after it."""
     count = -(-rows_per_step // B)
-    kwargs = dict(world_size=world_size, rows_per_step=rows_per_step, resume_state_dict=resume)
-    loaders = [open_loader(kind, folder, B, rank=rank, **kwargs) for rank in range(min(world_size, count))]
+    loaders = []
+    for rank in range(min(world_size, count)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dataloader, "ranks", lambda: (rank, rank, world_size))
+            loaders.append(open_loader(kind, folder, B, rows_per_step=rows_per_step, resume_state_dict=resume))
     steps = []
     for _ in range(n):
         micro = [next(loaders[number % world_size]) for number in range(count)]
@@ -151,7 +154,7 @@ def test_resume_on_another_world_size_and_batch_size_is_exact(corpus, kind, rows
 @pytest.mark.parametrize("kind", ["packed", "stream", "conversations"])
 def test_resume_after_any_batch_of_one_rank_is_exact(corpus, kind):
     def rows_and_states(resume, n):
-        loader = open_loader(kind, corpus, 2, rank=0, world_size=1, rows_per_step=6, resume_state_dict=resume)
+        loader = open_loader(kind, corpus, 2, rows_per_step=6, resume_state_dict=resume)
         return [(x.tolist(), y.tolist(), state) for x, y, state in take(loader, n)]
 
     uninterrupted = rows_and_states(None, 40)
