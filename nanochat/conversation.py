@@ -1,15 +1,15 @@
 """A conversation as token ids and a loss mask.
 
-The mask is 1 where the assistant must produce the token (its text, its python calls with their
-delimiters, its end token) and 0 elsewhere (bos, the user, the output of tools). An example:
+The mask is 1 where the assistant must produce the token (its text, its python calls with their delimiters, its end
+token) and 0 elsewhere (bos, the user, the output of tools). An example:
 
     <|bos|><|user_start|>2+2?<|user_end|><|assistant_start|>4<|assistant_end|>
        0          0       0         0             0         1         1
 
 This file works on plain lists; it neither packs rows (packing.py) nor runs tools (engine.py).
 
-A conversation is {"messages": [{"role": ..., "content": ...}, ...]}: optionally a system message,
-then user and assistant alternating. The assistant's content is a string, or a list of parts
+A conversation is {"messages": [{"role": ..., "content": ...}, ...]}: optionally a system message, then user and
+assistant alternating. The assistant's content is a string, or a list of parts
 {"type": "text" | "python" | "python_output", "text": ...}.
 """
 
@@ -30,8 +30,6 @@ def render_conversation(tokenizer, conversation: dict, max_tokens: int | None = 
 
     Raises UserError (a ValueError) that names the malformed message.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise UserError(f"max_tokens is {max_tokens}; it must be at least 1, or None for no limit")
     special = tokenizer.encode_special
     ids, mask = [tokenizer.get_bos_token_id()], [0]
 
@@ -53,8 +51,8 @@ def render_conversation(tokenizer, conversation: dict, max_tokens: int | None = 
 def render_for_completion(tokenizer, conversation: dict) -> list[int]:
     """Ids of a prompt that ends where the assistant's reply starts.
 
-    A last assistant message, which is the data set's own answer, is removed. Never truncated: what to
-    do with a prompt that does not fit depends on the model.
+    A last assistant message, the data set's own answer, is removed. Never truncated: what to do with a prompt that does
+    not fit depends on the model.
     """
     messages = checked_messages(conversation)
     if len(messages) > 1 and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
@@ -79,18 +77,16 @@ def checked_messages(conversation: dict) -> list:
 def checked_turns(conversation: dict) -> list[tuple[str, list[tuple[str, str]]]]:
     """The conversation as (role, [(part type, text), ...]), roles alternating, user first.
 
-    A leading system message is merged into the first user message with a blank line, since the
-    model has no system role.
+    A leading system message is merged into the first user message with a blank line, since the model has no system role.
     """
-    turns = []
-    system = None
+    turns, system = [], ""
     for i, message in enumerate(checked_messages(conversation)):
         where = f"messages[{i}]"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise UserError(f'{where} must be {{"role": ..., "content": ...}}, not {brief(message)}')
         role, content = message["role"], message["content"]
         if i == 0 and role == "system":
-            system = checked_text(where, content)
+            system = checked_text(where, content) + "\n\n"
             continue
         expected = "assistant" if len(turns) % 2 else "user"
         if role != expected:
@@ -101,8 +97,7 @@ def checked_turns(conversation: dict) -> list[tuple[str, list[tuple[str, str]]]]
         if role == "assistant" and isinstance(content, (list, tuple)):
             parts = [checked_part(f"{where}, part {j}", part) for j, part in enumerate(content)]
         else:
-            text = checked_text(where, content)
-            parts = [("text", text if turns or system is None else f"{system}\n\n{text}")]
+            parts = [("text", ("" if turns else system) + checked_text(where, content))]
         turns.append((role, parts))
     if not turns:
         raise UserError("messages[0] is a system message; a user message must follow")
@@ -117,12 +112,11 @@ def checked_text(where: str, content) -> str:
 
 def checked_part(where: str, part) -> tuple[str, str]:
     kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str) or kind not in PARTS:
+    if kind not in list(PARTS):  # a list, since the type may be unhashable
         raise UserError(f"{where} is {brief(part)}; its type must be one of {', '.join(PARTS)}")
     return kind, checked_text(where, part.get("text"))
 
 
 def brief(value) -> str:
     """A value as text, short enough for an error message."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    return f"{value!r:.60}"

@@ -14,8 +14,6 @@ import errno
 import http.client
 import logging
 import os
-import shutil
-import ssl
 import time
 import urllib.error
 import urllib.request
@@ -53,54 +51,36 @@ def data_dir(source: str) -> Path:
 
 
 def shard_paths(source: str = DEFAULT_SOURCE) -> list[Path]:
-    """All shards of a source in order; the last one is the validation split.
+    """All shards of a source in order; the last one is the validation split. UserError if there is none.
 
-    The sample corpus is generated first if it is missing. Raises UserError if there is no shard.
+    The sample corpus is generated first if it is missing.
     """
     folder = data_dir(source)
     if source == SAMPLE:
-        _write_sample(folder)
+        from nanochat.sample_world import write_shards
+
+        write_once(folder, write_shards)
     paths = sorted(folder.glob("*.parquet"))
-    if not paths and source in SOURCES:
-        raise UserError(
-            f"no data of source {source} in {folder}. Download some first: python -m nanochat.dataset -n 8 --source {source}"
-        )
     if not paths:
-        raise UserError(f"no .parquet files in {folder}. At least two are needed: the last one is for validation")
+        raise UserError(f"no .parquet files in {folder}. {_remedy(source)}")
     return paths
 
 
 def split_paths(source: str, split: str) -> list[Path]:
     """The shards of split "train" (all but the last) or "val" (the last)."""
     assert split in ("train", "val"), f"split {split!r} is neither train nor val"
-    paths = shard_paths(source)
+    *train, val = shard_paths(source)
     if split == "val":
-        return paths[-1:]
-    if len(paths) == 1:
-        more = f": python -m nanochat.dataset -n 8 --source {source}" if source in SOURCES else " to the folder"
-        raise UserError(
-            f"{paths[0].parent} has only one shard, {paths[0].name}. The last shard is the validation split, "
-            f"so there is nothing to train on. Add more{more}"
-        )
-    return paths[:-1]
+        return [val]
+    if not train:
+        raise UserError(f"{val.parent} has only one shard, which is the validation split. {_remedy(source)}")
+    return train
 
 
-def _write_sample(folder: Path) -> None:
-    """Generate the built-in corpus once, in one process, completely or not at all."""
-    from filelock import FileLock
-
-    if folder.exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if folder.exists():
-            return
-        from nanochat.sample_world import write_shards
-
-        print0(f"writing the built-in sample corpus to {folder}")
-        with atomic(folder) as tmp:
-            tmp.mkdir()
-            write_shards(tmp)
+def _remedy(source: str) -> str:
+    if source in SOURCES:
+        return f"Download more: python -m nanochat.dataset -n 8 --source {source}"
+    return "Add more to the folder: at least two are needed, the last is for validation"
 
 
 # -----------------------------------------------------------------------------
@@ -123,17 +103,19 @@ def open_shard(path: Path):
     return shard
 
 
-def read_row_group(path: Path, shard, group: int) -> list[str]:
-    """The texts of one row group of an open shard, one per row; a row without text is an empty string."""
+def read_row_groups(path: Path, start: int = 0, step: int = 1) -> Iterator[tuple[int, list[str]]]:
+    """(number, texts) of row groups start, start + step, ... of a shard; a row without text is an empty string."""
     import pyarrow as pa
 
-    try:
-        table = shard.read_row_group(group, columns=["text"], use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} is damaged in row group {group} ({str(error).splitlines()[0]}). Delete it and download it again."
-        ) from error
-    return [text or "" for text in table.column("text").to_pylist()]
+    with open_shard(path) as shard:
+        for group in range(start, shard.num_row_groups, step):
+            try:
+                table = shard.read_row_group(group, columns=["text"], use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(
+                    f"{path} is damaged in row group {group} ({str(error).splitlines()[0]}). Restore it or download it again"
+                ) from error
+            yield group, [text or "" for text in table.column("text").to_pylist()]
 
 
 def count_rows(paths: list[Path]) -> dict[str, int]:
@@ -145,26 +127,22 @@ def count_rows(paths: list[Path]) -> dict[str, int]:
     return counts
 
 
-def parquets_iter_batched(
-    split: str, start: int = 0, step: int = 1, source: str = DEFAULT_SOURCE
-) -> Iterator[list[str]]:
+def parquets_iter_batched(split: str, start: int = 0, step: int = 1, source: str = DEFAULT_SOURCE) -> Iterator[list[str]]:
     """One pass over a split, one list of documents per row group.
 
     Only the row groups numbered start, start + step, ... of each shard are read, so that ranks can
     share the work: start=rank, step=world size.
     """
     for path in split_paths(source, split):
-        with open_shard(path) as shard:
-            for group in range(start, shard.num_row_groups, step):
-                texts = [text for text in read_row_group(path, shard, group) if text]
-                if texts:
-                    yield texts
+        for _, texts in read_row_groups(path, start, step):
+            if documents := [text for text in texts if text]:
+                yield documents
 
 
-def iter_documents(split: str, source: str = DEFAULT_SOURCE, start: int = 0, step: int = 1) -> Iterator[str]:
-    """One pass over a split, document by document. `start` and `step` as in `parquets_iter_batched`."""
-    for texts in parquets_iter_batched(split, start, step, source):
-        yield from texts
+def iter_documents(split: str, source: str = DEFAULT_SOURCE) -> Iterator[str]:
+    """One pass over a split, document by document."""
+    for documents in parquets_iter_batched(split, source=source):
+        yield from documents
 
 
 # -----------------------------------------------------------------------------
@@ -176,63 +154,58 @@ def hub_answers(timeout: float = 5.0) -> bool:
 
     `huggingface_hub` retries for 23 s before it reports that nothing does.
     """
-    request = urllib.request.Request(hub_endpoint(), method="HEAD", headers={"User-Agent": "nanochat"})
+    from huggingface_hub.utils import get_session
+
     try:
-        urllib.request.urlopen(request, timeout=timeout).close()
-        return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # huggingface_hub brings its own certificates
+        get_session().head(hub_endpoint(), timeout=timeout)
+    except Exception:  # of the library's HTTP client, which differs between its versions
+        return False
+    return True
 
 
-def download_shards(source: str, num_train: int, workers: int = 4) -> list[Path]:
+def download_shards(source: str, num_train: int, workers: int = 4) -> None:
     """Download the first `num_train` shards of a source of the hub and its last, the validation split.
 
-    Existing shards are kept. Raises UserError for the first shard that cannot be downloaded or is damaged.
+    Existing shards are kept. Raises UserError if one cannot be downloaded, or is damaged, which is then deleted.
     """
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    last = SOURCES[source][1]
-    folder = data_dir(source)
+    (repo, last), folder, endpoint = SOURCES[source], data_dir(source), hub_endpoint()
     paths = [folder / f"shard_{number:05d}.parquet" for number in (last, *range(min(num_train, last)))]
-    if not all(path.exists() for path in paths) and not hub_answers():
+    missing = [path.name for path in paths if not path.exists()]
+    if missing and not hub_answers():
         raise UserError(
-            f"cannot download shards of {source}: nothing answers at {hub_endpoint()}. Check the connection, set HF_ENDPOINT "
-            "to a mirror, or use the built-in corpus (--source sample), which needs no network."
+            f"cannot download shards of {source}: nothing answers at {endpoint}. Check the connection, set HF_ENDPOINT to a "
+            "mirror, or use the built-in corpus (--source sample), which needs no network."
         )
+
+    def download(name: str) -> None:
+        hf_hub_download(repo, name, repo_type="dataset", local_dir=folder, endpoint=endpoint)
+
     disable_progress_bars()  # one bar over all shards instead of one per shard
-    bar = tqdm(total=len(paths), desc=source, unit="shard")
-    # The threads of a ThreadPool are daemons, so Ctrl-C ends the program at once.
-    with bar, logging_redirect_tqdm([logging.getLogger("huggingface_hub")]), ThreadPool(workers) as pool:
-        for _ in pool.imap_unordered(lambda path: _download_shard(source, path), paths):
-            bar.update()
-    return paths
-
-
-def _download_shard(source: str, path: Path) -> None:
-    """Download one shard unless it exists. A damaged one, downloaded now or earlier, is deleted and reported."""
-    from huggingface_hub import hf_hub_download
-
-    if not path.exists():
-        repo, endpoint = SOURCES[source][0], hub_endpoint()
-        try:
-            hf_hub_download(repo, path.name, repo_type="dataset", local_dir=path.parent, endpoint=endpoint)
-        except Exception as error:  # of the library, its HTTP client or the system, without a common ancestor
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise
-            cause = (str(error.__cause__ or error).strip() or repr(error)).splitlines()[0].rstrip(".")
-            raise UserError(
-                f"cannot download {path.name} of {repo} from {endpoint}: {cause}. "
-                "Check the connection, then run this again: complete shards are kept."
-            ) from error
+    bar = tqdm(total=len(paths), initial=len(paths) - len(missing), desc=source, unit="shard")
     try:
-        open_shard(path).close()
-    except UserError as error:
-        path.unlink()
-        raise UserError(f"{error}; it was deleted, run this again to download it") from error
+        # The threads of a ThreadPool are daemons, so Ctrl-C ends the program at once.
+        with bar, logging_redirect_tqdm([logging.getLogger("huggingface_hub")]), ThreadPool(workers) as pool:
+            for _ in pool.imap_unordered(download, missing):
+                bar.update()
+    except Exception as error:  # of the library, its HTTP client or the system, without a common ancestor
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        cause = " ".join(str(error.__cause__ or error).split()) or repr(error)
+        raise UserError(
+            f"cannot download shards of {repo} from {endpoint}: {cause}. Check the connection, then run this again: "
+            "complete shards are kept."
+        ) from error
+    for path in paths:
+        try:
+            open_shard(path).close()
+        except UserError as error:
+            path.unlink()
+            raise UserError(f"{error}; it was deleted, run this again to download it") from error
 
 
 # -----------------------------------------------------------------------------
@@ -242,53 +215,46 @@ WAITS = (0, 1, 3)  # seconds before each attempt
 TIMEOUT = 10.0  # seconds without a byte after which a connection counts as dead
 
 
+def write_once(path: Path, write: Callable[[Path], None]) -> None:
+    """Unless `path` exists, create it by `write(temporary path)`, in one process while others wait."""
+    from filelock import FileLock
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            print0(f"writing {path}")
+            with atomic(path) as tmp:
+                write(tmp)
+
+
 def fetch_file(url: str, path: str | os.PathLike, check: Callable[[Path], None] | None = None) -> Path:
     """Download `url` to `path` unless `path` exists, and return `path`, which is complete or absent.
 
-    Several processes may ask for the same file: one downloads it while the others wait. `check` is called with the
-    temporary path of the downloaded file and raises ValueError if the content is not what it should be.
-
-    Raises:
-        UserError: names the file and the cause if the server refuses or every attempt failed.
+    `check` is called with the temporary path of the downloaded file and raises ValueError if the content is not what
+    it should be. Raises UserError that names the file and the cause if the server refuses or every attempt failed.
     """
-    from filelock import FileLock
-
     path = Path(path)
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+
+    def download(tmp: Path) -> None:
+        request = urllib.request.Request(url, headers={"User-Agent": "nanochat"})
         for wait in WAITS:
-            if path.exists():  # another process downloaded it while this one waited for the lock
-                return path
             time.sleep(wait)
             try:
-                with atomic(path) as tmp:
-                    _download(url, tmp)
-                    if check:
-                        check(tmp)
-                return path
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                    tmp.write_bytes(response.read())  # raises IncompleteRead where the connection ends early
+                if check:
+                    check(tmp)
+                return
             except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException, ValueError) as error:
                 cause = str(error).strip("<>")
                 if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429):
                     break  # the answer will be the same in a moment
-    raise Unreachable(
-        f"cannot download {path.name} from {url}: {cause}. Check the connection and the address, then run this again."
-    )
+        raise Unreachable(f"cannot download {path.name} from {url}: {cause}. Check the connection and run this again")
 
-
-def _download(url: str, path: Path) -> None:
-    from tqdm import tqdm
-
-    request = urllib.request.Request(url, headers={"User-Agent": "nanochat"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(path, "wb") as out:
-        length = response.headers.get("Content-Length")
-        size = int(length) if length else None
-        # disable=None: no bar where the output is not a terminal
-        with tqdm.wrapattr(response, "read", total=size, desc=url.rsplit("/", 1)[-1], leave=False, disable=None) as body:
-            shutil.copyfileobj(body, out)
-        if size is not None and out.tell() != size:
-            raise ConnectionError(f"the connection ended after {out.tell():,} of {size:,} bytes")
+    write_once(path, download)
+    return path
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ value that resumes the packer just after that row. This file knows nothing of te
 from __future__ import annotations
 
 import random
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from itertools import groupby
 from operator import itemgetter
@@ -18,7 +19,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 import numpy as np
 
 from nanochat.common import UserError
-from nanochat.dataset import open_shard, read_row_group
+from nanochat.dataset import read_row_groups
 
 LONG = 8192  # tokens; if documents are longer on average, fewer of them wait in the buffer ...
 FEW = 32  # ... but at least this many, so that one enormous document does not fill whole batches
@@ -35,8 +36,7 @@ class BestFitBuffer:
         self.row = row
         self.items: dict[int, tuple[int, Any]] = {}  # arrival number -> (length, item), oldest first
         self.arrivals: dict[int, deque[int]] = {}  # length (row + 1 for all longer ones) -> arrival numbers, oldest first
-        # The set of lengths that are present, as integers with bit `length` (or `row - length`) set.
-        self.present = self.mirrored = 0
+        self.lengths: list[int] = []  # the keys of `arrivals`, sorted
         self.total = 0  # sum of all lengths
         self.arrived = 0
 
@@ -53,23 +53,18 @@ class BestFitBuffer:
         length = min(length, self.row + 1)
         if length not in self.arrivals:
             self.arrivals[length] = deque()
-            self._flip(length)
+            insort(self.lengths, length)
         self.arrivals[length].append(self.arrived)
         self.arrived += 1
-
-    def _flip(self, length: int) -> None:
-        self.present ^= 1 << length
-        self.mirrored ^= 1 << self.row >> length
 
     def _pop(self, length: int) -> Any:
         """Remove and return the oldest item of this length."""
         same = self.arrivals[length]
-        length, item = self.items.pop(same.popleft())
-        self.total -= length
+        full_length, item = self.items.pop(same.popleft())
+        self.total -= full_length
         if not same:
-            length = min(length, self.row + 1)
             del self.arrivals[length]
-            self._flip(length)
+            self.lengths.remove(length)
         return item
 
     def pop_oldest(self) -> Any:
@@ -77,12 +72,7 @@ class BestFitBuffer:
         return self._pop(min(length, self.row + 1))
 
     def pop_shortest(self) -> Any:
-        return self._pop((self.present & -self.present).bit_length() - 1)
-
-    def pop_largest(self, room: int) -> Any | None:
-        """Remove and return the oldest of the longest items of at most `room` tokens; None if none fits."""
-        fitting = self.present & (2 << room) - 1
-        return self._pop(fitting.bit_length() - 1) if fitting else None
+        return self._pop(self.lengths[0])
 
     def pop_best(self, room: int) -> Any | None:
         """Remove and return the item that fills `room` best; None if none fits.
@@ -90,18 +80,17 @@ class BestFitBuffer:
         An item that fills it exactly comes first, then the longer of two items that fill it together (of all pairs the
         one with the most equal lengths), then the longest item that fits.
         """
-        if room in self.arrivals:
-            return self._pop(room)
-        longer = self._longer_of_two(room)
-        return self._pop(longer) if longer else self.pop_largest(room)
-
-    def _longer_of_two(self, room: int) -> int:
-        """The longer length of the most equal pair of items that fill `room` together; 0 if there is no such pair."""
-        half = -(-room // 2)
-        found = (self.present & self.mirrored >> self.row - room) >> half  # bit n: lengths half + n and room - half - n
-        if 2 * half == room and found & 1 and len(self.arrivals[half]) == 1:  # one item is not a pair
-            found ^= 1
-        return half + (found & -found).bit_length() - 1 if found else 0
+        fitting = self.lengths[: bisect_right(self.lengths, room)]
+        if not fitting:
+            return None
+        best = fitting[-1]
+        if best < room:
+            for longer in fitting[bisect_left(fitting, room / 2) :]:
+                same_length = 2 * longer == room
+                if room - longer in self.arrivals and not (same_length and len(self.arrivals[longer]) == 1):
+                    best = longer
+                    break
+        return self._pop(best)
 
 
 # -----------------------------------------------------------------------------
@@ -123,8 +112,8 @@ class Documents:
     A new walk from `position` continues exactly like this one.
     """
 
-    def __init__(self, paths: list[Path], encode: Callable[[list[str]], list[np.ndarray]], chunk_size: int, position: Position):
-        """`encode` returns the ids of each text, without bos."""
+    def __init__(self, paths: list[Path], encode: Callable, chunk_size: int, position: Position):
+        """`encode(texts)` returns the ids of each text in an array, without bos."""
         self.paths, self.encode, self.chunk_size = paths, encode, chunk_size
         self._texts = self._walk(position)
         self._ahead = next(self._texts)
@@ -136,12 +125,11 @@ class Documents:
 
     def read(self) -> list[tuple[Position, np.ndarray]]:
         """The next `chunk_size` documents as (position, ids), fewer at the end of an epoch."""
-        positions, texts, epoch = [], [], self.position.epoch
-        while len(texts) < self.chunk_size and self.position.epoch == epoch:
-            position, text = self._ahead
-            positions.append(position)
-            texts.append(text)
+        chunk, epoch = [], self.position.epoch
+        while len(chunk) < self.chunk_size and self.position.epoch == epoch:
+            chunk.append(self._ahead)
             self._ahead = next(self._texts)
+        positions, texts = zip(*chunk)
         return list(zip(positions, self.encode(texts)))
 
     def _walk(self, start: Position) -> Iterator[tuple[Position, str]]:
@@ -149,14 +137,12 @@ class Documents:
         while True:
             found = False
             for number in range(first_shard, len(self.paths)):
-                with open_shard(self.paths[number]) as shard:
-                    for group in range(first_group, shard.num_row_groups):
-                        texts = read_row_group(self.paths[number], shard, group)
-                        for row in range(first_row, len(texts)):
-                            if texts[row]:
-                                found = True
-                                yield Position(epoch, number, group, row), texts[row]
-                        first_row = 0
+                for group, texts in read_row_groups(self.paths[number], first_group):
+                    for row in range(first_row, len(texts)):
+                        if texts[row]:
+                            found = True
+                            yield Position(epoch, number, group, row), texts[row]
+                    first_row = 0
                 first_group = 0
             if not found:
                 raise UserError(f"no document with text in {len(self.paths)} shard(s) of {self.paths[0].parent}")
@@ -166,10 +152,9 @@ class Documents:
         """(position, start, ids) of the documents in a state's buffer, in which each is [*position, start]."""
         texts = {}  # (shard, group, row) -> text
         rows = {tuple(entry[1:4]) for entry in waiting}
-        for number, group in sorted({row[:2] for row in rows}):
-            with open_shard(self.paths[number]) as shard:
-                found = read_row_group(self.paths[number], shard, group) if group < shard.num_row_groups else []
-            texts |= {(number, group, row): text for row, text in enumerate(found) if (number, group, row) in rows}
+        for shard, group in sorted({row[:2] for row in rows}):
+            _, found = next(read_row_groups(self.paths[shard], group), (group, []))
+            texts |= {(shard, group, row): text for row, text in enumerate(found) if (shard, group, row) in rows}
         ids = dict(zip(texts, self.encode(list(texts.values()))))
         for *position, start in waiting:
             row = tuple(position[1:])
@@ -187,7 +172,7 @@ class DocumentPacker:
     Other rules are compared in dev/LOG.md, 10.
     """
 
-    def __init__(self, documents: Documents, T: int, bos: int, buffer_size: int, waiting: list[list[int]]):
+    def __init__(self, documents: Documents, T: int, bos: int, waiting: list[list[int]], buffer_size: int):
         self.documents, self.T, self.bos, self.buffer_size = documents, T, bos, buffer_size
         self.buffer = BestFitBuffer(T + 1)  # items: ([*position, number of ids that are used up], ids)
         for item in documents.read_again(waiting):
@@ -201,11 +186,15 @@ class DocumentPacker:
 
         Of a corpus smaller than the buffer, hold only this epoch and the next.
         """
-        buffer = self.buffer
-        if len(buffer) < (self.buffer_size if buffer.total < self.buffer_size * LONG else min(FEW, self.buffer_size)):
-            if not buffer or self.documents.position.epoch <= 1 + min(place[0] for place, _ in buffer):
-                for position, ids in self.documents.read():
-                    self._add(position, 0, ids)
+        limit = self.buffer_size
+        if self.buffer.total >= self.buffer_size * LONG:
+            limit = min(limit, FEW)
+        if len(self.buffer) >= limit:
+            return
+        epochs = [epoch for (epoch, *_), _ in self.buffer]
+        if not epochs or self.documents.position.epoch <= 1 + min(epochs):
+            for position, ids in self.documents.read():
+                self._add(position, 0, ids)
 
     def next_row(self) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.full(self.T + 1, self.bos, np.int32)  # bos is in place before each document is copied behind it
@@ -213,7 +202,10 @@ class DocumentPacker:
         while used < self.T:  # if a single place is left, it keeps its bos
             self._refill()
             room = self.T + 1 - used
-            item = (self.buffer.pop_best(room) or self.buffer.pop_shortest()) if used else self.buffer.pop_oldest()
+            if used:
+                item = self.buffer.pop_best(room) or self.buffer.pop_shortest()
+            else:
+                item = self.buffer.pop_oldest()
             (*position, start), ids = item
             end = min(len(ids), start + room - 1)
             tokens[used + 1 : used + 1 + end - start] = ids[start:end]
@@ -278,24 +270,21 @@ class ConversationPacker:
     into which no waiting chunk fits is padding: inputs bos, targets -1.
     """
 
-    FRESH = {"next": [1, 0], "buffer": [], "finished": 0, "skipped": 0}
-
-    def __init__(self, dataset, render: Callable, T: int, bos: int, buffer_size: int, seed: int, state: dict = FRESH):
+    def __init__(self, dataset, render: Callable, T: int, bos: int, buffer_size: int, seed: int, state: dict | None = None):
         """`render(conversation)` returns its chunks of at most T pairs, as `split_conversation` does."""
         self.dataset, self.render, self.T, self.bos = dataset, render, T, bos
         self.buffer_size, self.seed = buffer_size, seed
         self.buffer = BestFitBuffer(T)  # items: ([epoch, index, number of the chunk], (inputs, targets))
+        state = state or {"next": [1, 0], "buffer": [], "skipped": 0}
         self.skipped = state["skipped"]  # chunks without a supervised target
-        self.read = state["finished"]  # conversations read in all epochs, here without those that wait
         self._begin_epoch(*state["next"])
-        for (epoch, index), places in groupby(state["buffer"], key=lambda place: place[:2]):
+        for index, places in groupby(state["buffer"], key=itemgetter(1)):
             chunks = render(dataset[index])
-            self.read += 1
             for *_, number in places:
                 if number >= len(chunks):
-                    raise UserError(f"the data set has changed: conversation {index} is shorter than when this run "
-                                    "read it. Restore the old data, or start this stage again.")
-                self._add(epoch, index, number, chunks[number])
+                    raise UserError(f"the data set has changed: conversation {index} is shorter than when this run read it. "
+                                    "Restore the old data, or start this stage again.")
+                self._add(index, number, chunks[number])
 
     def _begin_epoch(self, epoch: int, position: int = 0) -> None:
         self.epoch, self.position = epoch, position
@@ -303,28 +292,26 @@ class ConversationPacker:
         self.order = list(range(len(self.dataset)))
         random.Random(f"{self.seed}, epoch {epoch}").shuffle(self.order)
 
-    def _add(self, epoch: int, index: int, number: int, chunk: tuple[list[int], list[int]]) -> None:
-        self.buffer.add(len(chunk[0]), ([epoch, index, number], chunk))
+    def _add(self, index: int, number: int, chunk: tuple[list[int], list[int]]) -> None:
+        self.buffer.add(len(chunk[0]), ([self.epoch, index, number], chunk))
 
     def _refill(self) -> None:
         """Read conversations of this epoch until the buffer is full."""
         while len(self.buffer) < self.buffer_size and self.position < len(self.order):
             index = self.order[self.position]
             self.position += 1
-            self.read += 1
             for number, chunk in enumerate(self.render(self.dataset[index])):
                 if all(target == -1 for target in chunk[1]):
                     self.skipped += 1
                 else:
                     self.found = True
-                    self._add(self.epoch, index, number, chunk)
+                    self._add(index, number, chunk)
 
     def next_row(self) -> tuple[np.ndarray, np.ndarray]:
         self._refill()
         while not self.buffer:
             if not self.found:
-                raise UserError(f"nothing to train on: none of the {len(self.dataset)} conversations has a supervised token. "
-                                "Check the data set.")
+                raise UserError(f"nothing to train on: none of the {len(self.dataset)} conversations has a supervised token")
             self._begin_epoch(self.epoch + 1)
             self._refill()
         inputs, targets = np.full(self.T, self.bos, np.int32), np.full(self.T, -1, np.int64)
@@ -340,10 +327,12 @@ class ConversationPacker:
 
     def state(self) -> dict:
         waiting = [place for place, _ in self.buffer]
+        read = (self.epoch - 1) * len(self.order) + self.position  # conversations, over all epochs
+        finished = read - len({index for _, index, _ in waiting})
         return {
             "epoch": self.epoch,
             "next": [self.epoch, self.position],
             "buffer": waiting,
-            "finished": self.read - len({(epoch, index) for epoch, index, _ in waiting}),
+            "finished": finished,
             "skipped": self.skipped,
         }

@@ -14,15 +14,14 @@ import base64
 import codecs
 import hashlib
 import json
+import multiprocessing
 import os
 import re
-import threading
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout  # the built-in one only from Python 3.11 on
 from functools import cached_property
 from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Iterable, Iterator, Sequence
 
 from nanochat.common import UserError, atomic, get_base_dir, print0
 from nanochat.conversation import PARTS, render_conversation, render_for_completion
@@ -50,8 +49,7 @@ SPLIT_PATTERN = (
     r"""|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
 
-# `\s+(?!\S)` needs a stack as deep as a run of whitespace is long, and tiktoken's regex engine panics at a
-# million (the published rustbpe then skips the text). Longer runs are split, for training and encoding alike.
+# tiktoken's regex engine panics at a million blanks. Longer runs are split, for training and encoding alike.
 MAX_BLANKS = 100_000
 DOWNLOAD_TIMEOUT = 15.0  # seconds for a published vocabulary (under 3 MB)
 VOCABULARY_FILE = "vocabulary.json"
@@ -64,11 +62,7 @@ class RustBPETokenizer:
         import tiktoken
 
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
-        self.encoding = tiktoken.Encoding(
-            "nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
-        )
-        self._bytes = {id: token for token, id in ranks.items()}
-        self._bytes.update((id, name.encode()) for name, id in special_tokens.items())
+        self.encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
 
     # -------------------------------------------------------------------------
     # Train, load, save
@@ -79,14 +73,9 @@ class RustBPETokenizer:
 
         Raises UserError if the texts have too few different words for so many tokens.
         """
-        if isinstance(iterator, str):
-            raise TypeError("train_from_iterator takes an iterator of texts, not one text")
         num_special = len(SPECIAL_TOKENS)
         if vocab_size < 256 + num_special:
-            raise UserError(
-                f"a vocabulary of {vocab_size} is too small: 256 bytes and {num_special} special tokens "
-                f"make {256 + num_special}; use a larger one"
-            )
+            raise UserError(f"a vocabulary of {vocab_size} is too small: bytes and special tokens make {256 + num_special}")
         import rustbpe
 
         trainer = rustbpe.Tokenizer()
@@ -114,26 +103,21 @@ class RustBPETokenizer:
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(body["tokens"])}
             check_vocabulary(ranks, body["special_tokens"])
         except (ValueError, KeyError, TypeError, AttributeError) as cause:
-            reason = f"it lacks {cause}" if isinstance(cause, KeyError) else cause
             raise UserError(
-                f"the tokenizer in {path} cannot be used ({reason}); restore that file, or train a new "
-                "tokenizer with `python -m scripts.tok_train`"
+                f"the tokenizer in {path} cannot be used ({cause!r}); restore that file, or train a new one with "
+                "`python -m scripts.tok_train`"
             ) from cause
         return cls(ranks, body["pattern"], body["special_tokens"])
 
     @classmethod
     def from_pretrained(cls, tiktoken_name: str) -> RustBPETokenizer:
-        """A published vocabulary that tiktoken knows: "gpt2", "cl100k_base" (GPT-4), ...
-
-        tiktoken caches it on disk. Raises UserError if it cannot be fetched.
-        """
+        """A published vocabulary that tiktoken knows ("gpt2", "cl100k_base") and caches. UserError if it cannot be fetched."""
         from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
 
-        if tiktoken_name not in ENCODING_CONSTRUCTORS:
-            raise UserError(f"no published vocabulary {tiktoken_name!r}; there are {', '.join(ENCODING_CONSTRUCTORS)}")
         try:
-            parts = call_within(DOWNLOAD_TIMEOUT, ENCODING_CONSTRUCTORS[tiktoken_name])
-        except (OSError, ValueError, FutureTimeout) as cause:  # all network errors of requests are OSErrors
+            with ThreadPool(1) as pool:  # requests alone may wait for minutes
+                parts = pool.apply_async(ENCODING_CONSTRUCTORS[tiktoken_name]).get(DOWNLOAD_TIMEOUT)
+        except (OSError, ValueError, KeyError, multiprocessing.TimeoutError) as cause:  # network errors are OSErrors
             raise UserError(
                 f"the vocabulary {tiktoken_name!r} cannot be fetched by tiktoken "
                 f"({type(cause).__name__}); connect to the internet, or set TIKTOKEN_CACHE_DIR to a folder that has it"
@@ -142,10 +126,11 @@ class RustBPETokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Write the vocabulary into a folder, completely or not at all."""
-        tokens = [base64.b64encode(token).decode() for token in sorted(self.ranks, key=self.ranks.get)]
+        tokens = [base64.b64encode(token).decode() for token in self._tokens()]
         body = {"pattern": self.pattern, "special_tokens": self.special_tokens, "tokens": tokens}
+        contents = {"format": "nanochat-bpe-1", "sha256": _checksum(body), **body}
         with atomic(Path(directory) / VOCABULARY_FILE) as tmp:
-            tmp.write_text(json.dumps({"format": "nanochat-bpe-1", "sha256": _checksum(body), **body}, indent=0), encoding="utf-8")
+            tmp.write_text(json.dumps(contents, indent=0), encoding="utf-8")
 
     # -------------------------------------------------------------------------
     # The vocabulary
@@ -153,10 +138,14 @@ class RustBPETokenizer:
     def get_vocab_size(self) -> int:
         return self.encoding.n_vocab
 
+    def _tokens(self) -> list[bytes]:
+        """The tokens in order of their ids, without the special ones."""
+        return sorted(self.ranks, key=self.ranks.get)
+
     def fingerprint(self) -> str:
         """A checksum of the tokens and their ids, by which a model's tokenizer is recognised."""
-        tokens = sorted(self.ranks, key=self.ranks.get)
-        return hashlib.sha256(repr((tokens, self.pattern, sorted(self.special_tokens.items()))).encode()).hexdigest()
+        vocabulary = self._tokens(), self.pattern, sorted(self.special_tokens.items())
+        return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
 
     def get_special_tokens(self) -> set[str]:
         return set(self.special_tokens)
@@ -173,7 +162,7 @@ class RustBPETokenizer:
 
     def id_to_bytes(self, id: int) -> bytes:
         """The bytes of a token, which may be part of a character. KeyError outside the vocabulary."""
-        return self._bytes[id]
+        return self.encoding.decode_single_token_bytes(id)
 
     def id_to_token(self, id: int) -> str:
         """A token as text for display; incomplete characters become U+FFFD."""
@@ -192,46 +181,39 @@ class RustBPETokenizer:
     # Text to ids
 
     def encode(
-        self,
-        text: str | Sequence[str],
-        prepend: int | str | None = None,
-        append: int | str | None = None,
-        num_threads: int = 8,
+        self, text: str | Sequence[str], prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
     ) -> list[int] | list[list[int]]:
-        """Ids of a text, or a list of ids for each of a list of texts.
+        """Ids of a text, or of each of a list of texts, between the special tokens `prepend` and `append` (ids or names).
 
-        `prepend` and `append` are special tokens (id or name) added to each text. Special tokens spelt
-        out in the text itself are encoded as text.
+        Special tokens spelt out in the text itself are encoded as text.
         """
         before, after = self._special_ids(prepend), self._special_ids(append)
         if isinstance(text, str):
-            return before + self._encode_text(text) + after
-        if not isinstance(text, (list, tuple)):
-            raise TypeError(f"encode takes a str or a list of str, not {type(text).__name__}")
+            ids = []
+            for segment in encodable_segments(text):
+                ids += self.encoding.encode_ordinary(segment)
+            return before + ids + after
         ids, offsets = self.encode_to_numpy(text, num_threads)
         return [before + ids[start:end].tolist() + after for start, end in zip(offsets[:-1], offsets[1:])]
 
     __call__ = encode
+
+    def _special_ids(self, token: int | str | None) -> list[int]:
+        return [] if token is None else [self.encode_special(token) if isinstance(token, str) else token]
 
     def encode_to_numpy(self, texts: Sequence[str], num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts concatenated, uint16 or uint32, and the offsets of the texts, int64 of shape (len(texts) + 1,)."""
         import numpy as np
 
         num_threads = max(1, min(num_threads, os.cpu_count() or 1))
-        if max(map(len, texts), default=0) <= MAX_BLANKS:
-            try:
-                return self._encode_segments(texts, num_threads)
-            except UnicodeEncodeError:
-                pass  # a lone surrogate in one of them
-        segments = [list(encodable_segments(text)) for text in texts]
-        ids, offsets = self._encode_segments(list(chain.from_iterable(segments)), num_threads)
-        return ids, offsets[np.cumsum([0, *map(len, segments)])]
-
-    def _encode_segments(self, texts: Sequence[str], num_threads: int) -> tuple[np.ndarray, np.ndarray]:
+        by_text = [list(encodable_segments(text)) for text in texts]
+        segments = list(chain.from_iterable(by_text))
         if self._bulk_encoder:
-            return self._bulk_encoder.encode_to_numpy(texts, num_threads)
-        rows = self.encoding.encode_ordinary_batch(texts, num_threads=num_threads)
-        return concatenate_ids(rows, max(self.ranks.values()))
+            ids, offsets = self._bulk_encoder.encode_to_numpy(segments, num_threads)
+        else:
+            rows = self.encoding.encode_ordinary_batch(segments, num_threads=num_threads)
+            ids, offsets = concatenate_ids(rows, max(self.ranks.values()))
+        return ids, offsets[np.cumsum([0, *map(len, by_text)])]
 
     @cached_property
     def _bulk_encoder(self):
@@ -239,32 +221,16 @@ class RustBPETokenizer:
         import rustbpe
 
         if not hasattr(rustbpe.Tokenizer, "encode_to_numpy"):
-            print0("rustbpe is the published package, several times slower than ours; `bash dev/setup.sh` installs ours where there is Rust")
+            print0("rustbpe is the published package, which is slow; with Rust, `bash dev/setup.sh` installs ours")
             return None
         return rustbpe.Tokenizer.from_ranks(self.ranks, self.pattern) if self.pattern == rustbpe.PATTERN else None
 
-    def _special_ids(self, token: int | str | None) -> list[int]:
-        if token is None:
-            return []
-        return [self.encode_special(token) if isinstance(token, str) else token]
-
-    def _encode_text(self, text: str) -> list[int]:
-        if len(text) <= MAX_BLANKS:  # nearly always, without a copy
-            return self.encoding.encode_ordinary(text)
-        return [id for segment in encodable_segments(text) for id in self.encoding.encode_ordinary(segment)]
-
     # -------------------------------------------------------------------------
-    # Ids to text
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return self.encoding.decode_bytes(ids)
+    # Ids to text, conversations
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD. KeyError outside the vocabulary."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    # -------------------------------------------------------------------------
-    # Conversations
+        return self.encoding.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def render_conversation(self, conversation: dict, max_tokens: int | None = 2048) -> tuple[list[int], list[int]]:
         return render_conversation(self, conversation, max_tokens)
@@ -272,20 +238,9 @@ class RustBPETokenizer:
     def render_for_completion(self, conversation: dict) -> list[int]:
         return render_for_completion(self, conversation)
 
-    def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int]) -> str:
-        """The tokens for a terminal, separated by |: green if supervised (mask 1), else red."""
-        green, red, plain = "\033[92m", "\033[91m", "\033[0m"
-        return "|".join(
-            f"{green if supervised else red}{self.id_to_token(id)}{plain}" for id, supervised in zip(ids, mask, strict=True)
-        )
-
 
 class StreamDecoder:
-    """Decodes ids one at a time without cutting characters.
-
-    The returned strings, joined, equal `tokenizer.decode` of all ids: "é" split over two tokens
-    returns "" and then "é".
-    """
+    """Decodes ids one at a time without cutting characters: of "é" in two tokens, "" and then "é" are returned."""
 
     def __init__(self, tokenizer: RustBPETokenizer):
         self._tokenizer = tokenizer
@@ -326,8 +281,7 @@ class Segments:
     def finish(self) -> list[tuple[str, str]]:
         """The held-back text at the end of the reply."""
         segments = self._shown(self._decoder.finish())
-        held, self._held = self._held, ""
-        return [*segments, ("text", held)] if held else segments
+        return [*segments, ("text", self._held)] if self._held else segments
 
     def _shown(self, text: str) -> list[tuple[str, str]]:
         if self.stopped:
@@ -344,7 +298,6 @@ class Segments:
         keep = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
 
 
 def tokenizer_dir() -> Path:
@@ -381,10 +334,9 @@ def _checksum(body: dict) -> str:
 
 
 def encodable_segments(text: str) -> Iterator[str]:
-    """The text in segments of valid UTF-8 without a run of whitespace longer than MAX_BLANKS.
+    """The text, nearly always whole, in segments without a run of whitespace longer than MAX_BLANKS.
 
-    Nearly always that is the text itself. Surrogate pairs are joined and lone surrogates become
-    U+FFFD, as tiktoken does by itself.
+    Surrogate pairs are joined and lone surrogates become U+FFFD, as tiktoken does by itself.
     """
     try:
         text.encode()
@@ -407,17 +359,3 @@ def concatenate_ids(rows: list[list[int]], largest_id: int) -> tuple[np.ndarray,
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     dtype = np.uint16 if largest_id < 2**16 else np.uint32
     return np.fromiter((id for ids in rows for id in ids), dtype, offsets[-1]), offsets
-
-
-def call_within(seconds: float, function: Callable):
-    """`function()`, or TimeoutError after so many seconds; requests alone may wait for minutes."""
-    future: Future = Future()
-
-    def work():
-        try:
-            future.set_result(function())
-        except Exception as error:  # raised again by future.result
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future.result(timeout=seconds)

@@ -12,7 +12,7 @@ import threading
 import zipfile
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 COMMIT = "c" * 40
 CORE_TASKS = {  # label -> (icl_task_type, random baseline in percent, continuation delimiter, rows)
@@ -118,11 +118,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.do_GET()
 
-    def do_POST(self):
-        length = int(self.headers.get("Content-Length") or 0)
-        self.do_GET(parse_qs(self.rfile.read(length).decode()))
-
-    def do_GET(self, form: dict | None = None):
+    def do_GET(self):
         url = urlsplit(self.path)
         path = unquote(url.path)
         if match := re.fullmatch(r"/files/([^/]+)", path):
@@ -140,12 +136,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_json({"id": repo, "sha": COMMIT, "siblings": siblings, **flags})
         if verb == "tree":
             prefix = f"{name}/" if name else ""
-            inside = [file for file in files if file.startswith(prefix)]
-            if parse_qs(url.query).get("recursive") != ["true"]:
-                inside = list(dict.fromkeys(prefix + file.removeprefix(prefix).split("/")[0] for file in inside))
-            return self.send_json([entry(file, files.get(file)) for file in inside])
-        if verb == "paths-info":
-            return self.send_json([entry(file, files[file]) for file in (form or {}).get("paths", []) if file in files])
+            inside = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+            entries = dict.fromkeys(prefix + file.split("/")[0] for file in inside)  # files and folders, each once
+            return self.send_json([entry(file, files.get(file)) for file in entries])
         self.send_json({"error": "Not found"}, 404)
 
     def send_json(self, value, status: int = 200, headers: dict | None = None):

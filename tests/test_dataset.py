@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,43 +21,20 @@ def write_shard(path: Path, texts: list, row_group_size: int = 2, column: str = 
     pq.write_table(pa.table({column: texts}), path, row_group_size=row_group_size)
 
 
-@pytest.fixture
-def folder(tmp_path) -> str:
-    """Three shards of five documents, two of them for training."""
+def test_the_last_shard_is_the_validation_split(tmp_path):
     for shard in range(3):
-        write_shard(tmp_path / "mine" / f"{shard}.parquet", [f"{shard}:{row}" for row in range(5)])
-    return str(tmp_path / "mine")
-
-
-def test_the_last_shard_is_the_validation_split(folder):
-    assert [p.name for p in dataset.split_paths(folder, "train")] == ["0.parquet", "1.parquet"]
-    assert [p.name for p in dataset.split_paths(folder, "val")] == ["2.parquet"]
+        write_shard(tmp_path / f"{shard}.parquet", [f"{shard}:{row}" for row in range(5)])
+    folder = str(tmp_path)
     assert list(dataset.iter_documents("train", folder)) == [f"{s}:{r}" for s in (0, 1) for r in range(5)]
-    assert list(dataset.iter_documents("val", folder)) == [f"2:{r}" for r in range(5)]
-
-
-def test_a_batch_is_a_row_group_and_ranks_share_row_groups(folder):
     assert list(dataset.parquets_iter_batched("val", source=folder)) == [["2:0", "2:1"], ["2:2", "2:3"], ["2:4"]]
-    shares = [list(dataset.iter_documents("train", folder, start=rank, step=2)) for rank in range(2)]
-    assert sorted(sum(shares, [])) == list(dataset.iter_documents("train", folder))
-    assert shares[1] == ["0:2", "0:3", "1:2", "1:3"]
+    ranks = [list(dataset.parquets_iter_batched("val", rank, 2, folder)) for rank in range(2)]
+    assert ranks == [[["2:0", "2:1"], ["2:4"]], [["2:2", "2:3"]]]
 
 
 def test_rows_without_text_are_skipped(tmp_path):
-    write_shard(tmp_path / "0.parquet", ["a", None, "", "b"], row_group_size=4)
+    write_shard(tmp_path / "0.parquet", ["a", None, "", "b"])
     assert list(dataset.iter_documents("val", str(tmp_path))) == ["a", "b"]
     assert dataset.count_rows([tmp_path / "0.parquet"]) == {"0.parquet": 4}
-
-
-# -----------------------------------------------------------------------------
-# User errors
-
-
-def test_a_single_shard_leaves_nothing_to_train_on(tmp_path):
-    write_shard(tmp_path / "0.parquet", ["a"])
-    with pytest.raises(UserError, match="only one shard.*validation split, so there is nothing to train on"):
-        dataset.split_paths(str(tmp_path), "train")
-    assert len(dataset.split_paths(str(tmp_path), "val")) == 1
 
 
 def damage_first_page(path: Path) -> None:
@@ -69,27 +45,25 @@ def damage_first_page(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "write, message",
+    "write, split, message",
     [
-        (lambda path: None, "no .parquet files"),
-        (lambda path: path.write_text("<html>"), "0.parquet is not a readable parquet file"),
-        (lambda path: write_shard(path, ["a"], column="content"), "no column `text`.*content"),
-        (lambda path: write_shard(path, [1, 2]), "no column `text` of strings"),
-        (damage_first_page, "0.parquet is damaged in row group 0"),
+        (lambda path: None, "val", "no .parquet files .* Add more"),
+        (lambda path: write_shard(path, ["a"]), "train", "only one shard, which is the validation split. Add more"),
+        (lambda path: path.write_text("<html>"), "val", "0.parquet is not a readable parquet file"),
+        (lambda path: write_shard(path, ["a"], column="content"), "val", "no column `text`.*content"),
+        (lambda path: write_shard(path, [1, 2]), "val", "no column `text` of strings"),
+        (damage_first_page, "val", "0.parquet is damaged in row group 0"),
     ],
 )
-def test_a_folder_without_usable_shards_is_refused(tmp_path, write, message):
+def test_a_folder_without_usable_shards_is_refused(tmp_path, write, split, message):
     write(tmp_path / "0.parquet")
     with pytest.raises(UserError, match=message):
-        list(dataset.iter_documents("val", str(tmp_path)))
+        list(dataset.iter_documents(split, str(tmp_path)))
 
 
-def test_an_unknown_source_is_refused(base_dir):
+def test_a_source_without_data_is_refused_with_the_remedy(base_dir):
     with pytest.raises(UserError, match="climbmix, fineweb-edu, sample nor a folder"):
         dataset.main(["--source", "climbmixx"])
-
-
-def test_an_error_without_data_says_how_to_download_it(base_dir):
     with pytest.raises(UserError, match="python -m nanochat.dataset -n 8 --source fineweb-edu"):
         dataset.split_paths("fineweb-edu", "train")
 
@@ -112,20 +86,18 @@ def test_the_sample_corpus_is_written_once_and_completely(base_dir, monkeypatch)
 # Downloads
 
 
-def hub_answers_nowhere(monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-
-
 def test_n_training_shards_and_the_last_are_downloaded_once(hub, base_dir, monkeypatch, capsys):
     dataset.main(["-n", "2"])
     output = capsys.readouterr()
     assert "2 training shards with 120 documents and validation shard shard_06542.parquet" in output.out
-    assert "3/3" in output.err and output.err.count("shard/s") >= 1
+    assert "3/3" in output.err and "shard/s" in output.err
     names = ["shard_00000.parquet", "shard_00001.parquet", "shard_06542.parquet"]
     assert [p.name for p in dataset.shard_paths("climbmix")] == names
     assert next(dataset.iter_documents("val", "climbmix")).startswith("Document 2.0: ")
-    hub_answers_nowhere(monkeypatch)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     dataset.main(["-n", "2"])  # all shards exist, so the hub is not needed
+    with pytest.raises(UserError, match="cannot download shards of climbmix: nothing answers at http://127.0.0.1:1."):
+        dataset.main(["-n", "3"])
 
 
 def test_a_damaged_shard_is_deleted_and_downloaded_again_by_the_next_call(hub, base_dir):
@@ -138,17 +110,9 @@ def test_a_damaged_shard_is_deleted_and_downloaded_again_by_the_next_call(hub, b
 
 
 def test_a_missing_shard_stops_the_rest(hub, base_dir):
-    with pytest.raises(UserError, match="cannot download shard_00003.parquet of karpathy/climbmix.*404"):
+    with pytest.raises(UserError, match="cannot download shards of karpathy/climbmix.*404.*shard_00003"):
         dataset.main(["-n", "-1", "-w", "1"])
     assert len(hub.requests) == 4  # the validation shard and the three that exist
-
-
-def test_an_unreachable_hub_is_reported_at_once(base_dir, monkeypatch):
-    hub_answers_nowhere(monkeypatch)
-    began = time.monotonic()
-    with pytest.raises(UserError, match="cannot download shards of climbmix: nothing answers at http://127.0.0.1:1."):
-        dataset.main(["-n", "1"])
-    assert time.monotonic() - began < 10
 
 
 NAME = "words_alpha.txt"
@@ -180,7 +144,7 @@ def test_a_file_is_complete_despite_faults_of_the_server(hub, url, tmp_path, fau
     [
         ([404], "HTTP Error 404: Not Found", 1),  # final, not tried again
         ([503] * 3, "HTTP Error 503", 3),
-        (["cut"] * 3, f"the connection ended after {len(CONTENT) // 2:,} of {len(CONTENT):,} bytes", 3),
+        (["cut"] * 3, f"{len(CONTENT) // 2} bytes read, {len(CONTENT) // 2} more expected", 3),
         ([], "not a zip file", 3),
     ],
     ids=str,

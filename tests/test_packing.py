@@ -1,9 +1,9 @@
-"""The best-fit buffer against a plain list, and how conversations are split; test_dataloader.py tests the packers."""
+"""The best-fit buffer against a plain list; test_dataloader.py tests the packers."""
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nanochat.packing import BestFitBuffer, split_conversation
+from nanochat.packing import BestFitBuffer
 
 
 def best_length(lengths: list[int], room: int) -> int | None:
@@ -18,7 +18,7 @@ def best_length(lengths: list[int], room: int) -> int | None:
     return longer_of_two(room) or max((n for n in lengths if n <= room), default=None)
 
 
-ACTIONS = st.sampled_from("add add best largest oldest shortest".split())
+ACTIONS = st.sampled_from("add add best oldest shortest".split())
 
 
 @example([("add", 2), ("add", 3), ("best", 4)], 12)  # a single 2 is not a pair
@@ -32,10 +32,7 @@ def test_buffer_equals_a_plain_list(actions, row):
             plain.append((number, name))
             continue
         room = min(number, row)
-        if action == "largest":
-            popped = buffer.pop_largest(room)
-            expected = max((p for p in plain if p[0] <= room), key=lambda p: p[0], default=None)
-        elif action == "best":
+        if action == "best":
             popped = buffer.pop_best(room)
             length = best_length([p[0] for p in plain], room)
             expected = next((p for p in plain if p[0] == length), None)
@@ -49,11 +46,3 @@ def test_buffer_equals_a_plain_list(actions, row):
             plain.remove(expected)
         assert list(buffer) == plain and len(buffer) == len(plain)
         assert buffer.total == sum(length for length, _ in plain)
-
-
-def test_conversation_is_split_into_consecutive_pairs():
-    ids, mask = [10, 11, 12, 13, 14, 15], [0, 0, 1, 1, 0, 1]
-    assert split_conversation(ids, mask, 10, "assistant") == [([10, 11, 12, 13, 14], [-1, 12, 13, -1, 15])]
-    assert split_conversation(ids, mask, 2, "assistant") == [([10, 11], [-1, 12]), ([12, 13], [13, -1]), ([14], [15])]
-    assert split_conversation(ids, mask, 3, "all") == [([10, 11, 12], [11, 12, 13]), ([13, 14], [14, 15])]
-    assert split_conversation([10], [1], 3, "all") == []

@@ -1,9 +1,8 @@
-"""Our rustbpe: training, bulk encoding and bad input. test_rustbpe_split.py tests words and ids."""
+"""Our rustbpe: training and bad input. test_rustbpe_split.py tests words and ids, test_tokenizer.py threads."""
 
 import os
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -71,10 +70,6 @@ def tokens_of(tokenizer):
     return [token for token, _ in ranks]
 
 
-# -----------------------------------------------------------------------------
-# Training
-
-
 @settings(max_examples=500, deadline=None)
 @given(corpora, st.integers(256, 290), st.integers(1, 3), st.integers(1, 20))
 def test_training_equals_the_reference(texts, vocab_size, threads, batch_chars):
@@ -89,33 +84,6 @@ def test_training_on_documents_equals_the_reference():
     assert tokens_of(trained(texts * 40, 400, threads=3)) == train_slowly(texts, 400)
 
 
-def test_ties_go_to_the_lower_ids():
-    assert tokens_of(trained(["dc", "ba", "dc", "ba"], 258))[256:] == [b"ba", b"dc"]
-    assert tokens_of(trained(["ac", "ab"], 258))[256:] == [b"ab", b"ac"]
-
-
-def test_training_ends_when_no_pair_is_left():
-    assert tokens_of(trained(["abcd"], 5000))[256:] == [b"ab", b"cd", b"abcd"]
-    for nothing in ([], [""], ["a", "b"]):
-        assert tokens_of(trained(nothing, 5000)) == [*BYTES]
-
-
-# -----------------------------------------------------------------------------
-# Bulk encoding
-
-
-def test_rows_do_not_depend_on_the_threads():
-    tokenizer = trained(TEXTS)
-    texts = [text * (i % 30) + str(i) for i, text in enumerate(TEXTS * 60)] + ["", ""]
-    expected = [tokenizer.encode(text) for text in texts]
-    for threads in (None, 1, 2, 3):
-        ids, offsets = tokenizer.encode_to_numpy(texts, threads)
-        assert len(ids) == offsets[-1] and offsets.dtype == np.int64 and len(offsets) == len(texts) + 1
-        assert [ids[start:end].tolist() for start, end in zip(offsets, offsets[1:])] == expected
-    ids, offsets = tokenizer.encode_to_numpy([])
-    assert ids.tolist() == [] and offsets.tolist() == [0]
-
-
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
 def test_ids_are_uint16_if_the_vocabulary_allows(size, dtype):
     tokens = [*BYTES, *(b"%x" % i for i in range(2**20, 2**20 + size - 256))]
@@ -125,35 +93,22 @@ def test_ids_are_uint16_if_the_vocabulary_allows(size, dtype):
     assert tokenizer.decode([size - 1, 99]) == tokens[-1].decode() + "c"
 
 
-def test_a_process_exits_cleanly_while_a_thread_encodes():
-    program = "import rustbpe, threading, time\ndef work():\n"
-    program += "    while True: rustbpe.Tokenizer().encode_to_numpy(['some words and more ' * 50] * 500, 1)\n"
-    program += "threading.Thread(target=work, daemon=True).start()\ntime.sleep(0.2)"
-    for _ in range(3):
-        assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
-
-
-# -----------------------------------------------------------------------------
-# Bad input: an error with a message, and nothing has changed
-
-
 def refuses(call, *args, **options):
     with pytest.raises((ValueError, TypeError)) as error:
         call(*args, **options)
     assert len(str(error.value)) > 8, f"not a helpful message: {error.value!r}"
 
 
-@pytest.mark.parametrize("wrong", ["one text", ["fine", b"ab"], ["fine", None], [["ab"]], 5, None], ids=repr)
-def test_values_that_are_not_texts_are_refused(wrong):
+def test_bad_input_is_refused_and_changes_nothing():
+    def fails():
+        yield "some text"
+        raise OSError("the shard is damaged")
+
     tokenizer = trained(TEXTS)
     before = tokens_of(tokenizer)
-    refuses(tokenizer.encode_to_numpy, wrong)
-    refuses(tokenizer.train_from_iterator, wrong, 300)
-    assert tokens_of(tokenizer) == before
-
-
-def test_wrong_arguments_are_refused():
-    tokenizer = trained(TEXTS)
+    for wrong in ("one text", ["fine", b"ab"], ["fine", None], [["ab"]], 5, None):
+        refuses(tokenizer.encode_to_numpy, wrong)
+        refuses(tokenizer.train_from_iterator, wrong, 300)
     for vocab_size in (255, 2**21, -1, "300", None, 2.5):
         refuses(tokenizer.train_from_iterator, TEXTS, vocab_size)
     for threads in (0, -1, 1.5, "2"):
@@ -161,7 +116,9 @@ def test_wrong_arguments_are_refused():
         refuses(tokenizer.encode_to_numpy, TEXTS, threads=threads)
     with pytest.raises(UnicodeEncodeError, match="surrogate"):
         tokenizer.encode("a\ud800b")
-    assert tokens_of(tokenizer) == tokens_of(trained(TEXTS))
+    with pytest.raises(OSError, match="damaged"):
+        tokenizer.train_from_iterator(fails(), 300)
+    assert tokens_of(tokenizer) == before
 
 
 def test_patterns_other_than_nanochats_are_refused():
@@ -178,22 +135,6 @@ def test_ranks_that_are_not_a_vocabulary_are_refused():
     wrong = [{}, without, BYTES | {b"ab": 5}, BYTES | {b"ab": 257}, BYTES | {b"ab": -1}, BYTES | {b"": 256}]
     for ranks in (*wrong, BYTES | {"ab": 256}, BYTES | {b"ab": "256"}, [*BYTES.items()], None):
         refuses(rustbpe.Tokenizer.from_ranks, ranks)
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_exceptions_of_the_iterator_propagate(error):
-    def texts():
-        yield "some text"
-        raise error("the shard is damaged")
-
-    tokenizer = trained(TEXTS)
-    with pytest.raises(error, match="damaged"):
-        tokenizer.train_from_iterator(texts(), 300)
-    assert tokens_of(tokenizer) == tokens_of(trained(TEXTS))
-
-
-# -----------------------------------------------------------------------------
-# Rust
 
 
 def test_cargo_test(tmp_path):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import regex
 import rustbpe
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tokenizer import encode_slowly
 
 from nanochat.tokenizer import SPLIT_PATTERN
 
@@ -49,18 +49,6 @@ def texts_of(characters):
 
 def tiktoken_with(ranks):
     return tiktoken.Encoding("test", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
-
-
-def encode_slowly(ranks, text):
-    """A word's id if it is a token; else merge the neighbours of the lowest rank, until none are left."""
-    ids = []
-    for word in map(str.encode, regex.findall(SPLIT_PATTERN, text)):
-        parts = [word] if word in ranks else [bytes([byte]) for byte in word]
-        while ranked := [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]:
-            _, i = min(ranked)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        ids += [ranks[part] for part in parts]
-    return ids
 
 
 def test_character_classes_are_those_of_tiktoken():
