@@ -382,7 +382,7 @@ class GPT(nn.Module):
         """
         scale = (self.config.n_embd / 768) ** -0.5
 
-        def named(prefix: str) -> list[tuple[str, nn.Parameter]]:
+        def named(prefix):
             return [(name, p) for name, p in self.named_parameters() if name.startswith(prefix)]
 
         # At initialisation the gradients of the scalars are zero in exact arithmetic (the output projections are zero, so
