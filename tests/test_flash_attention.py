@@ -3,9 +3,7 @@
 The choice is tested on a CPU that passes for a device with kernels, some of which are wrong.
 """
 
-import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,16 +102,16 @@ def breaking_the_graph(q, k, v, window):
     return flash_attention._blockwise(q, k, v, window)
 
 
-REASONS = {  # names of kernels and the beginning of the reason why each is skipped; the last one is correct
-    "absent": "not installed",
-    "raising": "this release has no",
-    "wrong": "y has a relative error of 0.05",
-    "wrong_gradient": "dv has a relative error of 0.05",
-    "nan": "y has a relative error of nan",
-    "one_too_many": "y has a relative error of 0.",
-    "one_too_few": "y has a relative error of 0.",
-    "breaking": "",
-    "good": None,
+CANDIDATES = {  # name: (function that returns the kernel, beginning of the reason why it is skipped)
+    "absent": (not_installed, "not installed"),
+    "raising": (lambda: fails, "this release has no"),
+    "wrong": (attending(lambda y: 1.05 * y), "y has a relative error of 0.05"),
+    "wrong_gradient": (attending(change_gradient=lambda d_v: 1.05 * d_v), "dv has a relative error of 0.05"),
+    "nan": (attending(lambda y: y.where(y < 2, torch.nan)), "y has a relative error of nan"),
+    "one_too_many": (attending(window_off_by=1), "y has a relative error of 0."),
+    "one_too_few": (attending(window_off_by=-1), "y has a relative error of 0."),
+    "breaking": (lambda: breaking_the_graph, ""),
+    "good": (attending(), None),
 }
 
 
@@ -121,19 +119,8 @@ REASONS = {  # names of kernels and the beginning of the reason why each is skip
 def tried(monkeypatch):
     """A CPU that passes for a device with these kernels; returns a list of those that were loaded."""
     loaded = []
-    kernels = {
-        "absent": not_installed,
-        "raising": lambda: fails,
-        "wrong": attending(lambda y: 1.05 * y),
-        "wrong_gradient": attending(change_gradient=lambda d_v: 1.05 * d_v),
-        "nan": attending(lambda y: y.where(y < 2, torch.nan)),
-        "one_too_many": attending(window_off_by=1),
-        "one_too_few": attending(window_off_by=-1),
-        "breaking": lambda: breaking_the_graph,
-        "good": attending(),
-    }
-    counted = {name: lambda name=name, load=load: loaded.append(name) or load() for name, load in kernels.items()}
-    monkeypatch.setattr(flash_attention, "KERNELS", counted)
+    kernels = {name: lambda name=name, load=load: loaded.append(name) or load() for name, (load, _) in CANDIDATES.items()}
+    monkeypatch.setattr(flash_attention, "KERNELS", kernels)
     monkeypatch.setattr(flash_attention, "TRIED_ON", ("cpu",))
     monkeypatch.setattr(flash_attention, "TRIED_TOKENS", 48)
     monkeypatch.setattr(flash_attention, "_chosen", {})
@@ -162,8 +149,8 @@ def test_the_first_correct_kernel_is_chosen_and_one_line_says_why_no_other(tried
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and line.startswith("attention in a window of 10: good (absent: not installed; ")
     reasons = dict(reason.split(": ", 1) for reason in line.split("(", 1)[1].rstrip(")\n").split("; "))
-    assert tried == list(REASONS) == [*reasons, "good"]
-    assert all(reason.startswith(REASONS[name]) and reason for name, reason in reasons.items()), reasons
+    assert tried == list(CANDIDATES) == [*reasons, "good"]
+    assert all(reason.startswith(CANDIDATES[name][1]) and reason for name, reason in reasons.items()), reasons
 
 
 def test_each_kind_of_call_is_tried_once(tried, monkeypatch, capsys):
@@ -267,21 +254,14 @@ def test_the_installed_torch_has_the_aten_kernel_with_our_arguments(window):
     assert names[:10] == expected.split() and {"window_size_left", "window_size_right"} <= set(names)
 
 
-@pytest.mark.parametrize("with_lse", [False, True])
-def test_flash_attention_3_of_the_hub_is_requested_by_version(monkeypatch, with_lse):
+@pytest.mark.parametrize("result", ["y", ("y", "log-sum-exp")])
+def test_builds_of_flash_attention_3_that_return_the_log_sum_exp_work_too(monkeypatch, result):
     def flash_attn_func(q, k, v, causal, window_size):
-        assert causal and window_size == (5, 0)
-        return (2 * q, None) if with_lse else 2 * q
+        assert (q, k, v, causal, window_size) == (1, 2, 3, True, (5, 0))
+        return result
 
-    kernels = ModuleType("kernels")
-    kernels.__spec__ = ModuleSpec("kernels", None)
-    builds = {("kernels-community/flash-attn3", 1): SimpleNamespace(flash_attn_func=flash_attn_func)}
-    kernels.get_kernel = lambda name, version: builds[name, version]
-    monkeypatch.setitem(sys.modules, "kernels", kernels)
-    flash_attention.fa3_module.cache_clear()
-    q, k, v = bfloat16s()
-    assert torch.equal(flash_attention.fa3()(q, k, v, 5), 2 * q)
-    flash_attention.fa3_module.cache_clear()
+    monkeypatch.setattr(flash_attention, "fa3_module", lambda: SimpleNamespace(flash_attn_func=flash_attn_func))
+    assert flash_attention.fa3()(1, 2, 3, 5) == "y"
 
 
 def test_each_chip_has_an_order_of_known_names(monkeypatch):
