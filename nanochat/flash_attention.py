@@ -192,10 +192,7 @@ def _check(attend, device, dtype, heads, window) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _check_cached(attend, device, dtype, heads, _use) -> None:
-    """Raise unless `attend` agrees with `_cached` for two rows of four, of different lengths, with and without a window.
-
-    Tested with three new tokens of which two are queries, and with one.
-    """
+    """Raise unless `attend` agrees with `_cached` for two rows of different lengths, with and without a window."""
     H, H_kv, D = heads
     g = torch.Generator(device).manual_seed(0)
     lengths, rows = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([7, 280], [2, 0]))
@@ -217,7 +214,7 @@ def _compare(names, got, expected) -> None:
 
 
 # -----------------------------------------------------------------------------
-# Exact attention on any device
+# Attention of whole sequences
 
 
 def _sdpa(q, k, v, mask=None, causal=False):
@@ -286,9 +283,7 @@ def flash_attn_func(q, k, v, causal=True, window_size=(-1, -1)):
 # Attention to a cache
 
 
-def flash_attn_with_kvcache(
-    q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=None, causal=True, window_size=(-1, -1)
-):  # fmt: skip
+def flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=None, causal=True, window_size=(-1, -1)):
     """Attention of new tokens to a cache, into which their keys and values are written first, in place.
 
     k, v (B, T, H_kv, D) of the new tokens; q (B, Q, H, D) of the last Q <= T of them; k_cache, v_cache (R, S, H_kv, D);
@@ -334,8 +329,7 @@ def _cached(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=None, caus
 def _cached_by_groups(q, k_cache, v_cache, rows: list[int], starts: list[int], window: int):
     """`_cached` for a CPU, where lengths are known without waiting: reads only visible keys and copies none.
 
-    The queries of a row begin at position `starts[row]`. Neighbouring rows of similar length share one call. A row
-    with a call of its own needs no mask.
+    The queries of a row begin at its position in `starts`. Neighbouring rows of similar length share one call.
     """
     Q, outputs, first = q.size(1), [], 0
     for group in _groups(rows, starts):
@@ -344,7 +338,7 @@ def _cached_by_groups(q, k_cache, v_cache, rows: list[int], starts: list[int], w
         cached = slice(rows[first], rows[first] + len(group)), slice(start, end)
         k, v = (cache[cached].transpose(1, 2).to(q.dtype) for cache in (k_cache, v_cache))  # (n, H_kv, end - start, D)
         mask = None
-        if Q > 1 or start + window < max(group) or min(group) < max(group):
+        if Q > 1 or min(group) < max(group):
             columns = torch.arange(start, end)
             positions = torch.tensor(group)[:, None, None] + torch.arange(Q)[:, None]  # (n, Q, 1)
             mask = ((columns <= positions) & (columns >= positions - window))[:, None]
