@@ -49,14 +49,9 @@ def config_of_depth(
     """The config for a depth: width depth * aspect_ratio, rounded up to whole heads. n_kv_head -1: as many as query heads."""
     n_head = -(-depth * aspect_ratio // head_dim)
     return GPTConfig(
-        sequence_len=sequence_len,
-        vocab_size=vocab_size,
-        n_layer=depth,
-        n_head=n_head,
-        n_kv_head=n_kv_head if n_kv_head > 0 else n_head,
-        n_embd=n_head * head_dim,
-        window_pattern=window_pattern,
-    )
+        sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head, n_embd=n_head * head_dim,
+        n_kv_head=n_kv_head if n_kv_head > 0 else n_head, window_pattern=window_pattern,
+    )  # fmt: skip
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
