@@ -104,10 +104,10 @@ class Recorder(torch.optim.SGD):
 
     def __init__(self, model):
         super().__init__(model.parameters())
+        self.table, self.gradient = model.table, torch.zeros_like(model.table)
 
     def step(self):
-        (table,) = self.param_groups[0]["params"]
-        self.gradient = torch.zeros_like(table) if table.grad is None else table.grad
+        self.gradient = self.table.grad
 
 
 def log_probabilities(table, temperature, top_k):
