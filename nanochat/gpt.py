@@ -386,6 +386,7 @@ class GPT(nn.Module):
         def adamw(params, lr, betas, weight_decay, eps=1e-10):
             return {"kind": "adamw", "params": params, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
 
+        smear_and_backout = named("smear_gate.") + named("smear_lambda") + named("backout_lambda")
         gates = [(name, p) for name, p in named("transformer.h.") if name.endswith("ve_gate.weight")]
         matrices = [(name, p) for name, p in named("transformer.h.") if not name.endswith("ve_gate.weight")]
         return [
@@ -394,7 +395,7 @@ class GPT(nn.Module):
             adamw(named("value_embeds."), embedding_lr * scale * 0.5, (0.8, 0.995), 0.01),
             adamw(named("resid_lambdas"), scalar_lr * 0.01, (0.8, 0.95), 0.05, eps=1e-7),
             adamw(named("x0_lambdas"), scalar_lr, (0.96, 0.95), 0.0, eps=1e-7),
-            adamw(named("smear_gate.") + named("smear_lambda") + named("backout_lambda") + gates, 0.2, (0.8, 0.95), 0.0, eps=1e-7),
+            adamw(smear_and_backout + gates, 0.2, (0.8, 0.95), 0.0, eps=1e-7),
             {"kind": "muon", "params": matrices, "lr": matrix_lr, "momentum": 0.95, "beta2": 0.9, "weight_decay": weight_decay},
         ]
 
