@@ -1,9 +1,8 @@
 """Cross-entropy of the soft-capped head, without ever holding the logits of all tokens.
 
-At 4096 tokens and a vocabulary of 32768, float32 logits take 537 MB, and most of the time of a naive loss
-goes into writing them. Here tokens are processed in chunks whose logits stay in cache, and a chunk's
-gradient is computed while they are there: three matrix products per chunk, nothing is recomputed, and
-only the two gradients are kept.
+At 4096 tokens and a vocabulary of 32768, float32 logits take 537 MB, and most of the time of a naive loss goes into
+writing them. Here tokens are processed in chunks whose logits stay in cache, and a chunk's gradient is computed while
+they are there: three matrix products per chunk, nothing is recomputed, and only the two gradients are kept.
 """
 
 from __future__ import annotations
@@ -27,17 +26,13 @@ def softcapped_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
 def softcap_(logits: torch.Tensor) -> torch.Tensor:
     """The same cap in place on float32 products, for inference: 15 tanh(z / 15) = 15 - 30 / (1 + exp(2z / 15)).
 
-    In place, since allocating memory for each of several passes costs more than the passes, and by the sigmoid, which
-    takes a CPU a tenth of the time of tanh.
+    Nothing is allocated, and the sigmoid takes a CPU a tenth of the time of tanh.
     """
     return logits.mul_(-2 / SOFTCAP).sigmoid_().mul_(-2 * SOFTCAP).add_(SOFTCAP)
 
 
 def token_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The loss of each token in nats, (N,) float32, zero where the target is -1.
-
-    For losses that weight tokens individually; chunks are recomputed in the backward pass.
-    """
+    """The loss of each token in nats, (N,) float32, zero where the target is -1; for losses that weight tokens individually."""
 
     def chunk_losses(h, t):
         return F.cross_entropy(softcapped_logits(h, weight), t, ignore_index=-1, reduction="none")
@@ -67,6 +62,12 @@ def sampling_log_probs(
     return _by_chunks(chunk_log_probs, hidden, weight, tokens)
 
 
+def _chunk_rows(hidden: torch.Tensor, vocab_size: int) -> int:
+    """Tokens per chunk: logits of about 16 MB on a CPU (its cache), 1 GB on a GPU."""
+    budget = 2**30 if hidden.is_cuda else 2**24
+    return max(64, budget // (4 * vocab_size))
+
+
 def _by_chunks(compute, hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """`compute(hidden, tokens)`, one number per token, a chunk at a time; recomputed in the backward pass."""
     rows = _chunk_rows(hidden, weight.size(0))
@@ -75,26 +76,18 @@ def _by_chunks(compute, hidden: torch.Tensor, weight: torch.Tensor, tokens: torc
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the soft-capped head, summed over the targets that are not -1, in nats.
+    """Cross-entropy of hidden (N, d) and weight (V, d), summed over the targets (N,) that are not -1, in nats.
 
-    hidden (N, d), weight (V, d), targets (N,). In a compiled model the work on a chunk's
-    logits is compiled, too.
+    In a compiled model the work on a chunk's logits is compiled, too.
     """
     return _linear_cross_entropy(hidden, weight, targets, torch.compiler.is_compiling())[0]
-
-
-def _chunk_rows(hidden: torch.Tensor, vocab_size: int) -> int:
-    """Tokens per chunk: logits of about 16 MB on a CPU (its cache), 1 GB on a GPU."""
-    budget = 2**30 if hidden.is_cuda else 2**24
-    return max(64, budget // (4 * vocab_size))
 
 
 def _exp_and_slope(z: torch.Tensor) -> torch.Tensor:
     """Turn raw logits z (V, C) into exp(s) * ds/dz in place, with s = 15 tanh(z / 15); returns the sums of exp(s), (C,).
 
-    With r = 1 / (1 + exp(2z / 15)): s = 15 - 30 r and ds/dz = 4 r (1 - r). s stays within 15, so
-    exp(s) needs no subtraction of the maximum. Compiled it is one pass over the chunk; summing by blocks of
-    rows first lets the compiler share them among threads.
+    With r = 1 / (1 + exp(2z / 15)): s = 15 - 30 r and ds/dz = 4 r (1 - r). s stays within 15, so exp(s) needs no
+    subtraction of the maximum. Compiled it is one pass over the chunk, whose blocks of rows are shared among threads.
     """
     r = torch.sigmoid(z * (-2 / SOFTCAP))
     p = torch.exp(SOFTCAP - 2 * SOFTCAP * r)
@@ -114,9 +107,9 @@ def _linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(summed loss, its gradients with respect to hidden and weight); opaque to the compiler, so there is no graph break.
 
-    With p = softmax(s) of a token, dL/dz = (p - onehot(target)) * ds/dz. The division by the token's
-    sum of exp(s) is done on the small sides of the two products of dL/dz, not on itself. Logits stand
-    as (V, C), one column per token: a quarter faster to multiply on a CPU than (C, V).
+    With p = softmax(s) of a token, dL/dz = (p - onehot(target)) * ds/dz. The division by the token's sum of exp(s) is
+    done on the small sides of the two products of dL/dz. Logits stand as (V, C), one column per token: a quarter faster
+    to multiply on a CPU than (C, V).
     """
     exp_and_slope = _compiled_exp_and_slope() if compiled else _exp_and_slope
     dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # exp(15) exceeds float16

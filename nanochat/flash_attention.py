@@ -1,15 +1,14 @@
 """Attention behind one name: `flash_attn.flash_attn_func` and `flash_attn.flash_attn_with_kvcache`.
 
-The layout and the arguments are Flash Attention's: tensors are (B, T, H, D), keys and
-values may have fewer heads than queries (grouped-query attention), and `window_size` is
-`(left, 0)`: a query sees `left` tokens before itself and itself; -1 means no limit.
+The layout and the arguments are Flash Attention's: tensors are (B, T, H, D), keys and values may have fewer heads than
+queries (grouped-query attention), and `window_size` is `(left, 0)`: a query sees `left` tokens before itself and
+itself; -1 means no limit.
 
-On a GPU the fastest correct kernel is selected once per kind of call (`choose`): each of
-`attention_backends` is compared with exact attention in float32, forward and backward, eager and
-compiled, and skipped with its reason if it raises or its error is too large. On other devices, and
-if all kernels fail, PyTorch's `scaled_dot_product_attention` is used. A window saves work there too:
-queries are cut into blocks of the window's length, and each block attends to its own keys and
-those of the previous block. That is exact and costs O(T * window).
+On a GPU the fastest correct kernel is chosen once per kind of call (`choose`): each is compared with exact attention
+in float32, forward and backward, eager and compiled, and skipped with its reason if it raises or its error is too
+large. On other devices, and if all kernels fail, PyTorch's `scaled_dot_product_attention` is used. A window saves work
+there too: queries are cut into blocks of the window's length, and each block attends to its own keys and those of the
+previous block. That is exact and costs O(T * window).
 """
 
 from __future__ import annotations
@@ -20,17 +19,89 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanochat import attention_backends
 from nanochat.common import UserError, print0
 from nanochat.decode_attention import decode_attention
 
-HAS_FA3 = any(find_spec(name) is not None for name in ("flash_attn_interface", "kernels"))  # installed; `choose` finds out whether it runs
-_override_impl = None  # tests and benchmarks set "sdpa" or a name of attention_backends.BACKENDS
+_override_impl = None  # tests and benchmarks set "sdpa" or a name of KERNELS
 
 TRIED_ON = ("cuda",)  # devices with several kernels
 TRIED_TOKENS = 2048  # some kernels refuse long sequences only
 MAX_ERROR = 2e-2  # relative to exact attention; rounding to bfloat16 causes 5e-3, a mask that is off by one 0.8
+
+
+# -----------------------------------------------------------------------------
+# Kernels for GPUs. Each function returns one, or raises with the reason why it cannot.
+
+
+@lru_cache(maxsize=None)
+def fa3_module():
+    """The installed Flash Attention 3, or else a build for this torch from the `kernels` hub, whose builds are versioned."""
+    if find_spec("flash_attn_interface") is not None:
+        import flash_attn_interface
+
+        return flash_attn_interface
+    if find_spec("kernels") is None:
+        raise ImportError("not installed")
+    from kernels import get_kernel
+
+    return get_kernel("kernels-community/flash-attn3", version=1)
+
+
+def fa3():
+    kernel = fa3_module().flash_attn_func
+
+    def attend(q, k, v, window):
+        y = kernel(q, k, v, causal=True, window_size=(window, 0))
+        return y[0] if isinstance(y, tuple) else y  # builds of 2024 return the log-sum-exp as well
+
+    return attend
+
+
+def aten():
+    """PyTorch's Flash Attention 2, called directly, since `scaled_dot_product_attention` has no window."""
+
+    def attend(q, k, v, window):
+        T = q.size(1)
+        forward = torch.ops.aten._flash_attention_forward
+        return forward(q, k, v, None, None, T, T, 0.0, True, False, window_size_left=window, window_size_right=0)[0]
+
+    return attend
+
+
+def cudnn_sdpa():
+    """cuDNN as PyTorch calls it: without a window."""
+
+    def attend(q, k, v, window):
+        if window >= 0:
+            raise RuntimeError("has no window")
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return _sdpa(q, k, v, causal=True).transpose(1, 2)
+
+    return attend
+
+
+KERNELS = {"fa3": fa3, "cudnn_sdpa": cudnn_sdpa, "aten": aten}
+CACHED_KERNELS = {"fa3": lambda: fa3_module().flash_attn_with_kvcache, "triton": lambda: _triton_cached}
+
+
+def order(device: torch.device) -> tuple[str, ...]:
+    """Names of KERNELS to try on a device, fastest first; exact attention comes after them.
+
+    On an H100 at head dimension 128 Flash Attention 3 runs at 521 TFLOP/s (forward, causal) and 501 (backward, not
+    causal), cuDNN 9 at 484 and 465, Flash Attention 2, which is aten's, at 298 and 291 (arXiv:2407.08608, figures 5
+    and 6; not measured by us, `dev/bench/gpu.py` does that).
+    """
+    if device.type != "cuda":
+        return ()
+    major = torch.cuda.get_device_capability(device)[0]
+    if major == 9:  # Hopper
+        return "fa3", "cudnn_sdpa", "aten"
+    if major == 10:  # Blackwell in data centres
+        return "cudnn_sdpa", "aten"
+    return "aten", "cudnn_sdpa"  # PyTorch itself prefers its Flash Attention 2 here
 
 
 # -----------------------------------------------------------------------------
@@ -46,74 +117,47 @@ def choose(device, dtype: torch.dtype, n_head: int, n_kv_head: int, head_dim: in
     Call this for each window of a model before it is compiled or captured in a CUDA graph; eager calls do so
     themselves. Raises UserError if `_override_impl` names a kernel that does not run here.
     """
-    return _choice(device, dtype, (n_head, n_kv_head, head_dim), window)[0]
+    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+    return _kernel(device, dtype, (n_head, n_kv_head, head_dim), window)[0]
 
 
-def choose_cached(device, dtype: torch.dtype, n_head: int, n_kv_head: int, head_dim: int) -> str:
-    """The same for `flash_attn_with_kvcache`: "fa3", "triton" or "sdpa"."""
-    return _choice(device, dtype, (n_head, n_kv_head, head_dim), "cache")[0]
-
-
-def _choice(device, dtype, heads, use):
+def _kernel(device, dtype, heads, use):
     """(name, function) for a window, or for a cache when `use` is "cache"."""
-    device = torch.device(device)
     if _override_impl == "sdpa" or _override_impl is None and device.type not in TRIED_ON:
         return "sdpa", _cached if use == "cache" else _blockwise
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
     key = (device, dtype, heads, use, _override_impl)
     if key not in _chosen:  # a compiled graph treats the entry as a constant and recompiles if it changes
         if torch.compiler.is_compiling() or device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("call flash_attention.choose (choose_cached) for this shape before compiling or capturing")
-        _chosen[key] = _try_all(device, dtype, heads, use)
+            raise RuntimeError("call flash_attention.choose for this shape before compiling, or attend once before capturing")
+        _chosen[key] = _first_correct(device, dtype, heads, use)
     return _chosen[key]
 
 
-def _try_all(device, dtype, heads, use):
-    if _override_impl is not None and _override_impl not in attention_backends.BACKENDS:
-        raise UserError(f"unknown attention kernel {_override_impl!r}; choose from sdpa, {', '.join(attention_backends.BACKENDS)}")
-    names = attention_backends.order(device) if _override_impl is None else (_override_impl,)
-    load, check, reasons = _load, _check, []
-    if use == "cache":
-        names, load, check = [name for name in names if name == "fa3"], _load_cached, _check_cached
-        names += ["triton"] if _override_impl is None else []
+def _first_correct(device, dtype, heads, use):
+    """The first kernel that passes its self test, and a printed line that says why no faster one does."""
+    kernels, check = (CACHED_KERNELS, _check_cached) if use == "cache" else (KERNELS, _check)
+    names = [name for name in (*order(device), "triton") if name in kernels and _override_impl in (None, name)]
+    reasons = []
     if dtype not in (torch.bfloat16, torch.float16):
         names, reasons = [], [f"no kernel supports {str(dtype).removeprefix('torch.')}"]
     for name in names:
         try:
-            attend = load(name, device)
-            if isinstance(attend, Exception):
-                raise attend
+            attend = kernels[name]()
             check(attend, device, dtype, heads, use)
             break
         except Exception as error:  # any failure: its reason is printed, and the next kernel is tried
             reasons.append(f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0][:100]}")
     else:
+        if _override_impl is not None and use != "cache":
+            known = f"choose from {', '.join(('sdpa', *order(device)))}"
+            raise UserError(f"attention kernel {_override_impl} does not run here: {'; '.join(reasons) or known}")
         name, attend = "sdpa", _cached if use == "cache" else _blockwise
-        if _override_impl is not None and (use != "cache" or _override_impl == "fa3"):
-            raise UserError(f"attention kernel {_override_impl} does not run here: {'; '.join(reasons)}")
     found = name + (f" ({'; '.join(reasons)})" if reasons else "")
     if (use == "cache", found) not in _printed:  # most windows have the result of the full context
         _printed.add((use == "cache", found))
         where = " with a cache" if use == "cache" else f" in a window of {use}" if use >= 0 else ""
         print0(f"attention{where}: {found}")
     return name, attend
-
-
-@lru_cache(maxsize=None)
-def _load(name: str, device: torch.device):
-    """The function of that name, or the exception of its import; cached."""
-    try:
-        return attention_backends.BACKENDS[name](device)
-    except Exception as error:
-        return error
-
-
-def _load_cached(name: str, device: torch.device):
-    if name == "triton":
-        return _triton_cached
-    attend = _load(name, device)
-    return attend if isinstance(attend, Exception) else attention_backends.fa3_module().flash_attn_with_kvcache
 
 
 @torch.inference_mode(False)
@@ -148,10 +192,7 @@ def _check(attend, device, dtype, heads, window) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _check_cached(attend, device, dtype, heads, _use) -> None:
-    """Raise unless `attend` agrees with `_cached` for two rows of four, of different lengths, with and without a window.
-
-    Tested with three new tokens of which two are queries, and with one.
-    """
+    """Raise unless `attend` agrees with `_cached` for two rows of different lengths, with and without a window."""
     H, H_kv, D = heads
     g = torch.Generator(device).manual_seed(0)
     lengths, rows = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([7, 280], [2, 0]))
@@ -173,7 +214,7 @@ def _compare(names, got, expected) -> None:
 
 
 # -----------------------------------------------------------------------------
-# Exact attention on any device
+# Attention of whole sequences
 
 
 def _sdpa(q, k, v, mask=None, causal=False):
@@ -234,40 +275,46 @@ def flash_attn_func(q, k, v, causal=True, window_size=(-1, -1)):
     """
     assert causal, "only causal attention is implemented"
     left = window_size[0] if 0 <= window_size[0] < q.size(1) - 1 else -1
-    _, attend = _choice(q.device, q.dtype, (q.size(2), k.size(2), q.size(3)), left)
+    _, attend = _kernel(q.device, q.dtype, (q.size(2), k.size(2), q.size(3)), left)
     return attend(q, k, v, left)
 
 
-def flash_attn_with_kvcache(
-    q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, cache_batch_idx=None, causal=True, window_size=(-1, -1)
-):
+# -----------------------------------------------------------------------------
+# Attention to a cache
+
+
+def flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=None, causal=True, window_size=(-1, -1)):
     """Attention of new tokens to a cache, into which their keys and values are written first, in place.
 
-    k, v (B, T, H_kv, D) of the new tokens; q (B, Q, H, D) of the last Q <= T of them; k_cache, v_cache
-    (R, S, H_kv, D); cache_seqlens (B,) int32, the number of filled positions of each row;
-    cache_batch_idx (B,) int32, the rows of the cache (None: all, in order). The new tokens of row b
-    have the positions cache_seqlens[b] .. cache_seqlens[b] + T - 1. The caller advances
-    `cache_seqlens`. Returns (B, Q, H, D).
+    k, v (B, T, H_kv, D) of the new tokens; q (B, Q, H, D) of the last Q <= T of them; k_cache, v_cache (R, S, H_kv, D);
+    cache_seqlens (B,) int32, the number of filled positions of each row; cache_batch_idx (B,) int32, the rows of the
+    cache (None: all, in order). The new tokens of row b have the positions cache_seqlens[b] .. cache_seqlens[b] + T - 1.
+    The caller advances `cache_seqlens`. Returns (B, Q, H, D).
     """
     assert causal, "only causal attention is implemented"
     attend = _cached  # always in a compiled graph: the compiler does not see that Flash Attention 3 writes to the cache
     if not torch.compiler.is_compiling():
-        _, attend = _choice(q.device, q.dtype, (q.size(2), k_cache.size(2), q.size(3)), "cache")
+        _, attend = _kernel(q.device, q.dtype, (q.size(2), k_cache.size(2), q.size(3)), "cache")
     return attend(
         q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx,
         causal=True, window_size=window_size,
     )  # fmt: skip
 
 
-def _cached(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, cache_batch_idx=None, causal=True, window_size=(-1, -1)):
+def _triton_cached(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=None, causal=True, window_size=(-1, -1)):
+    """`flash_attn_with_kvcache` that decodes one new token per row with our Triton kernel."""
+    if k.size(1) > 1:
+        return _cached(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, causal, window_size)
+    return decode_attention(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, window_size[0])
+
+
+def _cached(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=None, causal=True, window_size=(-1, -1)):
     """`flash_attn_with_kvcache`, exact and on any device."""
-    B, Q = q.shape[:2]
-    T = Q if k is None else k.size(1)
+    (B, Q), T = q.shape[:2], k.size(1)
     rows = torch.arange(B, device=q.device) if cache_batch_idx is None else cache_batch_idx
     positions = cache_seqlens[:, None] + torch.arange(T, device=q.device)  # (B, T)
-    if k is not None:
-        k_cache[rows[:, None], positions] = k.to(k_cache.dtype)
-        v_cache[rows[:, None], positions] = v.to(v_cache.dtype)
+    k_cache[rows[:, None], positions] = k.to(k_cache.dtype)
+    v_cache[rows[:, None], positions] = v.to(v_cache.dtype)
     window = window_size[0] if window_size[0] >= 0 else k_cache.size(1)
     if q.device.type == "cpu":
         return _cached_by_groups(q, k_cache, v_cache, rows.tolist(), positions[:, T - Q].tolist(), window)
@@ -279,18 +326,10 @@ def _cached(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, cache_batch
     return _sdpa(q, k.to(q.dtype), v.to(q.dtype), mask=mask[:, None]).transpose(1, 2)
 
 
-def _triton_cached(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=None, causal=True, window_size=(-1, -1)):
-    """`flash_attn_with_kvcache` that decodes one new token per row with our Triton kernel."""
-    if k.size(1) > 1:
-        return _cached(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, causal, window_size)
-    return decode_attention(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, window_size[0])
-
-
 def _cached_by_groups(q, k_cache, v_cache, rows: list[int], starts: list[int], window: int):
     """`_cached` for a CPU, where lengths are known without waiting: reads only visible keys and copies none.
 
-    The queries of a row begin at position `starts[row]`. Neighbouring rows of similar length share one call. A row
-    with a call of its own needs no mask.
+    The queries of a row begin at its position in `starts`. Neighbouring rows of similar length share one call.
     """
     Q, outputs, first = q.size(1), [], 0
     for group in _groups(rows, starts):
@@ -299,7 +338,7 @@ def _cached_by_groups(q, k_cache, v_cache, rows: list[int], starts: list[int], w
         cached = slice(rows[first], rows[first] + len(group)), slice(start, end)
         k, v = (cache[cached].transpose(1, 2).to(q.dtype) for cache in (k_cache, v_cache))  # (n, H_kv, end - start, D)
         mask = None
-        if Q > 1 or start + window < max(group) or min(group) < max(group):
+        if Q > 1 or min(group) < max(group):
             columns = torch.arange(start, end)
             positions = torch.tensor(group)[:, None, None] + torch.arange(Q)[:, None]  # (n, Q, 1)
             mask = ((columns <= positions) & (columns >= positions - window))[:, None]

@@ -1,13 +1,12 @@
 """The Transformer: a decoder-only GPT.
 
-The model knows tokens and tensors only: no data, no files, no optimizer. Weights are
-float32 and are cast to the compute dtype where they are used (see `Linear`); the
-embeddings are stored in the compute dtype and so determine the dtype of the activations.
+The model knows tokens and tensors only: no data, no files, no optimizer. Weights are float32 and are cast to the
+compute dtype where they are used (see `Linear`); the embeddings are stored in the compute dtype and so determine the
+dtype of the activations.
 
-Beyond the plain Transformer it has four small learned extras, each neutral when absent
-(`add_missing_weights`): per-layer mixing of the residual with the first embedding, value
-embeddings, smear (a gated sum with the left neighbour) and backout (part of the mid-depth
-residual is subtracted at the end).
+Beyond the plain Transformer it has four small learned extras, each neutral when absent (`add_missing_weights`):
+per-layer mixing of the residual with the first embedding, value embeddings, smear (a gated sum with the left
+neighbour) and backout (part of the mid-depth residual is subtracted at the end).
 
 The head and its loss are in `cross_entropy.py`: the logits of all tokens never exist at once.
 """
@@ -50,14 +49,9 @@ def config_of_depth(
     """The config for a depth: width depth * aspect_ratio, rounded up to whole heads. n_kv_head -1: as many as query heads."""
     n_head = -(-depth * aspect_ratio // head_dim)
     return GPTConfig(
-        sequence_len=sequence_len,
-        vocab_size=vocab_size,
-        n_layer=depth,
-        n_head=n_head,
-        n_kv_head=n_kv_head if n_kv_head > 0 else n_head,
-        n_embd=n_head * head_dim,
-        window_pattern=window_pattern,
-    )
+        sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head, n_embd=n_head * head_dim,
+        n_kv_head=n_kv_head if n_kv_head > 0 else n_head, window_pattern=window_pattern,
+    )  # fmt: skip
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -90,19 +84,16 @@ def has_value_embed(layer: int, n_layer: int) -> bool:
 def window_sizes(config: GPTConfig) -> list[int]:
     """The number of tokens before the current one that each layer attends to; -1 is all of them.
 
-    A pattern letter means the whole context (L), half (S) or a quarter (Q), rounded up
-    to a multiple of 128. The last layer always attends to the whole context.
+    A pattern letter means the whole context (L), half (S) or a quarter (Q), rounded up to a multiple of 128. The last
+    layer always attends to the whole context.
     """
-    share = {"L": 1, "S": 2, "Q": 4}
+    divisors = {"L": 1, "S": 2, "Q": 4}
     pattern = config.window_pattern.upper()
-    if not pattern or set(pattern) - set(share):
+    if not pattern or set(pattern) - set(divisors):
         raise UserError(f"window pattern {config.window_pattern!r} may contain only the letters L, S and Q")
-    sizes = []
-    for layer in range(config.n_layer):
-        letter = "L" if layer == config.n_layer - 1 else pattern[layer % len(pattern)]
-        window = -(-config.sequence_len // share[letter] // 128) * 128
-        sizes.append(-1 if letter == "L" or window >= config.sequence_len else window)
-    return sizes
+    letters = (pattern * config.n_layer)[: config.n_layer - 1] + "L"
+    windows = [-(-config.sequence_len // divisors[letter] // 128) * 128 for letter in letters]
+    return [window if window < config.sequence_len else -1 for window in windows]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -174,8 +165,7 @@ class Block(nn.Module):
 def save_products():
     """Policy for `checkpoint`: save the outputs of matrix products and attention for the backward pass, recompute the rest.
 
-    Norms, rotations and the activation are recomputed: 12 instead of 20 values per token and channel are saved
-    (dev/LOG.md, 15).
+    So 12 instead of 20 values per token and channel are saved (dev/LOG.md, 15).
     """
 
     def policy(context, operator, *args, **kwargs):
@@ -198,33 +188,25 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.n_embd % config.n_head or config.n_head % config.n_kv_head:
-            raise UserError(
-                f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}, and n_head of n_kv_head {config.n_kv_head}"
-            )
+            sizes = f"n_embd {config.n_embd}, n_head {config.n_head} and n_kv_head {config.n_kv_head}"
+            raise UserError(f"each of {sizes} must be a multiple of the next")
         self.config = config
         self.recompute = False  # whether training recomputes cheap activations in the backward pass
         self.window_sizes = window_sizes(config)
         vocab = -(-config.vocab_size // 64) * 64  # multiples of 64 are faster; the extra rows are never used
         head_dim = config.n_embd // config.n_head
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": Embedding(vocab, config.n_embd),
-                "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-            }
-        )
+        blocks = [Block(config, layer) for layer in range(config.n_layer)]
+        self.transformer = nn.ModuleDict({"wte": Embedding(vocab, config.n_embd), "h": nn.ModuleList(blocks)})
         self.lm_head = Linear(config.n_embd, vocab)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.smear_gate = Linear(SMEAR_CHANNELS, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
         self.backout_lambda = nn.Parameter(torch.empty(1))
-        self.value_embeds = nn.ModuleDict(
-            {
-                str(layer): Embedding(vocab, config.n_kv_head * head_dim)
-                for layer in range(config.n_layer)
-                if has_value_embed(layer, config.n_layer)
-            }
-        )
+        self.value_embeds = nn.ModuleDict()
+        for layer in range(config.n_layer):
+            if has_value_embed(layer, config.n_layer):
+                self.value_embeds[str(layer)] = Embedding(vocab, config.n_kv_head * head_dim)
         self.register_buffer("cos", torch.empty(1, config.sequence_len, 1, head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(1, config.sequence_len, 1, head_dim // 2), persistent=False)
 
@@ -236,8 +218,7 @@ class GPT(nn.Module):
     def init_weights(self, dtype: torch.dtype | None = None) -> None:
         """Initialise all weights. `dtype` is the compute dtype, by default that of the model's device."""
         self.set_compute_dtype(dtype or compute_dtype(self.get_device().type))
-        width, n_layer = self.config.n_embd, self.config.n_layer
-        bound = (3 / width) ** 0.5  # uniform(-bound, bound) has standard deviation 1/sqrt(width)
+        bound = (3 / self.config.n_embd) ** 0.5  # uniform(-bound, bound) has standard deviation 1/sqrt(n_embd)
         nn.init.normal_(self.transformer.wte.weight, std=0.8)
         nn.init.normal_(self.lm_head.weight, std=0.001)
         for block in self.transformer.h:
@@ -250,7 +231,7 @@ class GPT(nn.Module):
                 nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)
         for embed in self.value_embeds.values():
             nn.init.uniform_(embed.weight, -bound, bound)  # like c_v
-        depth = torch.linspace(0, 1, n_layer, device=self.get_device())
+        depth = torch.linspace(0, 1, self.config.n_layer, device=self.get_device())
         self.resid_lambdas.copy_(1.15 - 0.10 * depth)
         self.x0_lambdas.copy_(0.20 - 0.15 * depth)
         nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
@@ -281,19 +262,16 @@ class GPT(nn.Module):
         keys and values. Raises UserError if the tokens exceed the context.
         """
         assert kv_cache is not None or not last_only
-        B, T = idx.shape
+        T = idx.size(1)
         if kv_cache is None:
             if T > self.config.sequence_len:
                 raise UserError(f"{T} tokens exceed the model's context of {self.config.sequence_len}")
             cos, sin = self.cos[:, :T], self.sin[:, :T]
-        else:
-            positions = kv_cache.cache_seqlens[:, None] + torch.arange(T, device=idx.device)  # (B, T)
-            cos, sin = self.cos[0, positions], self.sin[0, positions]  # (B, T, 1, D/2)
-
-        if kv_cache is None:
             x = norm(self.transformer.wte(idx))
             previous = F.pad(x[:, :-1], (0, 0, 1, 0))  # left neighbours; the first token has none
         else:
+            positions = kv_cache.cache_seqlens[:, None] + torch.arange(T, device=idx.device)  # (B, T)
+            cos, sin = self.cos[0, positions], self.sin[0, positions]  # (B, T, 1, D/2)
             last = kv_cache.last_tokens[:, None]  # (B, 1), -1 for none
             embedded = norm(self.transformer.wte(torch.cat([last.clamp(min=0), idx], dim=1)))
             previous, x = embedded[:, :-1], embedded[:, 1:]
@@ -302,16 +280,15 @@ class GPT(nn.Module):
         smear = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         x = x0 = x + smear * previous
 
-        middle = self.config.n_layer // 2
+        recompute = self.recompute and torch.is_grad_enabled()
         resid_lambdas, x0_lambdas = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
         for layer, block in enumerate(self.transformer.h):
-            if layer == middle:
+            if layer == self.config.n_layer // 2:
                 x_middle = x
             x = resid_lambdas[layer] * x + x0_lambdas[layer] * x0
             value_embed = self.value_embeds[str(layer)](idx) if str(layer) in self.value_embeds else None
             at_end = last_only and layer == self.config.n_layer - 1
             arguments = x, value_embed, cos, sin, self.window_sizes[layer], kv_cache, at_end
-            recompute = self.recompute and torch.is_grad_enabled()
             x = checkpoint(block, *arguments, use_reentrant=False, context_fn=save_products) if recompute else block(*arguments)
         if kv_cache is not None:
             kv_cache.advance(T)
@@ -329,8 +306,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
         """Logits (B, T, vocab_size) in float32, or, with targets (B, T), the loss in nats.
 
-        Targets of -1 are ignored. `loss_reduction`: "mean" over the valid targets (0 if there
-        are none), "sum" over them, or "none" for (B, T) with zeros where ignored.
+        Targets of -1 are ignored. `loss_reduction`: "mean" over the valid targets (0 if there are none), "sum" over
+        them, or "none" for (B, T) with zeros where ignored.
         """
         hidden = self.hidden(idx, kv_cache)
         if targets is None:
@@ -370,19 +347,16 @@ class GPT(nn.Module):
 
     def num_scaling_params(self) -> dict[str, int]:
         """Parameter counts by kind. The horizon depends on "scaling" = matrices + head (see schedule.py)."""
-        counts = {
-            "wte": self.transformer.wte.weight.numel(),
-            "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
-            "lm_head": self.lm_head.weight.numel(),
-            "transformer_matrices": sum(p.numel() for p in self.transformer.h.parameters()),
-            "scalars": sum(p.numel() for p in self._scalars()),
+        kinds = {
+            "wte": self.transformer.wte,
+            "value_embeds": self.value_embeds,
+            "lm_head": self.lm_head,
+            "transformer_matrices": self.transformer.h,
+            "total": self,
         }
-        counts["total"] = sum(counts.values())
+        counts = {kind: sum(p.numel() for p in module.parameters()) for kind, module in kinds.items()}
         counts["scaling"] = counts["transformer_matrices"] + counts["lm_head"]
         return counts
-
-    def _scalars(self) -> list[nn.Parameter]:
-        return [self.resid_lambdas, self.x0_lambdas, self.smear_lambda, self.backout_lambda, self.smear_gate.weight]
 
     def estimate_flops(self) -> int:
         """Floating-point operations per token, forward and backward, as in PaLM (arXiv:2204.02311, appendix B).
@@ -390,27 +364,21 @@ class GPT(nn.Module):
         6 per weight of a matrix product, and 12 * heads * head_dim * span per layer for attention, where
         the span is the layer's window or the context. Embeddings count nothing.
         """
-        counts = self.num_scaling_params()
-        spans = [min(w, self.config.sequence_len) if w >= 0 else self.config.sequence_len for w in self.window_sizes]
-        return 6 * counts["scaling"] + sum(12 * self.config.n_embd * span for span in spans)
+        spans = [window if window >= 0 else self.config.sequence_len for window in self.window_sizes]
+        return 6 * self.num_scaling_params()["scaling"] + 12 * self.config.n_embd * sum(spans)
 
     def param_groups(
-        self,
-        embedding_lr: float = 0.3,
-        unembedding_lr: float = 0.008,
-        matrix_lr: float = 0.02,
-        scalar_lr: float = 0.5,
+        self, embedding_lr: float = 0.3, unembedding_lr: float = 0.008, matrix_lr: float = 0.02, scalar_lr: float = 0.5,
         weight_decay: float = 0.28,
-    ) -> list[dict]:
+    ) -> list[dict]:  # fmt: skip
         """Groups for `MuonAdamW`: every parameter once, as (name, parameter), with its rates.
 
         Rates of the embeddings and the head were tuned at width 768 and scale with 1/sqrt(width).
         """
         scale = (self.config.n_embd / 768) ** -0.5
-        matrices, gates = [], []
-        for name, p in self.named_parameters():
-            if name.startswith("transformer.h."):
-                (gates if name.endswith("ve_gate.weight") else matrices).append((name, p))
+
+        def named(prefix):
+            return [(name, p) for name, p in self.named_parameters() if name.startswith(prefix)]
 
         # At initialisation the gradients of the scalars are zero in exact arithmetic (the output projections are zero, so
         # the residual is a multiple of x0, and the last norm ignores its scale). Computed, they are rounding noise of
@@ -418,23 +386,17 @@ class GPT(nn.Module):
         def adamw(params, lr, betas, weight_decay, eps=1e-10):
             return {"kind": "adamw", "params": params, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
 
-        value_embeds = [(f"value_embeds.{name}", p) for name, p in self.value_embeds.named_parameters()]
-        smear = [("smear_gate.weight", self.smear_gate.weight), ("smear_lambda", self.smear_lambda)]
+        smear_and_backout = named("smear_gate.") + named("smear_lambda") + named("backout_lambda")
+        gates = [(name, p) for name, p in named("transformer.h.") if name.endswith("ve_gate.weight")]
+        matrices = [(name, p) for name, p in named("transformer.h.") if not name.endswith("ve_gate.weight")]
         return [
-            adamw([("lm_head.weight", self.lm_head.weight)], unembedding_lr * scale, (0.8, 0.96), 0.01),
-            adamw([("transformer.wte.weight", self.transformer.wte.weight)], embedding_lr * scale, (0.8, 0.995), 0.001),
-            adamw(value_embeds, embedding_lr * scale * 0.5, (0.8, 0.995), 0.01),
-            adamw([("resid_lambdas", self.resid_lambdas)], scalar_lr * 0.01, (0.8, 0.95), 0.05, eps=1e-7),
-            adamw([("x0_lambdas", self.x0_lambdas)], scalar_lr, (0.96, 0.95), 0.0, eps=1e-7),
-            adamw(smear + [("backout_lambda", self.backout_lambda)] + gates, 0.2, (0.8, 0.95), 0.0, eps=1e-7),
-            {
-                "kind": "muon",
-                "params": matrices,
-                "lr": matrix_lr,
-                "momentum": 0.95,
-                "beta2": 0.9,
-                "weight_decay": weight_decay,
-            },
+            adamw(named("lm_head."), unembedding_lr * scale, (0.8, 0.96), 0.01),
+            adamw(named("transformer.wte."), embedding_lr * scale, (0.8, 0.995), 0.001),
+            adamw(named("value_embeds."), embedding_lr * scale * 0.5, (0.8, 0.995), 0.01),
+            adamw(named("resid_lambdas"), scalar_lr * 0.01, (0.8, 0.95), 0.05, eps=1e-7),
+            adamw(named("x0_lambdas"), scalar_lr, (0.96, 0.95), 0.0, eps=1e-7),
+            adamw(smear_and_backout + gates, 0.2, (0.8, 0.95), 0.0, eps=1e-7),
+            {"kind": "muon", "params": matrices, "lr": matrix_lr, "momentum": 0.95, "beta2": 0.9, "weight_decay": weight_decay},
         ]
 
 
@@ -442,11 +404,9 @@ def add_missing_weights(state: dict[str, torch.Tensor], config: GPTConfig) -> di
     """A state dict of an older model, completed with neutral values for the extras it lacks."""
     with torch.device("meta"):
         model = GPT(config)
-    state = dict(state)
-    neutral_ones = {"resid_lambdas"}  # all other extras have no effect at zero
     extras = ("resid_lambdas", "x0_lambdas", "smear_", "backout_lambda", "value_embeds.")
+    added = {}
     for name, parameter in model.state_dict().items():
         if name not in state and (name.startswith(extras) or name.endswith("ve_gate.weight")):
-            fill = torch.ones if name in neutral_ones else torch.zeros
-            state[name] = fill(parameter.shape, dtype=torch.float32)
-    return state
+            added[name] = torch.full(parameter.shape, 1.0 if name == "resid_lambdas" else 0.0)
+    return {**state, **added}

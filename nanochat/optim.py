@@ -1,18 +1,15 @@
 """MuonAdamW: Muon for the matrices inside the Transformer, AdamW for everything else, on one rank or many.
 
-Muon replaces a matrix's averaged gradient U S V^T by (roughly) U V^T, so that all directions in
-it move equally far. `muon_update` does this for a stack of equally shaped matrices.
+Muon replaces a matrix's averaged gradient U S V^T by (roughly) U V^T, so that all directions in it move equally far.
+`muon_update` does this for a stack of equally shaped matrices.
 
-Several ranks share the work (ZeRO-2, arXiv:1910.02054). Parameters are grouped in buckets, and a bucket is
-one flat buffer of `world_size` equal chunks, one for each rank. A step is: reduce-scatter the gradients, so
-that each rank has the sum for its own chunk; update those parameters; all-gather the result. All
-reduce-scatters start at once and the all-gathers are awaited last, so communication overlaps with the
-updates. Muon needs whole matrices, which are assigned so that chunks are as equal as possible; other
-parameters are cut anywhere. So world sizes need not divide anything.
+Several ranks share the work (ZeRO-2, arXiv:1910.02054). Parameters are grouped in buckets, and a bucket is one flat
+buffer of `world_size` equal chunks, one for each rank. A step is: reduce-scatter the gradients, so that each rank has
+the sum for its own chunk; update those parameters; all-gather the result. All reduce-scatters start at once and the
+all-gathers are awaited last, so communication overlaps with the updates. Muon needs whole matrices, which are assigned
+so that chunks are as equal as possible; other parameters are cut anywhere. So world sizes need not divide anything.
 
-With W ranks, each rank sends (W - 1) chunks of every bucket in the reduce-scatter and as many in the all-gather,
-together what one all-reduce of the gradients would send, and keeps the optimizer state of one chunk. A chunk is 1/W
-of the bucket, up to 64 numbers more for AdamW and less than one matrix more for Muon.
+A rank keeps the optimizer state of its chunk and sends as much as an all-reduce of the gradients would.
 
 Each group names its parameters, so the state can be saved as a flat dict of tensors: `"lm_head.weight.exp_avg"`,
 or `"lm_head.weight.exp_avg[0:4096]"` for the part of the flattened tensor that this rank keeps.
@@ -63,8 +60,8 @@ def muon_update(grad, momentum_buffer, second_moment, momentum: float, beta2: fl
     1. Nesterov momentum (arXiv:2502.16982 and Jordan et al., "Muon", 2024).
     2. Row equilibration: every row gets norm 1, so that the iteration starts well conditioned.
     3. Polar factor, renormalised so that its Frobenius norm is sqrt(min(rows, cols)), that of an exact one.
-    4. NorMuon (arXiv:2510.05491): divide by the root of a running mean of squares, one number per line along
-       the longer side, then restore the norm, so that no neuron moves much more than others.
+    4. NorMuon (arXiv:2510.05491): divide by the root of a running mean of squares, one number per line along the longer
+       side, then restore the norm, so that no neuron moves much more than others.
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     G = grad.lerp(momentum_buffer, momentum)
@@ -83,10 +80,10 @@ def muon_update(grad, momentum_buffer, second_moment, momentum: float, beta2: fl
 
 
 def reduce_scatter(mine: torch.Tensor, flat: torch.Tensor) -> Callable[[], object]:
-    """Start to sum `flat` (world_size * n,) over the ranks; this rank's chunk of the sum goes to `mine` (n,).
+    """Start to sum `flat` (world_size * n,) over the ranks, this rank's chunk into `mine` (n,); returns a function that waits.
 
-    Returns a function that waits for it. On a CPU chunks are exchanged and then added in the order of the ranks: three
-    times as fast as gloo's own, and equal to the sum of one rank that accumulates the same gradients in that order.
+    On a CPU chunks are exchanged and then added in the order of the ranks: three times as fast as gloo's own, and equal
+    to the sum of one rank that accumulates the same gradients in that order.
     """
     if flat.is_cuda:
         # torch 2.13 gives it a new name and warns about the old one, which torch 2.11 has.
@@ -131,17 +128,15 @@ class Bucket:
 
     def __init__(self, group: dict, named: list[tuple[str, torch.Tensor]], rank: int, world_size: int):
         self.group, self.named, self.world_size = group, named, world_size
+        sizes = [p.numel() for _, p in named]
         if group["kind"] == "muon":
-            mismatch = next((f"{name} has shape {tuple(p.shape)}" for name, p in named if p.ndim != 2), None)
-            if mismatch:
-                raise ValueError(f"Muon takes matrices only, but {mismatch}")
-            self.starts, self.chunk = _assign_whole([p for _, p in named], world_size)
+            assert all(p.ndim == 2 for _, p in named), "Muon takes matrices only"
+            self.starts, self.chunk = _assign_whole(sizes, world_size)
         else:
-            self.starts = [sum(p.numel() for _, p in named[:i]) for i in range(len(named))]
-            total = self.starts[-1] + named[-1][1].numel()
-            self.chunk = -(-total // (world_size * ALIGNMENT)) * ALIGNMENT
+            self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+            self.chunk = -(-sum(sizes) // (world_size * ALIGNMENT)) * ALIGNMENT
         self.own = list(self._shards(rank * self.chunk))
-        self.stacks: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []  # Muon: (indices into `own`, momentum, second moment)
+        self.stacks = []  # Muon: (indices into `own`, momentum, second moment) for each shape
 
     def _shards(self, begin: int) -> Iterator[Shard]:
         """The shards of the parameters in the chunk that starts at `begin`."""
@@ -190,26 +185,24 @@ class Bucket:
         del self.flat, self.mine, self.wait
 
 
-def _assign_whole(params: list[torch.Tensor], world_size: int) -> tuple[list[int], int]:
+def _assign_whole(sizes: list[int], world_size: int) -> tuple[list[int], int]:
     """(starts, chunk) with every parameter inside one chunk: the largest first, each to the emptiest chunk."""
     loads, places = [0] * world_size, {}
-    for i in sorted(range(len(params)), key=lambda i: -params[i].numel()):
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         rank = loads.index(min(loads))
         places[i] = rank, loads[rank]
-        loads[rank] += params[i].numel()
+        loads[rank] += sizes[i]
     chunk = max(loads)
-    return [places[i][0] * chunk + places[i][1] for i in range(len(params))], chunk
+    return [places[i][0] * chunk + places[i][1] for i in range(len(sizes))], chunk
 
 
 class MuonAdamW:
     """Optimizer over named groups: `{"kind": "muon" | "adamw", "params": [(name, parameter)], "lr": ...}`.
 
-    "adamw" groups also hold betas, eps and weight_decay; "muon" groups hold momentum, beta2 and
-    weight_decay, and only 2-D parameters. Rates may be changed in `param_groups` between steps
-    (`initial_lr` and `initial_weight_decay` keep what was given).
-    Gradients are summed over the ranks of the default process group, if there is one, so losses must be divided by the
-    number of targets on all ranks. Every rank calls `step`.
-    State: AdamW two tensors per parameter; Muon one, and one number per line.
+    "adamw" groups also hold betas, eps and weight_decay; "muon" groups hold momentum, beta2 and weight_decay, and only
+    2-D parameters. Rates may be changed in `param_groups` between steps (`initial_lr` and `initial_weight_decay` keep
+    what was given). Every rank calls `step`. Gradients are summed over the ranks of the default process group, if there
+    is one, so losses must be divided by the number of targets on all ranks.
     """
 
     def __init__(self, param_groups: list[dict]):
@@ -225,8 +218,6 @@ class MuonAdamW:
         place = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
         # Muon first: its updates take longest, and the other gradients are communicated meanwhile
         for group in sorted(self.param_groups, key=lambda group: group["kind"] != "muon"):
-            if group["kind"] not in ("muon", "adamw"):
-                raise ValueError(f"group kind {group['kind']!r} is neither 'muon' nor 'adamw'")
             for named in _buckets(list(zip(group["param_names"], group["params"]))):
                 bucket = Bucket(group, named, *place)
                 self.buckets.append(bucket)
@@ -243,10 +234,8 @@ class MuonAdamW:
         for i, shard in enumerate(bucket.own):
             by_shape[shard.values.shape].append(i)
         for (rows, cols), members in by_shape.items():
-            like = bucket.own[members[0]].values
-            momentum = torch.zeros(len(members), rows, cols, device=like.device, dtype=like.dtype)
-            lines = (rows, 1) if rows >= cols else (1, cols)
-            second = torch.zeros(len(members), *lines, device=like.device, dtype=like.dtype)
+            like, lines = bucket.own[members[0]].values, (rows, 1) if rows >= cols else (1, cols)
+            momentum, second = like.new_zeros(len(members), rows, cols), like.new_zeros(len(members), *lines)
             for k, i in enumerate(members):
                 self.state[f"{bucket.own[i].name}.momentum"] = momentum[k]
                 self.state[f"{bucket.own[i].name}.second_moment"] = second[k]
@@ -281,6 +270,7 @@ class MuonAdamW:
         present = [(shard, grad) for shard, grad in zip(bucket.own, bucket.gradients()) if grad is not None]
         if not present:
             return
+        beta1, beta2 = group["betas"]
         adamw(
             [shard.values for shard, _ in present],
             [grad for _, grad in present],
@@ -288,15 +278,9 @@ class MuonAdamW:
             [self.state[f"{shard.name}.exp_avg_sq{shard.part}"] for shard, _ in present],
             [],
             [self.state[f"{shard.name}.step"] for shard, _ in present],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+            fused=True, amsgrad=False, maximize=False,
+            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+        )  # fmt: skip
 
     def zero_grad(self) -> None:
         for group in self.param_groups:
@@ -309,12 +293,11 @@ class MuonAdamW:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Copy a saved state in. Raises ValueError where names or shapes are not those of `state_dict()`."""
-        if state.keys() != self.state.keys():
-            mismatches = sorted(state.keys() ^ self.state.keys())
-            raise ValueError(f"the optimizer state is of another model: {len(mismatches)} names differ, the first is {mismatches[0]}")
+        saved, own = ({(name, tuple(tensor.shape)) for name, tensor in tensors.items()} for tensors in (state, self.state))
+        if saved != own:
+            name, shape = min(saved ^ own)
+            raise ValueError(f"the optimizer state is of another model: only one of them has {name} of shape {shape}")
         for name, tensor in self.state.items():
-            if tensor.shape != state[name].shape:
-                raise ValueError(f"optimizer state {name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
             tensor.copy_(state[name])
 
 

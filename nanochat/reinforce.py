@@ -11,9 +11,7 @@ nearly never solved (arXiv:2503.20783, section 3.1).
 
 pi is the distribution that was sampled from, temperature and top-k included, and each answer is used once, with the
 weights that sampled it. So there is no importance ratio, no clipping and no KL term. What remains is a difference by
-rounding, which is measured (`sampler_gap`), since the engine keeps the log-probability of each token that it samples.
-
-A truncated answer gets reward 0, whatever its text, and takes part in its group's mean.
+rounding, which is measured (`sampler_gap`). A truncated answer gets reward 0 and takes part in its group's mean.
 """
 
 from __future__ import annotations
@@ -118,7 +116,7 @@ def policy_step(
     """
     seqs = [seq for group in groups for seq in group.seqs]
     batches = policy_batches(groups, max_tokens, compute.device)
-    counts = {
+    counts = {  # of this rank
         "answers": len(seqs),
         "reward": sum(sum(group.rewards) for group in groups),
         "length": sum(len(seq.generated) for seq in seqs),

@@ -59,31 +59,12 @@ def test_products_equal_the_emulation(dtype, rounding, device):
         assert (low - exact).norm() < rounding * exact.norm()
 
 
-@pytest.mark.parametrize("dtype, step", [(fp8.E4M3, 2**-4), (fp8.E5M2, 2**-3)])
-@pytest.mark.parametrize("size", [3e38, 1.0, 1e-28])
-def test_the_scale_maps_the_largest_element_to_the_end_of_the_range(dtype, step, size):
-    x = torch.linspace(-1, 1, 256).view(16, 16) * size
-    low, scale = fp8.to_float8(x, dtype)
-    assert scale.dtype == torch.float32 and scale.shape == ()
-    assert low.float().abs().max() == torch.finfo(dtype).max
-    assert (low.double() * scale.double() - x.double()).abs().max() <= size * step
-
-
-@pytest.mark.parametrize("size", [0.0, 1e-38])
-def test_tensors_of_zeros_give_finite_results(size):
-    for operand in range(3):
-        tensors = list(operands(16, 128, 128))
-        tensors[operand] = torch.full_like(tensors[operand], size)
-        assert all(torch.isfinite(result).all() for result in product_and_gradients(*tensors))
-
-
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_values_that_are_not_finite_stay_visible(bad):
-    x, weight, grad = operands(16, 128, 128)
-    grad[2, 3] = bad
-    assert not product_and_gradients(x, weight, grad)[2].isfinite().all()
-    x[2, 3] = bad
-    assert not product_and_gradients(x, weight, grad)[0].isfinite().all()
+@pytest.mark.parametrize("value, finite", [(0.0, True), (1e-38, True), (float("inf"), False), (float("nan"), False)])
+@pytest.mark.parametrize("operand", range(3))
+def test_zeros_give_finite_results_and_values_that_are_not_finite_stay_visible(operand, value, finite):
+    tensors = operands(16, 128, 128)
+    tensors[operand].fill_(value)
+    assert all(result.isfinite().all() for result in product_and_gradients(*tensors)) == finite
 
 
 def test_layouts_are_those_that_cuda_requires():
@@ -106,8 +87,7 @@ def test_eligible_linears_of_the_blocks_are_converted_and_nothing_else_changes()
     assert fp8.convert(model) == 12  # q, k, v, projection and two of the MLP, twice
     others = [name for name, module in model.named_modules() if type(module) is Linear]
     assert others == ["transformer.h.1.attn.ve_gate", "lm_head", "smear_gate"]
-    assert all(fp8.eligible(Linear(*sizes)) for sizes in ((128, 1280), (144, 272)))
-    assert not any(fp8.eligible(Linear(*sizes)) for sizes in ((112, 1280), (1280, 112), (1288, 1280)))
+    assert [fp8.eligible(Linear(1280, size)) for size in (144, 112, 1288)] == [True, False, False]
     ours, theirs = model.state_dict(), plain.state_dict()
     assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
     names = [[name for name, _ in group["params"]] for group in model.param_groups()]
@@ -148,30 +128,22 @@ def test_compiled_training_has_no_graph_break_and_no_recompilation():
 
 
 def test_training_follows_float32():
-    """On sequences in which a token follows from the two before it, four times out of five. The last losses differ by
-    up to 0.06 nats, depending on the seed; seeds of the initial weights spread them by 0.1."""
-    rng = torch.Generator().manual_seed(3)
-    table = torch.randint(0, 12, (12, 12), generator=rng)
-    rows = torch.randint(0, 12, (30, 8, 65), generator=rng)
-    for t in range(2, 65):
-        determined = torch.rand(30, 8, generator=rng) < 0.8
-        rows[..., t] = torch.where(determined, table[rows[..., t - 2], rows[..., t - 1]], rows[..., t])
+    """On a task that is soon learned: the target is the successor of the input."""
 
-    def last_losses(float8):
+    def losses(float8):
         model = make(noise=0.0)
         if float8:
             fp8.convert(model)
         optimizer, compute = MuonAdamW(model.param_groups()), Compute(CPU, torch.float32)
-        losses = [train_step(model, optimizer, [(x[:, :-1], x[:, 1:])], compute).item() for x in rows]
-        assert losses[0] > 2.4 and all(loss == loss for loss in losses)  # log(12) = 2.48
-        return sum(losses[-5:]) / 5
+        return [train_step(model, optimizer, [(ids(step), (ids(step) + 1) % 12)], compute).item() for step in range(6)]
 
-    full, low = last_losses(False), last_losses(True)
-    assert full < 1.8 and full != low and abs(full - low) < 0.06, (full, low)
+    full, low = losses(False), losses(True)
+    assert full[0] > 2.4 and full[-1] < 0.1  # log(12) = 2.48
+    assert full != low == pytest.approx(full, abs=0.01)
 
 
 @pytest.mark.parametrize("name, capability, product, reason", [
-    ("NVIDIA A100", (8, 0), None, "NVIDIA A100 has 8.0"),
+    ("NVIDIA A100", (8, 0), None, "and this is a NVIDIA A100"),
     ("NVIDIA H100", (9, 0), lambda y: y, None),
     ("NVIDIA H100", (9, 0), None, "float8 products fail here: TypeError: 'NoneType' object is not callable"),
     ("NVIDIA H100", (9, 0), lambda y: 1.5 * y, "wrong here, by 5.%"),

@@ -81,7 +81,7 @@ def test_the_model_imports_neither_data_nor_files_nor_scripts():
     while todo:
         reached |= (new := our_imports(todo.pop()) - reached)
         todo += new
-    attention = {"nanochat.flash_attention", "nanochat.attention_backends", "nanochat.decode_attention"}
+    attention = {"nanochat.flash_attention", "nanochat.decode_attention"}
     assert reached <= {"nanochat.common", "nanochat.cross_entropy", *attention}
 
 

@@ -1,7 +1,6 @@
 """AdamW against `torch.optim.AdamW`, Muon against one with an exact polar factor, many ranks against one."""
 
 import re
-from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat import optim
-from nanochat.optim import MuonAdamW, muon_update, polar_express
+from nanochat.optim import MuonAdamW, muon_update
 
 
 def parameter(*shape, seed=0):
@@ -39,20 +38,6 @@ def test_adamw_equals_torch_adamw():
         assert torch.allclose(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("shape", [(48, 128), (128, 48), (96, 96)])
-def test_polar_express_makes_singular_values_about_equal(shape):
-    """U S V^T -> U S' V^T with the same directions and S' near 1 for every value that is not tiny."""
-    G = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    X = polar_express(G)
-    U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
-    in_basis = U.mT @ X.double() @ Vh.mT
-    values = torch.diagonal(in_basis, dim1=-2, dim2=-1)
-    big = S > 0.01 * S.amax(dim=-1, keepdim=True)
-    assert values[big].min() > 0.6 and values.max() < 1.25
-    off_diagonal = in_basis - torch.diag_embed(values)
-    assert off_diagonal.abs().max() < 1e-3
-
-
 def muon_reference(grads, momentum, beta2):
     """The update of one matrix by its definition, with an exact polar factor in float64; yields one per gradient."""
     buffer, second = torch.zeros_like(grads[0]), None
@@ -69,7 +54,7 @@ def muon_reference(grads, momentum, beta2):
         yield X * min(G.shape) ** 0.5 / X.norm()
 
 
-@pytest.mark.parametrize("shape", [(24, 60), (60, 24)])
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])
 def test_each_muon_update_of_a_stack_is_close_to_the_reference(shape):
     grads = torch.randn(5, 2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     grads[:, 1] *= 10 ** torch.linspace(-2, 2, shape[0])[:, None]  # neither rows nor matrices may affect one another
@@ -100,7 +85,7 @@ def test_weight_decay_is_cautious():
     assert agree.any() and (~agree).any()
 
 
-def test_state_round_trip_continues_exactly():
+def test_state_round_trip_continues_exactly_and_the_state_of_another_model_is_refused():
     w, e = parameter(6, 4), parameter(5, 3, seed=1)
     optimizer = MuonAdamW([muon_group([("w", w)]), adamw_group([("e", e)])])
 
@@ -118,19 +103,9 @@ def test_state_round_trip_continues_exactly():
     optimizer = MuonAdamW([muon_group([("w", w)]), adamw_group([("e", e)])])
     optimizer.load_state_dict(state)
     assert all(map(torch.equal, run(range(3, 6)), expected))
-
-
-def test_the_state_of_another_model_and_invalid_groups_are_refused():
-    optimizer = MuonAdamW([muon_group([("w", parameter(2, 2))])])
-    with pytest.raises(ValueError, match="another model"):
-        optimizer.load_state_dict({"v.momentum": torch.zeros(2, 2)})
-    with pytest.raises(ValueError, match="shape"):
-        optimizer.load_state_dict({"w.momentum": torch.zeros(3, 2), "w.second_moment": torch.zeros(2, 1)})
-
-    with pytest.raises(ValueError, match="neither"):
-        MuonAdamW([{"kind": "sgd", "params": [], "lr": 1.0, "weight_decay": 0.0}])
-    with pytest.raises(ValueError, match="matrices"):
-        MuonAdamW([muon_group([("v", parameter(3))])])
+    for other in ({}, {**state, "v.momentum": torch.zeros(2)}, {**state, "w.momentum": torch.zeros(4, 6)}):
+        with pytest.raises(ValueError, match="another model"):
+            optimizer.load_state_dict(other)
 
 
 # -----------------------------------------------------------------------------
@@ -158,27 +133,16 @@ def gradient(name, p, step, rank):
 
 
 def run_rank(rank, world_size, folder):
-    """One rank: five steps with its own gradients; saves its parameters, its state and the number of bytes sent."""
+    """One rank: five steps with its own gradients; saves its parameters and its state."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     torch.set_num_threads(1)
-    exchange, broadcast, sent = dist.all_to_all_single, dist.broadcast, Counter()
-
-    def count_exchange(out, into, **kwargs):
-        sent["reduce-scatter"] += into.nbytes * (world_size - 1) // world_size
-        return exchange(out, into, **kwargs)
-
-    def count_broadcast(tensor, src, **kwargs):
-        sent["all-gather"] += tensor.nbytes * (world_size - 1) * (src == rank)
-        return broadcast(tensor, src, **kwargs)
-
-    dist.all_to_all_single, dist.broadcast = count_exchange, count_broadcast
     parameters, optimizer = make_optimizer()
     for step in range(5):
         for name, p in parameters.items():
             p.grad = gradient(name, p, step, rank)
         optimizer.step()
         optimizer.zero_grad()
-    torch.save({"parameters": parameters, "state": optimizer.state_dict(), "sent": sent}, f"{folder}/{rank}.pt")
+    torch.save({"parameters": parameters, "state": optimizer.state_dict()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -203,12 +167,11 @@ def test_many_ranks_equal_one_with_the_summed_gradients(ranks):
             assert torch.equal(rank["parameters"][name], ranks[0]["parameters"][name]), "all ranks have the same"
 
 
-def test_each_element_of_the_state_is_on_one_rank_and_traffic_is_as_documented(ranks):
+def test_each_element_of_the_state_is_on_one_rank(ranks):
     """Chunks of 1/W of a bucket: 64 numbers more at most for AdamW, less than the largest matrix more for Muon."""
-    parameters, optimizer = make_optimizer()
+    _, optimizer = make_optimizer()
     whole = {name: tensor.numel() for name, tensor in optimizer.state_dict().items() if not name.endswith(".step")}
     covered = {name: torch.zeros(size) for name, size in whole.items()}
-    least = 5 * 2 / 3 * sum(p.nbytes for p in parameters.values())
     for rank in ranks:
         for key in rank["state"]:
             name, a, b = re.fullmatch(r"(.+?)(?:\[(\d+):(\d+)\])?", key).groups()
@@ -218,15 +181,13 @@ def test_each_element_of_the_state_is_on_one_rank_and_traffic_is_as_documented(r
                 assert rank["state"][key].numel() == b - a
         stored = sum(tensor.numel() for tensor in rank["state"].values())
         assert stored <= sum(whole.values()) / 3 + 4 * 64 + 7 * 7 + len(rank["state"])
-        assert least <= rank["sent"]["reduce-scatter"] <= least + 5 * 2 * 4 * (7 * 7 + 2 * 64)
-        assert rank["sent"]["all-gather"] == rank["sent"]["reduce-scatter"]
     assert all((count == 1).all() for count in covered.values())
 
 
 @settings(max_examples=200, deadline=None)
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), world_size=st.integers(1, 9))
 def test_matrices_are_assigned_whole_and_evenly(sizes, world_size):
-    starts, chunk = optim._assign_whole([torch.empty(size) for size in sizes], world_size)
+    starts, chunk = optim._assign_whole(sizes, world_size)
     taken = sorted((start, start + size) for start, size in zip(starts, sizes))
     assert all(end <= start for (_, end), (start, _) in zip(taken, taken[1:])), "no two overlap"
     assert all(start // chunk == (end - 1) // chunk < world_size for start, end in taken), "each lies in one chunk"
