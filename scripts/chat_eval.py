@@ -2,7 +2,7 @@
 
     python -m scripts.chat_eval -i sft                       # the six tasks of ChatCORE
     python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K"   # some of them
-    torchrun --nproc_per_node=8 -m scripts.chat_eval -- -i mid -x 500
+    torchrun --nproc-per-node=8 -m scripts.chat_eval -- -i mid -x 500
 
 ChatCORE is the mean over six tasks of (accuracy - baseline) / (1 - baseline), where the baseline
 is the accuracy of guessing: 0 for a model that guesses, 1 for one that is always right. It is
