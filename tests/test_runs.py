@@ -185,7 +185,8 @@ def test_run1000_is_the_speedrun_of_a_larger_model_and_the_miniseries_of_several
 @pytest.mark.parametrize("script", ["speedrun.sh", "miniseries.sh"])
 def test_a_script_runs_at_toy_size_and_again(project, tmp_path, script):
     """With TINY=1, this Python and no data hub."""
-    for path in (*(ROOT / "dev").glob("*.py"), ROOT / "nanochat", ROOT / "scripts", ROOT / "tasks"):
+    paths = [ROOT / name for name in ("dev/identity.json", "nanochat", "scripts", "tasks")]
+    for path in [*paths, *(ROOT / "dev").glob("*.py")]:
         (project / path.relative_to(ROOT)).symlink_to(path)
     write_program(tmp_path / "programs/python", f'exec {sys.executable} "$@"')
     write_program(tmp_path / "programs/torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"')
