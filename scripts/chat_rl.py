@@ -22,24 +22,24 @@ def main(argv=None):
     flags.add_run_flags(parser)
     flags.add_origin_flags(parser, ["mid", "sft", "rl"], "sft")
     group = parser.add_argument_group("task")
-    group.add_argument("--task", default="GSM8K", help="GSM8K, SpellingBee, ARC-Easy, ARC-Challenge, SampleWorld or SampleArithmetic")
+    group.add_argument("--task", default="GSM8K", help="or SpellingBee, ARC-Easy, ARC-Challenge, SampleWorld, SampleArithmetic")
     group.add_argument("--num-epochs", type=flags.number(float, 0.001), default=1.0, help="passes over the task's questions")
     group.add_argument("--num-iterations", type=flags.COUNT_OR_AUTO, default=-1, help="steps (-1: as many as the epochs take)")
     group = parser.add_argument_group("sampling")
     group.add_argument("--examples-per-step", type=flags.COUNT, default=16, help="questions per step, over all ranks")
     group.add_argument("--num-samples", type=flags.number(int, 2), default=16, help="samples per question")
     group.add_argument("--max-new-tokens", type=flags.COUNT, default=256, help="longer samples are truncated, with reward 0")
-    group.add_argument("--temperature", type=flags.number(float, 1e-3), default=1.0, help="of sampling, and of the distribution that is optimised")
+    group.add_argument("--temperature", type=flags.number(float, 1e-3), default=1.0, help="of sampling and of the optimised distribution")
     group.add_argument("--top-k", type=flags.number(int, 0), default=50, help="sample among the k most likely tokens (0: all)")
     group = parser.add_argument_group("batch and schedule")
-    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=None, help="full rows per micro-batch, in tokens (default: inherited)")
+    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=None, help="full rows per micro-batch (default: inherited)")
     group.add_argument("--init-lr-frac", type=flags.FRACTION, default=0.05, help="factor of all learning rates, which then fall to 0")
     group.add_argument("--weight-decay", type=flags.FRACTION, default=0.0, help="of the matrices, decaying to 0")
     flags.add_rate_flags(parser, inherited=True)
     flags.add_saving_flags(parser, eval_every=60, save_every=60)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval-examples", type=flags.COUNT, default=400, help="held-out questions per evaluation")
-    group.add_argument("--eval-samples", type=flags.number(int, 0), default=8, help="samples per held-out question, for pass@k (0: greedy only)")
+    group.add_argument("--eval-samples", type=flags.number(int, 0), default=8, help="samples per held-out question (0: greedy only)")
     args = parser.parse_args(argv)
 
     import copy
@@ -178,15 +178,13 @@ def main(argv=None):
     if not last:
         print0(f"stopped after step {step}; continue with the same flags and --resume-from-step=latest")
     elif compute.is_main:
-        replies = [completion_text(tokenizer, engine, group.seqs[0]) for group in groups[:4]]
+        examples = [(group.conversation["messages"][0], completion_text(tokenizer, engine, group.seqs[0])) for group in groups[:4]]
         report.log("Reinforcement learning", {
-            **vars(settings), "stage": "rl", "model tag": tag, "steps": step, "questions": len(task),
-            "scores": {f"{args.task} {name}": value for name, (value, _) in scores.items()},
+            **vars(settings), "stage": "rl", "scores": {f"{args.task} {name}": value for name, (value, _) in scores.items()},
+            "model tag": tag, "steps": step, "questions": len(task),
             "95% intervals": {name: f"+- {ci:.4f}" for name, (_, ci) in scores.items()},
             "training minutes": meter.total_time / 60, "metrics": str(meter.path),
-            "samples": [
-                [group.conversation["messages"][0], {"role": "assistant", "content": reply}] for group, reply in zip(groups, replies)
-            ],
+            "samples": [[question, {"role": "assistant", "content": reply}] for question, reply in examples],
         })  # fmt: skip
     meter.finish()
     compute_cleanup(compute)
