@@ -21,7 +21,8 @@ from nanochat.common import UserError, compute_init, print0, run_script
 
 def main(argv=None):
     parser = flags.make_parser("Import a model of the reference's layout.")
-    parser.add_argument("--from", dest="folder", type=Path, required=True, help="folder with model_NNNNNN.pt and meta_NNNNNN.json")
+    from_help = "folder with model_NNNNNN.pt and meta_NNNNNN.json"
+    parser.add_argument("--from", dest="folder", type=Path, required=True, help=from_help)
     parser.add_argument("--tokenizer", type=Path, default=None, help="its tokenizer.pkl (default: in that folder)")
     parser.add_argument("--step", type=flags.number(int, 0), default=None, help="which step (default: the last)")
     parser.add_argument("--to-stage", default="sft", choices=["base", "mid", "sft", "rl"], help="stage of the imported model")
@@ -33,7 +34,8 @@ def main(argv=None):
 
     compute = compute_init("cpu")
     folder = args.folder.expanduser()
-    steps = sorted(int(match[1]) for path in folder.glob("model_*.pt") if (match := re.fullmatch(r"model_(\d+)\.pt", path.name)))
+    found = (re.fullmatch(r"model_(\d+)\.pt", path.name) for path in folder.glob("model_*.pt"))
+    steps = sorted(int(match[1]) for match in found if match)
     step = args.step if args.step is not None else steps[-1] if steps else None
     if step not in steps:
         raise UserError(f"there is no model of step {step} in {folder}; there are steps {steps}")
