@@ -38,7 +38,7 @@ def main(argv=None):
     group.add_argument("--eval-tokens", type=flags.COUNT_OR_AUTO, default=-1, help=eval_help)
     group.add_argument("--core-metric-every", type=flags.COUNT_OR_AUTO, default=2000, help="steps between CORE scores (-1: never)")
     group.add_argument("--core-metric-max-per-task", type=flags.COUNT_OR_AUTO, default=500, help="questions per task (-1: all)")
-    group.add_argument("--sample-every", type=flags.INTERVAL, default=2000, help="steps between samples (-1: at the end only)")
+    group.add_argument("--sample-every", type=flags.INTERVAL, default=2000, help="steps between samples (-1: last, 0: never)")
     args = parser.parse_args(argv)
 
     import torch
