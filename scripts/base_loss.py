@@ -66,7 +66,7 @@ def main(argv=None):
         print("\n".join(samples))
         data = {**results, "samples": samples}
         if not args.hf_path:  # only our own models have a column in the report's final table
-            data |= {"stage": "base", "scores": {"train bpb": results["train bpb"], "val bpb": results["val bpb"]}}
+            data |= {"stage": "base", "scores": {f"{split} bpb of text": results[f"{split} bpb"] for split in ("train", "val")}}
         report.log("Base model loss", data)
     compute_cleanup(compute)
 

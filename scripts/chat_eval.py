@@ -2,11 +2,10 @@
 
     python -m scripts.chat_eval -i sft                       # the six tasks of ChatCORE
     python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K"   # some of them
-    torchrun --nproc_per_node=8 -m scripts.chat_eval -- -i mid -x 500
+    torchrun --nproc-per-node=8 -m scripts.chat_eval -- -i mid -x 500
 
-ChatCORE is the mean over six tasks of (accuracy - baseline) / (1 - baseline), where the baseline
-is the accuracy of guessing: 0 for a model that guesses, 1 for one that is always right. It is
-printed only if all six tasks were run. Accuracies are shown with their standard error.
+ChatCORE is the mean over six tasks of (accuracy - baseline) / (1 - baseline), where the baseline is the accuracy of
+guessing. It is printed only if all six tasks were run. Accuracies are shown with their standard error.
 """
 
 import json
@@ -16,21 +15,7 @@ from nanochat.common import UserError, compute_cleanup, compute_init, get_base_d
 
 CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 TASK_NAMES = (*CHATCORE, "SampleWorld")
-
-
-def parse_args(argv):
-    parser = flags.make_parser(__doc__.split("\n")[0])
-    flags.add_model_flags(parser, ["base", "mid", "sft", "rl"])
-    group = parser.add_argument_group("tasks")
-    task_help = f"a task, or several joined by |; may be repeated (default: the six of ChatCORE): {', '.join(TASK_NAMES)}"
-    group.add_argument("-a", "--task-name", action="append", metavar="NAME", help=task_help)
-    group.add_argument("-x", "--max-problems", type=flags.COUNT, help="use only the first problems of each task (default: all)")
-    group.add_argument("-n", "--num-samples", type=flags.COUNT, default=1, help="replies per problem, which is solved if one is right")
-    group.add_argument("-b", "--batch-size", type=flags.COUNT, default=8, help="multiple-choice problems per forward pass")
-    unsafe_help = "run HumanEval even if the system cannot isolate model-written code from your files and the network"
-    group.add_argument("--allow-unsafe-code", action="store_true", help=unsafe_help)
-    flags.add_sampling_flags(parser, temperature=0.0, max_tokens="--max-new-tokens")
-    return parser.parse_args(argv)
+DEFAULT_QUESTIONS = ["Who are you?", "Why is the sky blue?"]  # for a model whose tasks name no examples
 
 
 def chosen_tasks(task_name: list[str] | None) -> tuple[str, ...]:
@@ -53,32 +38,57 @@ def make_task(name: str, allow_unsafe_code: bool = False):
     from tasks.sample_world import SampleWorld
     from tasks.spellingbee import SpellingBee
 
-    makers = {
-        "ARC-Easy": lambda: ARC(subset="ARC-Easy", split="test"),
-        "ARC-Challenge": lambda: ARC(subset="ARC-Challenge", split="test"),
-        "MMLU": lambda: MMLU(subset="all", split="test"),
-        "GSM8K": lambda: GSM8K(subset="main", split="test"),
+    return {
+        "ARC-Easy": lambda: ARC("ARC-Easy", "test"),
+        "ARC-Challenge": lambda: ARC("ARC-Challenge", "test"),
+        "MMLU": lambda: MMLU("all", "test"),
+        "GSM8K": lambda: GSM8K("main", "test"),
         "HumanEval": lambda: HumanEval(allow_unsafe=allow_unsafe_code),
-        "SpellingBee": lambda: SpellingBee(size=256, split="test"),
-        "SampleWorld": lambda: SampleWorld(split="test"),
-    }
-    return makers[name]()
+        "SpellingBee": lambda: SpellingBee(256, "test"),
+        "SampleWorld": lambda: SampleWorld("test"),
+    }[name]()
 
 
 def chat_core(results: dict[str, dict]) -> float | None:
     """Mean centred accuracy of the six tasks; None unless all of them are in `results`."""
-    if not all(name in results for name in CHATCORE):
+    if not set(CHATCORE) <= set(results):
         return None
-    scored = [(results[name]["accuracy"], results[name]["baseline"]) for name in CHATCORE]
-    centred = [(accuracy - baseline) / (1 - baseline) for accuracy, baseline in scored]
+    centred = [(results[name]["accuracy"] - results[name]["baseline"]) / (1 - results[name]["baseline"]) for name in CHATCORE]
     return sum(centred) / len(centred)
 
 
+def converse(engine, tokenizer, questions: list[str], max_tokens: int = 128) -> list[dict]:
+    """The messages of one conversation in which the model is asked these questions; replies are greedy.
+
+    It ends early where the context is full.
+    """
+    tokens, messages = [tokenizer.get_bos_token_id()], []
+    for question in questions:
+        message = {"role": "user", "content": question}
+        tokens += tokenizer.render_for_completion({"messages": [message]})[1:]  # bos comes only before the first turn
+        if len(tokens) >= engine.context:
+            break
+        [continued], _ = engine.generate_batch(tokens, max_tokens=max_tokens, temperature=0.0)
+        messages += [message, {"role": "assistant", "content": tokenizer.decode(continued[len(tokens) :])}]
+        tokens = [*continued, tokenizer.encode_special("<|assistant_end|>")]
+    return messages
+
+
 def main(argv=None):
-    args = parse_args(argv)
+    parser = flags.make_parser("Measure a chat model on tasks with answers that can be checked.")
+    flags.add_model_flags(parser, ["base", "mid", "sft", "rl"])
+    group = parser.add_argument_group("tasks")
+    task_help = f"a task, or several joined by |; may be repeated (default: the six of ChatCORE): {', '.join(TASK_NAMES)}"
+    group.add_argument("-a", "--task-name", action="append", metavar="NAME", help=task_help)
+    group.add_argument("-x", "--max-problems", type=flags.COUNT, help="only the first problems of each task (default: all)")
+    group.add_argument("-n", "--num-samples", type=flags.COUNT, default=1, help="replies per problem; one must be right")
+    group.add_argument("-b", "--batch-size", type=flags.COUNT, default=8, help="multiple-choice problems per forward pass")
+    group.add_argument("--allow-unsafe-code", action="store_true", help="run HumanEval even if the system cannot isolate its code")
+    flags.add_sampling_flags(parser, temperature=0.0, max_tokens="--max-new-tokens")
+    args = parser.parse_args(argv)
     names = chosen_tasks(args.task_name)
     if args.num_samples > 1 and args.temperature == 0:
-        raise UserError(f"-n {args.num_samples}: samples at temperature 0 are all equal; add for instance -t 1.0")
+        raise UserError(f"-n {args.num_samples}: samples at temperature 0 are all equal; add -t 1.0")
 
     from nanochat import report
     from nanochat.checkpoint_manager import load_model
@@ -108,8 +118,7 @@ def main(argv=None):
         )  # fmt: skip
         error = standard_error(accuracy, n)
         results[name] = {"accuracy": accuracy, "stderr": error, "n": n, "baseline": task.baseline}
-        score = f"{100 * accuracy:6.2f}% +- {100 * error:.2f}"
-        print0(f"{name:14s} {score}  ({n} problems, guessing scores {100 * task.baseline:.0f}%)")
+        print0(f"{name:14s} {100 * accuracy:6.2f}% +- {100 * error:.2f}  ({n} problems, guessing scores {100 * task.baseline:.0f}%)")
     if not results:
         raise UserError("none of the tasks could be run (reasons above); -a SampleWorld needs no data hub")
 
@@ -122,7 +131,11 @@ def main(argv=None):
         scores = {name: result["accuracy"] for name, result in results.items()}
         if core is not None:
             scores["ChatCORE"] = core
-        data = {"stage": args.stage, "step": meta["step"], "flags": vars(args), "tasks": results, "scores": scores}
+        data = {
+            "stage": args.stage, "step": meta["step"], "tasks": results, "scores": scores,
+            "chat": converse(engine, tokenizer, meta.get("user_config", {}).get("examples") or DEFAULT_QUESTIONS),
+            "flags": flags.for_report(parser, args),
+        }
         path = get_base_dir() / "report" / f"chat_eval_{args.stage}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(data, indent=2) + "\n")

@@ -55,7 +55,7 @@ def main(argv=None):
         val_tasks = available_tasks(val, val_names, compute)
         return TaskMixture(list(train_tasks.values())), TaskMixture(list(val_tasks.values()))
 
-    finetune("sft", args, load_data, supervise="assistant")
+    finetune("sft", parser, args, load_data, supervise="assistant")
 
 
 if __name__ == "__main__":

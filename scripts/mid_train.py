@@ -54,7 +54,7 @@ def main(argv=None):
         val_tasks = available_tasks(val, val_names, compute)
         return TaskMixture(list(train_tasks.values())), TaskMixture(list(val_tasks.values()))
 
-    finetune("mid", args, load_data, supervise="all")
+    finetune("mid", parser, args, load_data, supervise="all")
 
 
 if __name__ == "__main__":
