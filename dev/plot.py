@@ -68,12 +68,8 @@ def load_runs(names: list[str]) -> list[dict]:
     return runs
 
 
-# -----------------------------------------------------------------------------
-# The power law
-
-
 def fit_power_law(x: list[float], y: list[float]) -> dict | None:
-    """y = a + b * (x / x0)^-c by least squares: {"a", "b", "c", "x0", "residuals"}; None for fewer than 4 different x.
+    """bpb y = a + b * (FLOPs x / x0)^-c by least squares: {"a", "b", "c", "x0", "residuals", "formula"}; None below 4 different x.
 
     x0 is the geometric mean of x. For a given c, a and b solve a linear problem, so only c is searched, on a grid that is
     refined three times. a, the irreducible loss, is at least 0.
@@ -99,11 +95,8 @@ def fit_power_law(x: list[float], y: list[float]) -> dict | None:
         best = min(range(len(grid)), key=lambda i: solve(grid[i])[0])
         low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
     _, a, b, c, residuals = solve(grid[best])
-    return {"a": a, "b": b, "c": c, "x0": x0, "residuals": residuals}
-
-
-def formula(fit: dict) -> str:
-    return f"{fit['a']:.4f} + {fit['b']:.4f} * (FLOPs / {fit['x0']:.3g})^-{fit['c']:.4f}"
+    formula = f"{a:.4f} + {b:.4f} * (FLOPs / {x0:.3g})^-{c:.4f}"
+    return {"a": a, "b": b, "c": c, "x0": x0, "residuals": residuals, "formula": formula}
 
 
 def series_text(series: list[dict], fit: dict | None) -> str:
@@ -114,11 +107,7 @@ def series_text(series: list[dict], fit: dict | None) -> str:
         return table([*columns], rows) + "A power law needs four models of different sizes.\n"
     rows = [[*row, f"{residual:+.4f}"] for row, residual in zip(rows, fit["residuals"])]
     spread = math.sqrt(sum(residual**2 for residual in fit["residuals"]) / len(rows))
-    return table([*columns, "bpb - fit"], rows) + f"bpb = {formula(fit)}; root mean square residual {spread:.4f}\n"
-
-
-# -----------------------------------------------------------------------------
-# Plots
+    return table([*columns, "bpb - fit"], rows) + f"bpb = {fit['formula']}; root mean square residual {spread:.4f}\n"
 
 
 def draw_runs(runs: list[dict], path: Path) -> None:
@@ -154,7 +143,7 @@ def draw_series(series: list[dict], fit: dict | None, path: Path) -> None:
         bpb.curves.append(("power law", x, [fit["a"] + fit["b"] * (c / fit["x0"]) ** -fit["c"] for c in x], line))
     if core.curves:
         core.curves.append((f"GPT-2 (1.6B)  {GPT2_CORE}", [low, high], [GPT2_CORE] * 2, line | {"linestyle": "--"}))
-    draw([[bpb, core]], path, f"bpb = {formula(fit)}" if fit else "")
+    draw([[bpb, core]], path, f"bpb = {fit['formula']}" if fit else "")
 
 
 if __name__ == "__main__":

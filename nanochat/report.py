@@ -147,7 +147,7 @@ def section_text(section: str, data: dict, plot: str | None) -> str:
     """The section of one stage: its values, one table per value that is a table, plot, samples, all flags."""
     flags = data.get("flags", {})
     other = {key: value for key, value in data.items() if key not in SPECIAL_KEYS}
-    tables = {key: value for key, value in other.items() if is_table(value)}
+    tables = {key: value for key, value in other.items() if isinstance(value, dict) and dict in map(type, value.values())}
     plain = {key: value for key, value in other.items() if key not in tables} | data.get("scores", {})
     if given := flags.get("given"):
         texts = [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True) for name, value in given.items()]
@@ -165,10 +165,6 @@ def section_text(section: str, data: dict, plot: str | None) -> str:
         rows = table(["flag", "value"], [[key, value] for key, value in flags["all"].items()])
         parts.append(f"<details><summary>All flags</summary>\n\n{rows}\n</details>\n")
     return "\n".join(parts)
-
-
-def is_table(value) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(row, dict) for row in value.values())
 
 
 def final_table(entries: list[dict]) -> str:
@@ -234,14 +230,14 @@ def draw(panels: list[list[Panel]], path: Path, title: str = "") -> None:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
             axes.minorticks_off()
-        if curves and not any(options.get("yerr") for *_, options in curves):
+        if not curves:
+            axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="gray")
+        elif not any(options.get("yerr") for *_, options in curves):
             # The first tenth of a curve and its highest percent would flatten the rest
             settled = [sorted(y[len(y) // 10 :]) for _, _, y, _ in curves]
             low, high = min(min(y) for _, _, y, _ in curves), max(y[-1 - len(y) // 100] for y in settled)
             margin = 0.06 * (high - low) or 0.05
             axes.set_ylim(low - margin, high + margin)
-        if not curves:
-            axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="gray")
         if any(label for label, *_ in curves):
             axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.02))
         axes.set_title(panel.title, loc="left", fontsize=10)
