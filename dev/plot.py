@@ -50,7 +50,7 @@ def load_runs(names: list[str]) -> list[dict]:
     """
     entries = [entry for path in base_dir_path().glob("report*/report.jsonl") for entry in read_entries(path)]
     entries = [entry for entry in entries if entry["section"] == "Base model training"]
-    finished = {entry["data"]["model tag"]: entry["data"] for entry in sorted(entries, key=lambda entry: entry["time"])}
+    finished = {entry["data"].get("model tag"): entry["data"] for entry in sorted(entries, key=lambda entry: entry["time"])}
     runs = []
     for name in names:
         path = Path(name) if name.endswith(".jsonl") else base_dir_path() / "base_checkpoints" / name / "metrics.jsonl"
@@ -58,8 +58,8 @@ def load_runs(names: list[str]) -> list[dict]:
             raise UserError(f"there is no {path}")
         tag, rows = path.parent.name, read_jsonl(path)
         if points(rows, "step", "loss")[0]:
-            measured = {name: points(rows, "step", key)[1] for name, key in (("val bpb", "val_bpb"), ("CORE", "core"))}
-            last = {name: values[-1] if values else None for name, values in measured.items()}
+            measured = {"val bpb": points(rows, "step", "val_bpb")[1], "CORE": points(rows, "step", "core")[1]}
+            last = {key: values[-1] if values else None for key, values in measured.items()}
             runs.append({"tag": tag, "rows": rows, **last, **finished.get(tag, {})})
         else:
             print(f"{path} is skipped: it holds no training step")
@@ -69,9 +69,9 @@ def load_runs(names: list[str]) -> list[dict]:
 
 
 def fit_power_law(x: list[float], y: list[float]) -> dict | None:
-    """bpb y = a + b * (FLOPs x / x0)^-c by least squares: {"a", "b", "c", "x0", "residuals", "formula"}; None below 4 different x.
+    """y = a + b * (x / x0)^-c by least squares, x FLOPs and y bits per byte; None for fewer than 4 different x.
 
-    x0 is the geometric mean of x. For a given c, a and b solve a linear problem, so only c is searched, on a grid that is
+    Returns {"a", "b", "c", "x0", "residuals", "formula"}; x0 is the geometric mean of x. For a given c, a and b solve a linear problem, so only c is searched, on a grid that is
     refined three times. a, the irreducible loss, is at least 0.
     """
     import numpy as np
