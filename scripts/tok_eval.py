@@ -122,8 +122,9 @@ def main(argv: list[str] | None = None) -> None:
         if text
     }
     print_table(texts, tokenizers, ratios)
+    flat = {f"{text}: bytes per token of {name}": round(x, 3) for text in ratios for name, x in ratios[text].items()}
     vocabularies = {f"vocabulary of {name}": tokenizer.get_vocab_size() for name, tokenizer in tokenizers.items()}
-    report.log("Tokenizer evaluation", {**vocabularies, "bytes per token": ratios})
+    report.log("Tokenizer evaluation", {**vocabularies, **flat})
 
 
 def bytes_per_token(tokenizer, text: str) -> float:
