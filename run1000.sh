@@ -8,9 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # Depth 34 at 20 tokens per scaling parameter is 5.3e20 FLOPs, 37 hours at half of the bf16 peak (python -m dev.estimate
 # --depth 34 --vocab-size 49152 --ratio 20 --chat): 900 dollars. The same money would train depth 38 at the
-# compute-optimal 10 to 12 tokens. Near the optimum the loss hardly depends on the shape (Hoffmann et al.,
-# arXiv:2203.15556), and the smaller model fits a batch into 80 GB and is cheaper to run (as LLaMA argues,
-# arXiv:2302.13971).
+# compute-optimal 10 to 12 tokens; near the optimum the loss hardly depends on the shape (Hoffmann et al.,
+# arXiv:2203.15556), and the smaller model fits a batch into 80 GB and is cheaper to run.
 export DEPTH=${DEPTH:-34} RATIO=${RATIO:-20}
 # The best vocabulary grows slowly with the model: 43 thousand at 3 billion parameters (arXiv:2407.13623). So the
 # speedrun's is kept, and its tokenizer is reused if it exists.

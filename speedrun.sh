@@ -27,17 +27,16 @@ source dev/stages.sh
 DEPTH=${DEPTH:-22} VOCAB_SIZE=${VOCAB_SIZE:-49152} RATIO=${RATIO:-9.4}
 # ClimbMix (arXiv:2504.13161) instead of FineWeb-Edu took 27% off the time to GPT-2's CORE. Its licence, CC BY-NC 4.0,
 # is for research; FineWeb-Edu's (ODC-By) also permits commercial use.
-# All other flags have base_train's defaults: 32 rows of 2048 tokens per GPU, which fit 80 GB thanks to the chunked loss;
-# the batch follows from the horizon, here 2^20 tokens, two micro-batches on each of eight GPUs. base_eval measures CORE
-# afterwards, on all questions. Bits per byte every 500 steps take 1 or 2% of the time; with checkpoints as often, a
-# failure costs at most ten minutes. --fp8 is optional: it made depth 26 17% faster (scaled per tensor; scaled per row
-# it was slower than bfloat16) and smaller models less so, according to others.
+# All other flags have base_train's defaults. The batch follows from the horizon, here 2^20 tokens: two micro-batches of
+# 32 rows on each of eight GPUs. base_eval measures CORE afterwards, on all questions. Bits per byte every 500 steps take
+# 1 or 2% of the time; with checkpoints as often, a failure costs at most ten minutes.
+# --fp8 is optional: it made depth 26 17% faster and smaller models less so, according to others.
 base=(--depth="$DEPTH" --target-param-data-ratio="$RATIO" --source="$SOURCE" --eval-every=500 --save-every=500 --keep-last=2
     --core-metric-every=-1 --sample-every=-1)
 read -ra more <<<"${BASE_FLAGS:-}"
 base+=("${more[@]}")
-# SFT has 22 thousand conversations, 5 to 10 million tokens: a few steps of pretraining's size, or about a hundred of
-# 2^16 tokens. The learning rate follows the batch. That is four rows on each of eight GPUs; fewer GPUs accumulate.
+# SFT has 22 thousand conversations, 5 to 10 million tokens: about a hundred steps of 2^16 tokens, four rows on each of
+# eight GPUs. The learning rate follows the batch.
 sft=(--device-batch-size=4 --total-batch-size=65536)
 loss=() core=() mid=() tasks=() rl=() rl_tasks=(-a GSM8K) estimate=(--check)
 

@@ -4,53 +4,41 @@
     python -m dev.estimate --depth 10 12 14 16      # several models, and what they take together
 
 Parameters and FLOPs are those of the model itself, built on the meta device; horizon and batch size come from
-`schedule.plan`, as in scripts/base_train.py. Other flags of that script are ignored, so that one list of flags serves both.
+`schedule.plan`, as in scripts/base_train.py, whose other flags are ignored, so that one list of flags serves both.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
 
+from nanochat import flags
 from nanochat.common import UserError, get_base_dir, run_script
 
-# ClimbMix has 400 billion tokens of GPT-2's (its card, https://huggingface.co/datasets/nvidia/ClimbMix), which here are cut
-# into 6543 shards: 61 million each. A vocabulary of 32 to 64 thousand needs about as many; a tenth is kept in reserve,
-# since a second epoch is worth less than new text.
+# ClimbMix has 400 billion tokens of GPT-2's (https://huggingface.co/datasets/nvidia/ClimbMix) in 6543 shards: 61 million
+# each. A vocabulary of 32 to 64 thousand needs about as many; a tenth is kept in reserve.
 TOKENS_PER_SHARD = 55e6
 SHARD_BYTES = 100e6  # 61 million tokens are some 280 million characters; such text takes 0.31 bytes a character in parquet
-# mid_train and chat_sft together: 870 thousand conversations (the sizes of their data sets) of some 400 tokens. Assumed.
-CHAT_TOKENS = 350e6
-# Set-up, tokenizer, CORE and the chat tasks. Assumed, not measured.
-OTHER_HOURS = 0.5
+CHAT_TOKENS = 350e6  # of mid_train and chat_sft: 870 thousand conversations of some 400 tokens (assumed)
+OTHER_HOURS = 0.5  # set-up, tokenizer, CORE and the chat tasks (assumed)
 CHECKPOINTS, CHAT_CHECKPOINTS = 3, 3  # of pretraining two are kept while a third is written; one each of mid, sft and rl
 OTHER_BYTES = 5e9  # data sets of the tasks, CORE, logs
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # as in scripts.base_train
-    parser.add_argument("--depth", type=int, nargs="+", default=[20], help="layers; several numbers for several runs")
-    parser.add_argument("--aspect-ratio", type=int, default=64, help="width per layer of depth")
-    parser.add_argument("--head-dim", type=int, default=128, help="width of an attention head")
-    parser.add_argument("--n-kv-head", type=int, default=-1, help="key and value heads (-1: as many as query heads)")
-    parser.add_argument("--max-seq-len", type=int, default=2048, help="context in tokens")
-    parser.add_argument("--window-pattern", default="QQQL", help="attention span per layer")
-    parser.add_argument("--num-iterations", type=int, default=-1, help="steps (-1: not set)")
-    parser.add_argument("--target-flops", type=float, default=-1.0, help="training FLOPs (-1: not set)")
-    parser.add_argument("--target-param-data-ratio", "--ratio", type=float, default=12.0, help="tokens per scaling parameter")
-    parser.add_argument("--total-batch-size", type=int, default=-1, help="tokens per step (-1: what suits the horizon)")
-    # vocabulary and hardware
-    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens of the vocabulary")
-    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
-    parser.add_argument("--gpu", default="H100", help="type of GPU, one listed in nanochat/device.py")
-    parser.add_argument("--mfu", type=float, default=0.5, help="share of that peak that training reaches (0.46 at depth 18 and 0.5 at 24 have been reported on H100s)")
-    parser.add_argument("--dollars-per-gpu-hour", type=float, default=3.0, help="price")
-    parser.add_argument("--chat", action="store_true", help="with midtraining and fine-tuning")
-    # for speedrun.sh and others
-    parser.add_argument("--check", action="store_true", help="fail where the base folder lacks space or holds a tokenizer of another size")
-    parser.add_argument("--shards", action="store_true", help="print only the number of shards")
+    parser = flags.make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--depth", type=flags.COUNT, nargs="+", default=[20], help="layers; several numbers for several runs")
+    flags.add_size_flags(parser)
+    group = parser.add_argument_group("vocabulary and hardware")
+    group.add_argument("--vocab-size", type=flags.COUNT, default=32768, help="tokens of the vocabulary")
+    group.add_argument("--gpus", type=flags.COUNT, default=8, help="number of GPUs")
+    group.add_argument("--gpu", default="H100", help="type of GPU, one listed in nanochat/device.py")
+    group.add_argument("--mfu", type=float, default=0.5, help="share of the bf16 peak that training reaches")
+    group.add_argument("--dollars-per-gpu-hour", type=float, default=3.0, help="price")
+    group.add_argument("--chat", action="store_true", help="with midtraining and fine-tuning")
+    group = parser.add_argument_group("for the run scripts")
+    group.add_argument("--check", action="store_true", help="fail where the base folder lacks space or holds a tokenizer of another size")
+    group.add_argument("--shards", action="store_true", help="print only the number of shards")
     args, _ = parser.parse_known_args(argv)
 
     runs = [estimate(depth, args) for depth in args.depth]
@@ -61,8 +49,8 @@ def main(argv=None):
     hours = sum(run["hours"] for run in runs) + (runs[-1]["chat hours"] + OTHER_HOURS if args.chat else 0)
     checkpoints = sum(run["checkpoint"] for run in runs) * (CHECKPOINTS + CHAT_CHECKPOINTS * args.chat)
     needed = (shards + 1) * SHARD_BYTES + checkpoints + OTHER_BYTES
-    print(f"{'':24}{'parameters':>11}{'scaling':>9}{'tokens':>9}{'steps of':>9}{'tokens':>10}{'FLOPs':>10}{'hours':>8}{'dollars':>9}")
     price = args.gpus * args.dollars_per_gpu_hour
+    print(f"{'':24}{'parameters':>11}{'scaling':>9}{'tokens':>9}{'steps of':>9}{'tokens':>10}{'FLOPs':>10}{'hours':>8}{'dollars':>9}")
     for depth, run in zip(args.depth, runs):
         print(f"{f'pretraining d{depth}':24}{amount(run['parameters']):>11}{amount(run['scaling']):>9}{amount(run['tokens']):>9}"
               f"{run['steps']:>9,}{run['batch']:>10,}{run['flops']:>10.2e}{run['hours']:>8.2f}{run['hours'] * price:>9,.0f}")
@@ -76,7 +64,7 @@ def main(argv=None):
 
 
 def estimate(depth: int, args) -> dict:
-    """One pretraining run: {"parameters", "scaling", "tokens", "steps", "batch", "flops", "hours", "chat hours", "checkpoint" in bytes}."""
+    """One pretraining run: its size and horizon, "hours", "chat hours" of later stages, "checkpoint" in bytes."""
     import torch
 
     from nanochat.device import PEAK_FLOPS
@@ -86,26 +74,22 @@ def estimate(depth: int, args) -> dict:
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in args.gpu), None)
     if peak is None:
         raise UserError(f"the bf16 peak of --gpu {args.gpu!r} is not known; known are {', '.join(PEAK_FLOPS)}")
+    shape = args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern
     with torch.device("meta"):
-        model = GPT(config_of_depth(
-            depth, args.vocab_size, args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern
-        ))
+        model = GPT(config_of_depth(depth, args.vocab_size, *shape))
     counts, flops_per_token = model.num_scaling_params(), model.estimate_flops()
-
     run = plan(
         flops_per_token, counts["scaling"], args.max_seq_len, num_iterations=args.num_iterations, target_flops=args.target_flops,
         target_param_data_ratio=args.target_param_data_ratio, total_batch_size=args.total_batch_size,
     )
-    flops = run.tokens * flops_per_token
-    per_hour = 3600 * args.gpus * peak * args.mfu
-
     # Embeddings are stored in bfloat16, the rest in float32. Muon keeps one number a weight, AdamW two.
     embeddings = counts["wte"] + counts["value_embeds"]
     checkpoint = 2 * 3 * embeddings + 4 * (3 * counts["lm_head"] + 2 * counts["transformer_matrices"])
+    per_hour = 3600 * args.gpus * peak * args.mfu
     return {
         "parameters": counts["total"], "scaling": counts["scaling"], "tokens": run.tokens, "steps": run.num_iterations,
-        "batch": run.total_batch_size,
-        "flops": flops, "hours": flops / per_hour, "chat hours": CHAT_TOKENS * flops_per_token / per_hour, "checkpoint": checkpoint,
+        "batch": run.total_batch_size, "flops": run.tokens * flops_per_token, "checkpoint": checkpoint,
+        "hours": run.tokens * flops_per_token / per_hour, "chat hours": CHAT_TOKENS * flops_per_token / per_hour,
     }
 
 
@@ -121,10 +105,10 @@ def check(needed: float, vocab_size: int) -> None:
     """Raises UserError where the base folder has no room for `needed` bytes, or holds a tokenizer of another size."""
     base = get_base_dir()
     used = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())  # by an earlier start of the same run
-    free = shutil.disk_usage(base).free
-    if used + free < needed:
+    space = used + shutil.disk_usage(base).free
+    if space < needed:
         raise UserError(
-            f"this run takes about {needed / 1e9:.0f} GB and {base} has space for {(used + free) / 1e9:.0f} GB. "
+            f"this run takes about {needed / 1e9:.0f} GB and {base} has space for {space / 1e9:.0f} GB. "
             "Point NANOCHAT_BASE_DIR at a larger disk"
         )
     if (base / "tokenizer" / "vocabulary.json").exists():
@@ -132,10 +116,8 @@ def check(needed: float, vocab_size: int) -> None:
 
         size = get_tokenizer().get_vocab_size()
         if size != vocab_size:
-            raise UserError(
-                f"the tokenizer in {base} has {size} tokens, not {vocab_size}. Use it with VOCAB_SIZE={size}, "
-                "or set NANOCHAT_BASE_DIR to another folder"
-            )
+            raise UserError(f"the tokenizer in {base} has {size} tokens, not {vocab_size}. Use it with VOCAB_SIZE={size}, "
+                            "or set NANOCHAT_BASE_DIR to another folder")
 
 
 if __name__ == "__main__":

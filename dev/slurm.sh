@@ -25,16 +25,13 @@ source .venv/bin/activate
 # A folder that all nodes share under the same path; all ranks save checkpoints there, and training checks that it is shared
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:?set it to a folder on the shared file system}
 
-# Network settings, for clusters where NCCL's defaults do not work
+# Network settings, for clusters where NCCL's defaults do not work. Check them with: sbatch dev/slurm.sh dev.bench.ranks
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}     # INFO shows the transport: "NET/IB" (fast) or "NET/Socket" (slow)
 # export NCCL_SOCKET_IFNAME=ens,eth       # prefixes of the interfaces that connect the nodes (ip -br addr)
 # export GLOO_SOCKET_IFNAME=ens3          # the same for gloo, which exchanges small objects: one full name
 # export NCCL_IB_HCA=mlx5_0,mlx5_1        # InfiniBand adapters to use (ibstat), if others are for storage
-# export NCCL_IB_DISABLE=1                # to test without InfiniBand
-# Check it before a long run: sbatch dev/slurm.sh dev.bench.ranks
 
-# Seconds that torchrun gives the ranks to save after SIGTERM (default 30). When a rank has died, the others get as long
-# before torchrun kills them.
+# Seconds that torchrun gives the ranks to save after SIGTERM, and the others after one has died (default 30)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -69,6 +69,22 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add_device_flag(group)
 
 
+def add_size_flags(parser: argparse.ArgumentParser) -> None:
+    """The size of a base model and of its training, besides its depth."""
+    group = parser.add_argument_group("shape of the model")
+    group.add_argument("--aspect-ratio", type=COUNT, default=64, help="width per layer of depth")
+    group.add_argument("--head-dim", type=COUNT, default=128, help="width of an attention head")
+    group.add_argument("--n-kv-head", type=COUNT_OR_AUTO, default=-1, help="key and value heads (-1: as many as query heads)")
+    group.add_argument("--max-seq-len", type=COUNT, default=2048, help="context in tokens")
+    group.add_argument("--window-pattern", default="QQQL", help="attention window per layer, tiled: L full, S half, Q quarter")
+    group = parser.add_argument_group("horizon: the first of these that is set")
+    group.add_argument("--num-iterations", type=COUNT_OR_AUTO, default=-1, help="steps (-1: not set)")
+    group.add_argument("--target-flops", type=number(float, 1, or_=-1), default=-1.0, help="training FLOPs (-1: not set)")
+    ratio = ("--target-param-data-ratio", "--ratio")
+    group.add_argument(*ratio, type=number(float, 0, or_=-1), default=12.0, help="tokens per scaling parameter")
+    group.add_argument("--total-batch-size", type=COUNT_OR_AUTO, default=-1, help="tokens per step (-1: derived from the horizon)")
+
+
 def add_model_flags(parser: argparse.ArgumentParser, stages: list[str] | None = None, default: str = "sft") -> None:
     """The model that a script evaluates or serves."""
     group = parser.add_argument_group("model")

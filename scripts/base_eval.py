@@ -1,7 +1,7 @@
 """Evaluate a base model, ours or one of Hugging Face, on CORE: 22 in-context tasks.
 
     python -m scripts.base_eval
-    torchrun --nproc_per_node=8 -m scripts.base_eval -- --max-per-task=500
+    torchrun --nproc-per-node=8 -m scripts.base_eval -- --max-per-task=500
     python -m scripts.base_eval --hf-path openai-community/gpt2
 
 Prints a table, writes it to base_eval/NAME.csv in the base folder and adds it to the report.
@@ -16,12 +16,12 @@ from nanochat.common import UserError, compute_cleanup, compute_init, get_base_d
 def main(argv=None):
     parser = flags.make_parser("CORE of a base model.")
     flags.add_model_flags(parser)
-    parser.add_argument("--hf-path", default="", help="evaluate this Hugging Face model (folder or id) instead of ours")
+    parser.add_argument("--hf-path", help="evaluate this Hugging Face model (folder or id) instead of ours")
     parser.add_argument("--max-per-task", type=flags.COUNT_OR_AUTO, default=-1, help="questions per task (-1: all)")
     args = parser.parse_args(argv)
 
     from nanochat import report
-    from nanochat.checkpoint_manager import load_model, resolve_checkpoint
+    from nanochat.checkpoint_manager import load_model
     from nanochat.core_eval import evaluate_core, fetch_bundle
     from nanochat.hf_model import load_hf_model
 
@@ -30,9 +30,8 @@ def main(argv=None):
         model, tokenizer = compute.main_first(lambda: load_hf_model(args.hf_path, compute))
         name = args.hf_path.strip("/").replace("/", "-")
     else:
-        directory, step = compute.on_main(lambda: resolve_checkpoint("base", args.model_tag, args.step))
-        model, tokenizer, _ = load_model("base", compute, directory.name, step)
-        name = f"{directory.name}_{step:06d}"
+        model, tokenizer, meta = load_model("base", compute, args.model_tag, args.step)
+        name = f"{meta['model_tag']}_{meta['step']:06d}"
     try:
         bundle = fetch_bundle(compute)
     except UserError as error:

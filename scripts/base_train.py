@@ -2,7 +2,7 @@
 
     python -m scripts.base_train --depth=4 --max-seq-len=512 --device-batch-size=8 --num-iterations=200
     python -m scripts.base_train --depth=20                          # one GPU; a batch that does not fit is accumulated
-    torchrun --nproc_per_node=8 -m scripts.base_train -- --depth=20  # the same run on eight GPUs, or on any number of ranks
+    torchrun --nproc-per-node=8 -m scripts.base_train -- --depth=20  # the same run on eight GPUs, or on any number of ranks
     python -m scripts.base_train --depth=20 --resume-from-step=latest
 
 `--depth` determines everything else: width, heads, horizon, batch size and rates follow from it.
@@ -19,32 +19,22 @@ from nanochat.common import UserError, check_wandb, compute_cleanup, compute_ini
 def main(argv=None):
     parser = flags.make_parser("Pretrain a base model.")
     flags.add_run_flags(parser)
-    group = parser.add_argument_group("model")
+    group = parser.add_argument_group("model and data")
     group.add_argument("--depth", type=flags.COUNT, default=20, help="number of layers; the one dial")
-    group.add_argument("--aspect-ratio", type=flags.COUNT, default=64, help="width per layer of depth")
-    group.add_argument("--head-dim", type=flags.COUNT, default=128, help="width of an attention head")
-    group.add_argument("--n-kv-head", type=flags.COUNT_OR_AUTO, default=-1, help="key and value heads (-1: as many as query heads)")
-    group.add_argument("--max-seq-len", type=flags.COUNT, default=2048, help="context in tokens")
-    group.add_argument("--window-pattern", default="QQQL", help="attention window per layer, tiled: L full, S half, Q quarter")
     group.add_argument("--model-tag", default=None, help="name of the checkpoint folder (default d{depth})")
-    group = parser.add_argument_group("data")
     group.add_argument("--source", default="climbmix", help="climbmix, fineweb-edu, sample, or a folder of parquet files")
-    group = parser.add_argument_group("horizon: the first of these that is set")
-    group.add_argument("--num-iterations", type=flags.COUNT_OR_AUTO, default=-1, help="steps (-1: not set)")
-    group.add_argument("--target-flops", type=flags.number(float, 1, or_=-1), default=-1.0, help="training FLOPs (-1: not set)")
-    group.add_argument("--target-param-data-ratio", type=flags.number(float, 0, or_=-1), default=12.0, help="tokens per scaling parameter")
+    flags.add_size_flags(parser)
     group = parser.add_argument_group("batch and schedule")
-    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=-1, help="rows per micro-batch (-1: as many as fit, up to 32; 8 on a CPU)")
-    group.add_argument("--total-batch-size", type=flags.COUNT_OR_AUTO, default=-1, help="tokens per step (-1: derived from the horizon)")
+    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=-1, help="rows per micro-batch (-1: up to 32; 8 on a CPU)")
     group.add_argument("--weight-decay", type=flags.FRACTION, default=0.28, help="of the matrices, decaying to 0")
-    group.add_argument("--warmup-steps", type=flags.number(int, 0), default=40, help="steps of rising rates (at most a twentieth of the run)")
+    group.add_argument("--warmup-steps", type=flags.number(int, 0), default=40, help="steps of rising rates, at most a twentieth of all")
     group.add_argument("--warmdown-ratio", type=flags.FRACTION, default=0.65, help="share of the run in which rates fall")
     group.add_argument("--final-lr-frac", type=flags.FRACTION, default=0.05, help="final fraction of the rates")
-    group.add_argument("--fp8", action="store_true", help="train in float8 where the GPU supports it (compute capability 8.9 or more)")
+    group.add_argument("--fp8", action="store_true", help="train in float8, with compute capability 8.9 or more")
     flags.add_rate_flags(parser)
     flags.add_saving_flags(parser, eval_every=250)
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval-tokens", type=flags.COUNT_OR_AUTO, default=-1, help="tokens per evaluation (-1: 20971520, on a CPU 65536)")
+    group.add_argument("--eval-tokens", type=flags.COUNT_OR_AUTO, default=-1, help="tokens per evaluation (-1: 20971520; 65536 on a CPU)")
     group.add_argument("--core-metric-every", type=flags.COUNT_OR_AUTO, default=2000, help="steps between CORE evaluations (-1: never)")
     group.add_argument("--core-metric-max-per-task", type=flags.COUNT_OR_AUTO, default=500, help="questions per CORE task (-1: all)")
     group.add_argument("--sample-every", type=flags.INTERVAL, default=2000, help="steps between samples (-1: at the end, 0: never)")
@@ -55,29 +45,16 @@ def main(argv=None):
     from nanochat import fp8, report
     from nanochat.checkpoint_manager import checkpoint_dir, update_meta
     from nanochat.core_eval import evaluate_core, fetch_bundle
-    from nanochat.dataloader import (
-        tokenizing_distributed_data_loader_bos_bestfit,
-        tokenizing_distributed_data_loader_with_state_bos_bestfit,
-    )
+    from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit as data_loader
+    from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader_with_state
     from nanochat.device import compile_model, fit_device_batch
     from nanochat.gpt import GPT, config_of_depth
     from nanochat.loss_eval import eval_batches, evaluate_bpb, sample_texts
     from nanochat.saver import Saver
     from nanochat.schedule import check_batch, plan
     from nanochat.tokenizer import get_tokenizer
-    from nanochat.training import (
-        Meter,
-        StopSignal,
-        due,
-        freeze_garbage,
-        guarded,
-        make_loss_scale,
-        make_optimizer,
-        resume_training,
-        save_training,
-        set_rates,
-        train_step,
-    )
+    from nanochat.training import Meter, StopSignal, due, freeze_garbage, guarded, make_loss_scale, make_optimizer
+    from nanochat.training import resume_training, save_training, set_rates, train_step
 
     check_wandb(args.run)
     compute = compute_init(args.device_type)
@@ -85,9 +62,8 @@ def main(argv=None):
     tag = args.model_tag or f"d{args.depth}"
 
     # The model
-    config = config_of_depth(
-        args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern
-    )
+    shape = args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern
+    config = config_of_depth(args.depth, tokenizer.get_vocab_size(), *shape)
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=compute.device)
@@ -118,9 +94,8 @@ def main(argv=None):
     optimizer = make_optimizer(model, args, run.lr_scale, run.weight_decay)
 
     # The flags with what was derived from them: saved with the model, inherited by later stages
-    settings = argparse.Namespace(**{
-        **vars(args), "total_batch_size": run.total_batch_size, "device_batch_size": device_batch_size, "short_run": run.short_run,
-    })
+    derived = {"total_batch_size": run.total_batch_size, "device_batch_size": device_batch_size, "short_run": run.short_run}
+    settings = argparse.Namespace(**{**vars(args), **derived})
     saver = Saver(checkpoint_dir("base", tag), compute, args.keep_last)
     meta = resume_training(saver, settings, model, optimizer, tokenizer, compute)
     loop = meta["loop_state"] if meta else {}
@@ -128,7 +103,7 @@ def main(argv=None):
 
     # The data
     loader_state = meta["loader_state"] if meta else None
-    batches = tokenizing_distributed_data_loader_with_state_bos_bestfit(
+    batches = data_loader_with_state(
         tokenizer, device_batch_size, args.max_seq_len, "train", device=compute.device, source=args.source,
         rows_per_step=run.total_batch_size // args.max_seq_len, resume_state_dict=loader_state,
     )
@@ -136,7 +111,7 @@ def main(argv=None):
     eval_rows, eval_steps = eval_batches(args.eval_tokens, device_batch_size, args.max_seq_len, compute)
 
     def measure_bpb():
-        val_batches = tokenizing_distributed_data_loader_bos_bestfit(
+        val_batches = data_loader(
             tokenizer, device_batch_size, args.max_seq_len, "val", device=compute.device, source=args.source,
             rows_per_step=eval_rows, buffer_size=100, tokenizer_batch_size=16,
         )
@@ -160,7 +135,8 @@ def main(argv=None):
     while True:
         last = step >= run.num_iterations
         stopping = stop.requested()
-        if last or stopping or any(due(step, every) for every in (args.eval_every, args.core_metric_every, args.sample_every, args.save_every)):
+        pauses = (args.eval_every, args.core_metric_every, args.sample_every, args.save_every)
+        if last or stopping or any(due(step, every) for every in pauses):
             meter.flush()
 
         if step > saved_step and (due(step, args.save_every, last) or stopping):
@@ -192,8 +168,8 @@ def main(argv=None):
         lrm = set_rates(optimizer, step, step / run.num_iterations, run.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
         micro = [next(batches) for _ in compute.shard(micro_batches)]
         loader_state = micro[-1][2]
-        pairs = [(inputs, targets) for inputs, targets, _ in micro]
-        loss = train_step(compiled, optimizer, pairs, compute, loss_scale, count=run.total_batch_size)  # no padding
+        pairs = [(inputs, targets) for inputs, targets, _ in micro]  # without padding
+        loss = train_step(compiled, optimizer, pairs, compute, loss_scale, count=run.total_batch_size)
         step += 1
         meter.stop(step, step / run.num_iterations, loss, lrm, loader_state["epoch"])
 

@@ -2,7 +2,7 @@
 
     python -m scripts.chat_rl                                    # GSM8K, with the calculator
     python -m scripts.chat_rl --task=SampleArithmetic            # no connection needed, minutes on a CPU
-    torchrun --nproc_per_node=8 -m scripts.chat_rl -- --task=SpellingBee
+    torchrun --nproc-per-node=8 -m scripts.chat_rl -- --task=SpellingBee
 
 It starts from the newest fine-tuned model with that model's rates. Each step samples a group of answers to each of some
 questions, all in one batch, and makes one update from them (the mathematics is in nanochat/reinforce.py).
@@ -22,27 +22,28 @@ def main(argv=None):
     flags.add_run_flags(parser)
     flags.add_origin_flags(parser, ["mid", "sft", "rl"], "sft")
     group = parser.add_argument_group("task")
-    group.add_argument("--task", default="GSM8K", help="GSM8K, SpellingBee, ARC-Easy, ARC-Challenge, SampleWorld or SampleArithmetic")
+    group.add_argument("--task", default="GSM8K", help="or SpellingBee, ARC-Easy, ARC-Challenge, SampleWorld, SampleArithmetic")
     group.add_argument("--num-epochs", type=flags.number(float, 0.001), default=1.0, help="passes over the task's questions")
     group.add_argument("--num-iterations", type=flags.COUNT_OR_AUTO, default=-1, help="steps (-1: as many as the epochs take)")
     group = parser.add_argument_group("sampling")
     group.add_argument("--examples-per-step", type=flags.COUNT, default=16, help="questions per step, over all ranks")
     group.add_argument("--num-samples", type=flags.number(int, 2), default=16, help="samples per question")
     group.add_argument("--max-new-tokens", type=flags.COUNT, default=256, help="longer samples are truncated, with reward 0")
-    group.add_argument("--temperature", type=flags.number(float, 1e-3), default=1.0, help="of sampling, and of the distribution that is optimised")
+    group.add_argument("--temperature", type=flags.number(float, 1e-3), default=1.0, help="of sampling and of the optimised distribution")
     group.add_argument("--top-k", type=flags.number(int, 0), default=50, help="sample among the k most likely tokens (0: all)")
     group = parser.add_argument_group("batch and schedule")
-    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=None, help="full rows per micro-batch, in tokens (default: inherited)")
+    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=None, help="full rows per micro-batch (default: inherited)")
     group.add_argument("--init-lr-frac", type=flags.FRACTION, default=0.05, help="factor of all learning rates, which then fall to 0")
     group.add_argument("--weight-decay", type=flags.FRACTION, default=0.0, help="of the matrices, decaying to 0")
     flags.add_rate_flags(parser, inherited=True)
     flags.add_saving_flags(parser, eval_every=60, save_every=60)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval-examples", type=flags.COUNT, default=400, help="held-out questions per evaluation")
-    group.add_argument("--eval-samples", type=flags.number(int, 0), default=8, help="samples per held-out question, for pass@k (0: greedy only)")
+    group.add_argument("--eval-samples", type=flags.number(int, 0), default=8, help="samples per held-out question (0: greedy only)")
     args = parser.parse_args(argv)
 
     import copy
+    from functools import partial
 
     from nanochat import report
     from nanochat.checkpoint_manager import checkpoint_dir, load_model
@@ -52,20 +53,8 @@ def main(argv=None):
     from nanochat.saver import Saver
     from nanochat.schedule import batch_lr_scale
     from nanochat.task_eval import completion_text, count_right, pass_at_k
-    from nanochat.training import (
-        Meter,
-        StopSignal,
-        due,
-        freeze_garbage,
-        guarded,
-        inherit,
-        make_loss_scale,
-        make_optimizer,
-        resume_training,
-        save_training,
-        set_rates,
-        warm_start,
-    )
+    from nanochat.training import Meter, StopSignal, due, freeze_garbage, guarded, inherit, make_loss_scale, make_optimizer
+    from nanochat.training import resume_training, save_training, set_rates, warm_start
     from tasks.arc import ARC
     from tasks.gsm8k import GSM8K
     from tasks.sample_world import ARITHMETIC, SampleWorld
@@ -101,11 +90,14 @@ def main(argv=None):
     if args.task not in makers:
         raise UserError(f"--task {args.task} is not one of {', '.join(makers)}")
     task, held_out = compute.main_first(makers[args.task])
-    num_steps = args.num_iterations if args.num_iterations > 0 else max(1, int(args.num_epochs * len(task) / args.examples_per_step))
+    num_steps = args.num_iterations
+    if num_steps == -1:
+        num_steps = max(1, int(args.num_epochs * len(task) / args.examples_per_step))
 
     def questions_of(step):
-        """(index, seed) of this rank's questions of a step. Every epoch has its own order; the seed is the question's number in the run."""
-        for number in range(step * args.examples_per_step, (step + 1) * args.examples_per_step)[compute.rank :: compute.world_size]:
+        """(index, seed) of this rank's questions of a step. Every epoch has its own order; the seed is the number in the run."""
+        for position in range(args.examples_per_step)[compute.rank :: compute.world_size]:
+            number = step * args.examples_per_step + position
             epoch, place = divmod(number, len(task))
             yield random.Random(f"chat_rl {epoch}").sample(range(len(task)), len(task))[place], number
 
@@ -120,20 +112,22 @@ def main(argv=None):
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k or None}
 
     def evaluate():
-        """{"accuracy" of greedy answers, "pass@k" of samples} on held-out questions, each with half its 95% interval."""
-        common = (held_out, sampler, tokenizer, engine, compute, args.eval_examples)
-        received = lambda: stop.received  # of this rank
-        right = count_right(*common, max_new_tokens=args.max_new_tokens, temperature=0.0, name=args.task, stop=received)
+        """{"accuracy" of greedy answers, "pass@k" of samples} on held-out questions, each with half its 95% interval.
+
+        None where a stop was requested.
+        """
+        grade = partial(count_right, held_out, sampler, tokenizer, engine, compute, args.eval_examples, stop=lambda: stop.received)
+        right = grade(name=args.task, **{**sampling, "temperature": 0.0})
         if right is None:
             return None
         values = {"accuracy": pass_at_k(right, 1, 1)}
-        if args.eval_samples and held_out.eval_type == "generative":
-            name = f"{args.task} pass@{args.eval_samples}"
-            right = count_right(*common, num_samples=args.eval_samples, **sampling, name=name, stop=received)
+        n = args.eval_samples
+        if n and held_out.eval_type == "generative":
+            right = grade(name=f"{args.task} pass@{n}", num_samples=n, **sampling)
             if right is None:
                 return None
-            powers = [2**i for i in range(args.eval_samples.bit_length()) if 2**i < args.eval_samples]
-            values |= {f"pass@{k}": pass_at_k(right, args.eval_samples, k) for k in (*powers, args.eval_samples)}
+            powers = {2**i for i in range(n.bit_length())}  # 1, 2, 4, ... up to n
+            values |= {f"pass@{k}": pass_at_k(right, n, k) for k in sorted(powers | {n})}
         return values
 
     # The loop: save, evaluate, train
@@ -161,7 +155,8 @@ def main(argv=None):
             engine.reset()
             if measured is not None:
                 scores = measured
-                meter.log(step, **{name: value for name, (value, _) in scores.items()}, **{f"{name}_ci": ci for name, (_, ci) in scores.items()})
+                intervals = {f"{name}_ci": ci for name, (_, ci) in scores.items()}
+                meter.log(step, **{name: value for name, (value, _) in scores.items()}, **intervals)
                 line = " | ".join(f"{name} {100 * value:.1f}% +- {100 * ci:.1f}" for name, (value, ci) in scores.items())
                 print0(f"step {step:05d} | {args.task}: {line}")
         if last:

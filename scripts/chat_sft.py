@@ -25,7 +25,7 @@ def main(argv=None):
 
     def load_data(compute):
         from tasks.arc import ARC
-        from tasks.common import TaskMixture, available_tasks
+        from tasks.common import mixtures
         from tasks.customjson import CustomJSON
         from tasks.gsm8k import GSM8K
         from tasks.sample_world import SampleWorld
@@ -50,10 +50,7 @@ def main(argv=None):
             "SmolTalk": lambda: SmolTalk("test", stop=1000),
             "SampleWorld": lambda: SampleWorld("train", size=12400, start=12000),
         }
-        train_tasks = available_tasks(train, args.tasks, compute, explicit=args.tasks != parser.get_default("tasks"))
-        val_names = ",".join(name for name in train_tasks if name in val) or "SampleWorld"  # a persona has no validation part
-        val_tasks = available_tasks(val, val_names, compute)
-        return TaskMixture(list(train_tasks.values())), TaskMixture(list(val_tasks.values()))
+        return mixtures(train, val, args.tasks, compute, explicit=args.tasks != parser.get_default("tasks"))
 
     finetune("sft", parser, args, load_data, supervise="assistant")
 

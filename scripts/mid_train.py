@@ -23,7 +23,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     def load_data(compute):
-        from tasks.common import TaskMixture, TaskSequence, available_tasks
+        from tasks.common import TaskSequence, mixtures
         from tasks.customjson import CustomJSON
         from tasks.gsm8k import GSM8K
         from tasks.mmlu import MMLU
@@ -49,10 +49,7 @@ def main(argv=None):
             "SpellingBee": lambda: SpellingBee(1000, "test"),
             "SampleWorld": lambda: SampleWorld("train", size=12400, start=12000),
         }
-        train_tasks = available_tasks(train, args.tasks, compute, explicit=args.tasks != parser.get_default("tasks"))
-        val_names = ",".join(name for name in train_tasks if name in val) or "SampleWorld"  # a persona has no validation part
-        val_tasks = available_tasks(val, val_names, compute)
-        return TaskMixture(list(train_tasks.values())), TaskMixture(list(val_tasks.values()))
+        return mixtures(train, val, args.tasks, compute, explicit=args.tasks != parser.get_default("tasks"))
 
     finetune("mid", parser, args, load_data, supervise="all")
 

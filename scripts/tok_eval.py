@@ -91,7 +91,7 @@ TEXTS = {"news": NEWS, "Korean": KOREAN, "code": CODE, "math": MATH, "science": 
 BASELINES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None):
     parser = flags.make_parser("Compare tokenizers.")
     parser.add_argument("--source", default="climbmix", help="source of the train and val text, as in tok_train")
     args = parser.parse_args(argv)
@@ -108,41 +108,33 @@ def main(argv: list[str] | None = None) -> None:
             tokenizers[name] = RustBPETokenizer.from_pretrained(published)
         except UserError as error:
             print(f"skipped {name}: {error}", flush=True)
-
     texts = {name: text.strip() for name, text in TEXTS.items()}
     for split in ("train", "val"):
         try:
-            texts[split] = "\n".join(next(iter(parquets_iter_batched(split, source=args.source)), []))
+            texts[split] = "\n".join(next(parquets_iter_batched(split, source=args.source), []))
         except UserError as error:
             print(f"skipped the {split} text: {error}", flush=True)
 
-    ratios = {
-        text_name: {name: bytes_per_token(tokenizer, text) for name, tokenizer in tokenizers.items()}
-        for text_name, text in texts.items()
-        if text
-    }
-    print_table(texts, tokenizers, ratios)
-    flat = {f"{text}: bytes per token of {name}": round(x, 3) for text in ratios for name, x in ratios[text].items()}
-    vocabularies = {f"vocabulary of {name}": tokenizer.get_vocab_size() for name, tokenizer in tokenizers.items()}
-    report.log("Tokenizer evaluation", {**vocabularies, **flat})
+    # A table with a row for each text; it and the report have the same numbers
+    print("\nbytes per token (more is better); in brackets, ours relative to it")
+    print(f"{'text':<10}{'bytes':>12}" + "".join(f"{name:>18}" for name in tokenizers))
+    print(f"{'vocabulary':<22}" + "".join(f"{tokenizer.get_vocab_size():>18,}" for tokenizer in tokenizers.values()))
+    results = {f"vocabulary of {name}": tokenizer.get_vocab_size() for name, tokenizer in tokenizers.items()}
+    for text_name, text in texts.items():
+        if not text:
+            continue
+        ratios = {name: bytes_per_token(tokenizer, text) for name, tokenizer in tokenizers.items()}
+        ours = ratios.pop("ours")
+        cells = "".join(f"{ratio:>9.2f} ({ours / ratio - 1:+6.1%})" for ratio in ratios.values())
+        print(f"{text_name:<10}{len(text.encode()):>12,}{ours:>18.2f}{cells}")
+        results |= {f"{text_name}: bytes per token of {name}": round(x, 3) for name, x in {"ours": ours, **ratios}.items()}
+    report.log("Tokenizer evaluation", results)
 
 
 def bytes_per_token(tokenizer, text: str) -> float:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text, "encoding and decoding changed the text"
     return len(text.encode()) / len(ids)
-
-
-def print_table(texts: dict[str, str], tokenizers: dict, ratios: dict[str, dict[str, float]]) -> None:
-    """One row per text: its bytes, the bytes per token of each tokenizer, and ours relative to the others."""
-    others = [name for name in tokenizers if name != "ours"]
-    print("\nbytes per token (more is better); in brackets, ours relative to it")
-    sizes = "".join(f"{name:>18}" for name in tokenizers)
-    print(f"{'text':<10}{'bytes':>12}{sizes}")
-    print(f"{'vocabulary':<22}" + "".join(f"{tokenizer.get_vocab_size():>18,}" for tokenizer in tokenizers.values()))
-    for text_name, row in ratios.items():
-        cells = "".join(f"{row[name]:>9.2f} ({row['ours'] / row[name] - 1:+6.1%})" for name in others)
-        print(f"{text_name:<10}{len(texts[text_name].encode()):>12,}{row['ours']:>18.2f}{cells}")
 
 
 if __name__ == "__main__":

@@ -13,24 +13,22 @@ import time
 from typing import Iterable, Iterator
 
 from nanochat import flags
-from nanochat.common import UserError, ranks, run_script
+from nanochat.common import ranks, run_script
 
 ROUND_TRIP = """Hello, world! It's 31 °C; 12345 + 6,789 = 19134.
 \tdef f(x):\r\n        return {"naïve": x ** 2}   # trailing blanks  \n\n\n
 한국어 문장, 日本語の文, русский, العربية, 👩‍🚀 and <|bos|> as text."""
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None):
     parser = flags.make_parser("Train the tokenizer.")
-    parser.add_argument("--max-chars", type=whole_number, default=2_000_000_000, help="maximum number of characters to train on")
+    parser.add_argument("--max-chars", type=flags.number(float, 1), default=2e9, help="maximum number of characters to train on")
     parser.add_argument("--doc-cap", type=flags.COUNT, default=10_000, help="maximum number of characters per document")
     parser.add_argument("--vocab-size", type=int, default=32_768, help="number of tokens, special tokens included")
     parser.add_argument("--source", default="climbmix", help="climbmix, fineweb-edu, sample or a folder")
     args = parser.parse_args(argv)
     if ranks()[0] > 0:
         return  # under torchrun the main rank does all the work
-    if args.max_chars < 1:
-        raise UserError(f"--max-chars is {args.max_chars}; it must be at least 1")
 
     from nanochat import report
     from nanochat.dataset import iter_documents
@@ -39,8 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"training a tokenizer of {args.vocab_size} tokens on {args.source}", flush=True)
     start = time.monotonic()
     read = {"documents": 0, "characters": 0}
-    texts = capped(iter_documents("train", source=args.source), args.doc_cap, args.max_chars, read)
-    tokenizer = RustBPETokenizer.train_from_iterator(with_progress(texts, read), args.vocab_size)
+    texts = capped(iter_documents("train", source=args.source), args.doc_cap, int(args.max_chars), read)
+    tokenizer = RustBPETokenizer.train_from_iterator(texts, args.vocab_size)
     seconds = time.monotonic() - start
 
     tokenizer.save(tokenizer_dir())
@@ -48,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     assert tokenizer.decode(tokenizer.encode(ROUND_TRIP)) == ROUND_TRIP, "encoding and decoding changed the text"
 
     lengths = [length for length in tokenizer.token_bytes().tolist() if length]
-    results = {
+    report.log("Tokenizer training", {
         "source": args.source,
         "vocabulary": tokenizer.get_vocab_size(),
         "special tokens": len(tokenizer.get_special_tokens()),
@@ -56,38 +54,24 @@ def main(argv: list[str] | None = None) -> None:
         "training seconds": round(seconds, 1),
         "mean bytes per token": round(sum(lengths) / len(lengths), 2),
         "longest token in bytes": max(lengths),
-    }
-    report.log("Tokenizer training", results)
-    print(
-        f"trained in {seconds:.1f} s on {read['characters']:,} characters of {read['documents']:,} documents; "
-        f"saved to {tokenizer_dir()}"
-    )
-
-
-def whole_number(text: str) -> int:
-    """2000000000 may also be written 2e9 or 2_000_000_000."""
-    return int(float(text))
+    })
+    print(f"trained in {seconds:.1f} s on {read['characters']:,} characters of {read['documents']:,} documents; "
+          f"saved to {tokenizer_dir()}")
 
 
 def capped(documents: Iterable[str], doc_cap: int, max_chars: int, read: dict[str, int]) -> Iterator[str]:
-    """Truncated documents, `max_chars` characters in all; `read` counts documents and characters."""
-    for text in documents:
-        text = text[: min(doc_cap, max_chars - read["characters"])]
-        read["documents"] += 1
-        read["characters"] += len(text)
-        yield text
-        if read["characters"] >= max_chars:
-            return
-
-
-def with_progress(texts: Iterable[str], read: dict[str, int]) -> Iterator[str]:
-    """The same texts, with a progress bar in a terminal and a line at the end."""
+    """Truncated documents, `max_chars` characters in all, with a progress bar; `read` counts documents and characters."""
     from tqdm import tqdm
 
-    with tqdm(desc="reading", unit=" chars", unit_scale=True, disable=None) as bar:
-        for text in texts:
-            yield text
+    with tqdm(desc="reading", unit=" chars", unit_scale=True, disable=None) as bar:  # in a terminal only
+        for text in documents:
+            text = text[: min(doc_cap, max_chars - read["characters"])]
+            read["documents"] += 1
+            read["characters"] += len(text)
             bar.update(len(text))
+            yield text
+            if read["characters"] >= max_chars:
+                break
     print(f"read {read['characters']:,} characters; now merging", flush=True)
 
 

@@ -5,7 +5,7 @@ Clark et al. 2018, https://arxiv.org/abs/1803.05457. Hub: allenai/ai2_arc.
 
 from __future__ import annotations
 
-from tasks.common import CategoricalTask, load_hub_dataset, render_mc
+from tasks.common import CategoricalTask, load_hub_dataset, render_mc, single_turn
 
 
 class ARC(CategoricalTask):
@@ -13,20 +13,10 @@ class ARC(CategoricalTask):
 
     def __init__(self, subset: str, split: str, **view):
         super().__init__(**view)
-        assert subset in ("ARC-Easy", "ARC-Challenge"), subset
-        assert split in ("train", "validation", "test"), split
         self.rows = load_hub_dataset("allenai/ai2_arc", subset, split)
-
-    def num_examples(self) -> int:
-        return len(self.rows)
 
     def get_example(self, index: int) -> dict:
         row = self.rows[index]
         letters = row["choices"]["label"]  # mostly A to D, here and there 1 to 4, or three or five of them
-        return {
-            "messages": [
-                {"role": "user", "content": render_mc(row["question"], letters, row["choices"]["text"])},
-                {"role": "assistant", "content": row["answerKey"]},
-            ],
-            "letters": letters,
-        }
+        question = render_mc(row["question"], letters, row["choices"]["text"])
+        return single_turn(question, row["answerKey"], letters=letters)

@@ -1,10 +1,9 @@
 """What a task is: conversations for training, and a way to grade a completion.
 
-A task is a sequence: `len(task)`, `task[i]`. Each item is a conversation that ends with the right
-answer, `{"messages": [{"role", "content"}, ...]}`. Training uses all of it; evaluation prompts the
-model with everything before the last message and passes its completion to `evaluate`. Assistant
-content is a string or parts `{"type": "text" | "python" | "python_output", "text"}` (see
-nanochat/conversation.py). Nothing here knows about tokens or models.
+A task is a sequence: `len(task)`, `task[i]`. Each item is a conversation that ends with the right answer,
+`{"messages": [{"role", "content"}, ...]}`. Training uses all of it; evaluation prompts the model with everything before
+the last message and passes its completion to `evaluate`. Assistant content is a string or parts
+`{"type": "text" | "python" | "python_output", "text"}` (see nanochat/conversation.py).
 """
 
 from __future__ import annotations
@@ -22,19 +21,20 @@ from nanochat.dataset import hub_answers
 class Task:
     """A view `[start:stop:step]` of a data set, as conversations.
 
-    A subclass defines `num_examples`, `get_example` and, if completions can be graded, `evaluate`.
+    A subclass sets `rows` (or defines `num_examples`), and defines `get_example` and, if completions can be graded, `evaluate`.
     """
 
     eval_type: str | None = None  # "categorical": choose a letter; "generative": write an answer; None: training only
     baseline = 0.0  # the accuracy of guessing
     examples: tuple[str, ...] = ()  # what to ask a model that was trained on it, for the chat page
+    rows: Sequence = ()  # what the examples are made from, one each
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1):
         self.view = slice(start, stop, step)
 
     def num_examples(self) -> int:
         """The number of examples behind the view."""
-        raise NotImplementedError
+        return len(self.rows)
 
     def get_example(self, index: int) -> dict:
         """Example `index` of the whole data set, whatever the view."""
@@ -72,51 +72,46 @@ class CategoricalTask(Task):
         return float(completion.strip() == conversation["messages"][-1]["content"])
 
 
-class TaskMixture(Task):
-    """Several tasks shuffled into one, deterministically. A task that is listed twice appears twice as often."""
+class NumberTask(Task):
+    """The answer is in parts, the last of which ends in a number after "####"."""
 
-    def __init__(self, tasks: Sequence[Task], seed: int = 42, **view):
-        super().__init__(**view)
-        self.tasks = list(tasks)
-        self.order = [(which, index) for which, task in enumerate(self.tasks) for index in range(len(task))]
-        random.Random(seed).shuffle(self.order)
-        self.examples = tuple(dict.fromkeys(example for task in self.tasks for example in task.examples))[:4]
+    eval_type = "generative"
 
-    def num_examples(self) -> int:
-        return len(self.order)
-
-    def get_example(self, index: int) -> dict:
-        which, inner = self.order[index]
-        return self.tasks[which][inner]
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        right = final_number(conversation["messages"][-1]["content"][-1]["text"])
+        assert right is not None, "the conversation's own answer has a number after ####"
+        return final_number(completion) == right
 
 
 class TaskSequence(Task):
-    """Several tasks one after the other."""
+    """Several tasks one after the other. A task that is listed twice appears twice as often."""
 
     def __init__(self, tasks: Sequence[Task], **view):
         super().__init__(**view)
-        self.tasks = list(tasks)
-
-    def num_examples(self) -> int:
-        return sum(len(task) for task in self.tasks)
+        self.rows = [(task, index) for task in tasks for index in range(len(task))]
+        self.examples = tuple(dict.fromkeys(example for task in tasks for example in task.examples))[:4]
 
     def get_example(self, index: int) -> dict:
-        for task in self.tasks:
-            if index < len(task):
-                return task[index]
-            index -= len(task)
-        raise IndexError(index)
+        task, inner = self.rows[index]
+        return task[inner]
+
+
+class TaskMixture(TaskSequence):
+    """Several tasks shuffled into one, deterministically."""
+
+    def __init__(self, tasks: Sequence[Task], seed: int = 42, **view):
+        super().__init__(tasks, **view)
+        random.Random(seed).shuffle(self.rows)
 
 
 # -----------------------------------------------------------------------------
-# Data sets of the hub
+# What tasks are made from
 
 
 def load_hub_dataset(name: str, subset: str | None, split: str):
     """A data set of the hub, shuffled with seed 42. One that was downloaded before needs no connection.
 
-    Raises:
-        Unreachable: names the data set, the address and the cause.
+    Raises Unreachable, which names the data set, the address and the cause.
     """
     import datasets
     import huggingface_hub.constants
@@ -128,7 +123,7 @@ def load_hub_dataset(name: str, subset: str | None, split: str):
     try:
         for module in switches:
             module.HF_HUB_OFFLINE |= not reachable
-        rows = datasets.load_dataset(name, subset, split=split)
+        return datasets.load_dataset(name, subset, split=split).shuffle(seed=42)
     except Exception as error:  # of the library, its HTTP client or the system, without a common ancestor
         while error.__cause__ is not None:
             error = error.__cause__
@@ -140,11 +135,11 @@ def load_hub_dataset(name: str, subset: str | None, split: str):
     finally:
         for module, value in zip(switches, before):
             module.HF_HUB_OFFLINE = value
-    return rows.shuffle(seed=42)
 
 
-# -----------------------------------------------------------------------------
-# Shared by several tasks
+def single_turn(question: str, answer: str | list[dict], **fields) -> dict:
+    """A conversation of one question and its answer, with further `fields` that grading needs."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **fields}
 
 
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
@@ -176,18 +171,15 @@ def final_number(text: str) -> Decimal | None:
     return Decimal(match[1] + match[2].replace(",", "")) if match else None
 
 
-def same_final_number(conversation: dict, completion: str) -> bool:
-    """Whether `completion` ends in the number that the conversation's last message, in parts, ends in."""
-    right = final_number(conversation["messages"][-1]["content"][-1]["text"])
-    assert right is not None, "the conversation's own answer has a number after ####"
-    return final_number(completion) == right
-
-
 def check_conversation(conversation: dict) -> dict:
     """The conversation itself. UserError if it is malformed or has no assistant message."""
     if len(checked_turns(conversation)) < 2:
         raise UserError("messages[0] is the only message; an assistant message must follow")
     return conversation
+
+
+# -----------------------------------------------------------------------------
+# The mixtures that mid_train and chat_sft train on
 
 
 def available_tasks(makers: dict[str, Callable[[], Task]], names: str, compute: Compute, explicit: bool = False) -> dict[str, Task]:
@@ -211,3 +203,13 @@ def available_tasks(makers: dict[str, Callable[[], Task]], names: str, compute: 
     if not tasks:
         raise UserError(f"none of {', '.join(listed)} can be loaded; without a connection use --tasks=SampleWorld")
     return tasks
+
+
+def mixtures(train: dict, val: dict, names: str, compute: Compute, explicit: bool) -> tuple[TaskMixture, TaskMixture]:
+    """(training, validation) data of the tasks in `names`, from functions that make them by name.
+
+    A persona has no validation part; if nothing else is trained on, SampleWorld's is used.
+    """
+    tasks = available_tasks(train, names, compute, explicit)
+    val_names = ",".join(name for name in tasks if name in val) or "SampleWorld"
+    return TaskMixture(list(tasks.values())), TaskMixture(list(available_tasks(val, val_names, compute).values()))

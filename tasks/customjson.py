@@ -22,19 +22,16 @@ class CustomJSON(Task):
         path = Path(filepath)
         if not path.is_file():
             raise Unreachable(f"there is no file of conversations at {path}")
-        self.conversations = []
+        self.rows = []
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    self.conversations.append(read_conversation(line, f"{path}, line {number}"))
-        if not self.conversations:
+                    self.rows.append(read_conversation(line, f"{path}, line {number}"))
+        if not self.rows:
             raise UserError(f"{path} has no conversations; it needs one per line, as JSON")
 
-    def num_examples(self) -> int:
-        return len(self.conversations)
-
     def get_example(self, index: int) -> dict:
-        return self.conversations[index]
+        return self.rows[index]
 
 
 def read_conversation(line: bytes, where: str) -> dict:

@@ -10,47 +10,30 @@ from __future__ import annotations
 
 import re
 
-from tasks.common import Task, load_hub_dataset, same_final_number
+from tasks.common import NumberTask, load_hub_dataset, single_turn
 
 
-class GSM8K(Task):
+class GSM8K(NumberTask):
     """`subset` is "main" or "socratic"; `split` is "train" or "test"."""
 
-    eval_type = "generative"
     examples = ("A box holds 12 pencils. How many pencils are in 7 boxes?",)
 
     def __init__(self, subset: str, split: str, **view):
         super().__init__(**view)
-        assert subset in ("main", "socratic"), subset
-        assert split in ("train", "test"), split
         self.rows = load_hub_dataset("openai/gsm8k", subset, split)
-
-    def num_examples(self) -> int:
-        return len(self.rows)
 
     def get_example(self, index: int) -> dict:
         row = self.rows[index]
-        return {
-            "messages": [
-                {"role": "user", "content": row["question"]},
-                {"role": "assistant", "content": answer_parts(row["answer"])},
-            ]
-        }
-
-    def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether the number after "####" is that of the worked answer."""
-        return same_final_number(conversation, completion)
+        return single_turn(row["question"], answer_parts(row["answer"]))
 
 
 def answer_parts(answer: str) -> list[dict]:
     """`"is 48/2 = <<48/2=24>>24."` -> text "is 48/2 = ", python "48/2", python_output "24", text "24."."""
-    # split with a group: texts at even positions, marks between them
     parts = []
-    for position, piece in enumerate(re.split(r"<<([^<>]*)>>", answer)):
+    for position, segment in enumerate(re.split(r"<<([^<>]*)>>", answer)):  # text, mark, text, ..., text
         if position % 2 == 0:
-            parts.append({"type": "text", "text": piece})
+            parts.append(("text", segment))
         else:
-            expression, _, result = piece.rpartition("=")
-            parts.append({"type": "python", "text": expression})
-            parts.append({"type": "python_output", "text": result})
-    return [part for part in parts if part["text"]]
+            expression, _, result = segment.rpartition("=")
+            parts += [("python", expression), ("python_output", result)]
+    return [{"type": kind, "text": text} for kind, text in parts if text]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 from nanochat.execution import execute_code
-from tasks.common import Task, load_hub_dataset
+from tasks.common import Task, load_hub_dataset, single_turn
 
 
 class HumanEval(Task):
@@ -28,19 +28,10 @@ class HumanEval(Task):
         self.layers = execute_code("", allow_unsafe=allow_unsafe).layers
         self.rows = load_hub_dataset("openai/openai_humaneval", None, "test")
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
     def get_example(self, index: int) -> dict:
         row = self.rows[index]
-        return {
-            "messages": [
-                {"role": "user", "content": row["prompt"]},
-                {"role": "assistant", "content": row["prompt"] + row["canonical_solution"]},
-            ],
-            "entry_point": row["entry_point"],
-            "test": row["test"],
-        }
+        program = row["prompt"] + row["canonical_solution"]
+        return single_turn(row["prompt"], program, entry_point=row["entry_point"], test=row["test"])
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         """Whether the code in `completion`, a function's body or a whole program, passes the tests."""

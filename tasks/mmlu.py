@@ -5,9 +5,9 @@ Hendrycks et al. 2020, https://arxiv.org/abs/2009.03300. Hub: cais/mmlu.
 
 from __future__ import annotations
 
-from tasks.common import CategoricalTask, load_hub_dataset, render_mc
+from tasks.common import CategoricalTask, load_hub_dataset, render_mc, single_turn
 
-LETTERS = ("A", "B", "C", "D")
+LETTERS = ["A", "B", "C", "D"]
 
 
 class MMLU(CategoricalTask):
@@ -18,21 +18,10 @@ class MMLU(CategoricalTask):
 
     def __init__(self, subset: str, split: str, **view):
         super().__init__(**view)
-        splits = {"all": ("validation", "dev", "test"), "auxiliary_train": ("train",)}
-        assert split in splits.get(subset, ()), f"{subset}, {split}"
         self.rows = load_hub_dataset("cais/mmlu", subset, split)
-
-    def num_examples(self) -> int:
-        return len(self.rows)
 
     def get_example(self, index: int) -> dict:
         row = self.rows[index]
         row = row.get("train", row)  # the auxiliary set was uploaded with each row inside a field "train"
-        return {
-            "messages": [
-                {"role": "user", "content": render_mc(row["question"], LETTERS, row["choices"])},
-                {"role": "assistant", "content": LETTERS[row["answer"]]},
-            ],
-            "letters": list(LETTERS),
-            "subject": row["subject"],
-        }
+        question = render_mc(row["question"], LETTERS, row["choices"])
+        return single_turn(question, LETTERS[row["answer"]], letters=LETTERS, subject=row["subject"])

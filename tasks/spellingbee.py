@@ -14,7 +14,7 @@ import random
 
 from nanochat.common import file_url, get_base_dir
 from nanochat.dataset import fetch_file
-from tasks.common import Task, same_final_number
+from tasks.common import NumberTask, Task, single_turn
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -98,49 +98,28 @@ class SimpleSpelling(Task):
 
     def __init__(self, size: int = 1000, split: str = "train", **view):
         super().__init__(**view)
-        self.size, self.split, self.words = size, split, load_words(split)
-
-    def num_examples(self) -> int:
-        return self.size
+        self.rows, self.split, self.words = range(size), split, load_words(split)
 
     def get_example(self, index: int) -> dict:
         word = random.Random(f"spelling {self.split} {index}").choice(self.words)
-        return {
-            "messages": [
-                {"role": "user", "content": f"Spell the word: {word}"},
-                {"role": "assistant", "content": spell(word)},
-            ]
-        }
+        return single_turn(f"Spell the word: {word}", spell(word))
 
 
-class SpellingBee(Task):
+class SpellingBee(NumberTask):
     """How many times does a letter occur in a word?"""
 
-    eval_type = "generative"
     examples = ("How many r are in strawberry?",)
 
     def __init__(self, size: int = 1000, split: str = "train", **view):
         super().__init__(**view)
-        self.size, self.split, self.words = size, split, load_words(split)
-
-    def num_examples(self) -> int:
-        return self.size
+        self.rows, self.split, self.words = range(size), split, load_words(split)
 
     def get_example(self, index: int) -> dict:
         rng = random.Random(f"counting {self.split} {index}")
         word = rng.choice(self.words)
         # mostly a letter of the word, which is the harder question, but "none" must be an answer too
         letter = rng.choice(word if rng.random() < 0.9 else LETTERS)
-        return {
-            "messages": [
-                {"role": "user", "content": ask(word, letter, rng)},
-                {"role": "assistant", "content": count_carefully(word, letter)},
-            ]
-        }
-
-    def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether the number after "####" is the right count."""
-        return same_final_number(conversation, completion)
+        return single_turn(ask(word, letter, rng), count_carefully(word, letter))
 
 
 def ask(word: str, letter: str, rng: random.Random) -> str:

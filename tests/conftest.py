@@ -35,6 +35,13 @@ def finish(processes) -> list[str]:
     return outputs
 
 
+def write_program(path: Path, text: str) -> None:
+    """An executable bash script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
+
 def pytest_configure(config) -> None:
     """Hermetic: no public address, no cache or artifacts of the user."""
     config.hub_port = free_port()

@@ -1,7 +1,7 @@
 """The shape of the code: imports point one way, and importing does nothing.
 
-Layers are read from the source, without running it. Effects are watched in fresh processes with
-an audit hook, which Python calls before it opens, connects or starts anything.
+Layers are read from the source. Effects are watched in fresh processes with an audit hook, which Python calls before it
+opens, connects or starts anything.
 """
 
 import ast
@@ -27,11 +27,7 @@ OURS = ("nanochat", "tasks", "scripts")
 OPTIONAL = {"cudnn", "flash_attn", "flash_attn_interface", "kernels", "triton"}
 
 
-def module_name(path):
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
-
-
-MODULES = {module_name(p): p for top in OURS for p in sorted((ROOT / top).glob("*.py")) if p.name != "__init__.py"}
+MODULES = {f"{top}.{path.stem}": path for top in OURS for path in sorted((ROOT / top).glob("[!_]*.py"))}
 SCRIPTS = [name for name in MODULES if name.startswith("scripts.")]
 
 
@@ -122,12 +118,9 @@ def test_only_common_reads_the_environment():
 
 def declared_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    lists = [
-        project["project"]["dependencies"],
-        *project["project"]["optional-dependencies"].values(),
-        *project["dependency-groups"].values(),
-    ]
-    return {re.match(r"[\w.-]+", requirement)[0].lower() for requirements in lists for requirement in requirements}
+    extras, groups = project["project"]["optional-dependencies"].values(), project["dependency-groups"].values()
+    requirements = sum([*extras, *groups], project["project"]["dependencies"])
+    return {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
 
 
 def imported_packages():
@@ -158,21 +151,19 @@ def test_the_declared_packages_are_those_that_are_imported():
 def test_a_script_defines_main_and_runs_nothing_when_imported(name):
     tree = tree_of(MODULES[name])
     mains = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
-    assert len(mains) == 1 and [argument.arg for argument in mains[0].args.args] == ["argv"]
-    assert [ast.unparse(default) for default in mains[0].args.defaults] == ["None"]
+    assert [ast.unparse(node.args) for node in mains] == ["argv=None"]
     assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    run_script(main)"
-    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.Expr)
-    assert all(isinstance(node, allowed) for node in tree.body[:-1])
-    assert not [node for node in tree.body[1:] if isinstance(node, ast.Expr)]  # the docstring is the only one
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    assert ast.get_docstring(tree) and all(isinstance(node, allowed) for node in tree.body[1:-1])
 
 
 # -----------------------------------------------------------------------------
 # Effects
 
 WATCH = """
-import importlib, json, os, random, signal, sys
+import contextlib, importlib, json, os, random, signal, sys
 
-first, modules, run_help = json.loads(sys.argv[1])
+first, modules, run_help, heavy = json.loads(sys.argv[1])
 for name in first:  # third-party packages, whose own effects are not ours
     importlib.import_module(name)
 
@@ -188,8 +179,8 @@ def watch(event, args):
 def ambient():
     state = [dict(os.environ), os.getcwd(), sys.path[:], sys.argv[:], random.getstate()]
     state += [repr(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    torch = sys.modules.get("torch")
     if "torch" in first:
+        torch = sys.modules["torch"]
         state += [torch.get_rng_state().tolist(), torch.get_num_threads(), str(torch.get_default_dtype()),
                   torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.cuda.is_initialized()]
     return state
@@ -200,12 +191,11 @@ for name in modules:
     loaded = set(sys.modules)
     module = importlib.import_module(name)
     if run_help:
-        try:
+        with contextlib.suppress(SystemExit):
             module.main(["--help"])
-        except SystemExit as stop:
-            assert stop.code == 0
-    pulled = sorted({loaded.split(".")[0] for loaded in set(sys.modules) - loaded})
-    found[name] = {"effects": effects[:], "pulled": pulled, "changed": ambient() != before}
+    pulled = {new.split(".")[0] for new in set(sys.modules) - loaded} & set(heavy)
+    effects += [f"imports {package}" for package in pulled] + ["changes the state"] * (ambient() != before)
+    found[name] = effects[:]
     effects.clear()
 print("\\n" + json.dumps(found))
 """
@@ -216,31 +206,17 @@ LIGHT = "common schedule calculator execution sandbox conversation dataset token
 WITHOUT_TORCH = [name for name in MODULES if not name.startswith("nanochat.") or name.split(".")[1] in LIGHT]
 
 
-def watch_imports(modules, tmp_path, first=(), run_help=False):
-    """{module: {"effects", "pulled" packages, "changed" state}}, imported one by one in a fresh process."""
-    base = tmp_path / "base"
+@pytest.mark.parametrize("first, modules, run_help, heavy", [
+    ([], WITHOUT_TORCH, False, HEAVY),
+    ([], [*SCRIPTS, "nanochat.dataset", "nanochat.report"], True, HEAVY),
+    (["torch", "numpy", "tqdm"], [name for name in MODULES if name not in WITHOUT_TORCH], False,
+     {"datasets", "transformers", "wandb", "matplotlib", "pandas", *OPTIONAL}),
+], ids=["light modules", "--help", "the others, once torch is loaded"])  # fmt: skip
+def test_importing_has_no_effect_and_imports_nothing_heavy(tmp_path, first, modules, run_help, heavy):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    env |= {"NANOCHAT_BASE_DIR": str(base), "HOME": str(tmp_path)}
-    command = [sys.executable, "-c", WATCH, json.dumps([list(first), modules, run_help])]
+    env |= {"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", WATCH, json.dumps([first, modules, run_help, sorted(heavy)])]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert not {name: seen for name, seen in json.loads(done.stdout.splitlines()[-1]).items() if seen}
     assert not list(tmp_path.iterdir()), "something was written"
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_light_modules_import_without_effect_and_without_heavy_packages(tmp_path):
-    for name, seen in watch_imports(WITHOUT_TORCH, tmp_path).items():
-        assert not seen["effects"] and not seen["changed"] and not HEAVY & set(seen["pulled"]), (name, seen)
-
-
-def test_help_needs_nothing_heavy(tmp_path):
-    runnable = [*SCRIPTS, "nanochat.dataset", "nanochat.report"]
-    for name, seen in watch_imports(runnable, tmp_path, run_help=True).items():
-        assert not seen["effects"] and not HEAVY & set(seen["pulled"]), (name, seen)
-
-
-def test_the_other_modules_import_without_effect_once_torch_is_loaded(tmp_path):
-    others = [name for name in MODULES if name not in WITHOUT_TORCH]
-    optional = {"datasets", "transformers", "wandb", "matplotlib", "pandas", *OPTIONAL}
-    for name, seen in watch_imports(others, tmp_path, first=["torch", "numpy", "tqdm"]).items():
-        assert not seen["effects"] and not seen["changed"] and not optional & set(seen["pulled"]), (name, seen)

@@ -1,15 +1,15 @@
 """dev/setup.sh with a fake uv that records its arguments."""
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import write_program
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ["bash", "cat", "chmod", "cksum", "cmp", "cp", "dirname", "env", "mkdir", "rm", "touch"]
-UV = """#!/usr/bin/env bash
+UV = """
 echo "$*" >>"$LOG"
 case "$*" in
     "lock -q") exit "${LOCK:-0}" ;;
@@ -29,18 +29,15 @@ def setup(tmp_path):
     (project / "dev").mkdir()
     shutil.copy(ROOT / "dev/setup.sh", project / "dev")
     shutil.copy(ROOT / "pyproject.toml", project)
-    programs.mkdir()
+    write_program(programs / "uv", UV)
+    write_program(programs / "python3", "exit 1")
     for tool in TOOLS:
         (programs / tool).symlink_to(shutil.which(tool))
-    write_program(programs / "uv", UV)
-    write_program(programs / "python3", "#!/usr/bin/env bash\nexit 1\n")
 
     def run(cargo: bool, **variables):
         log.write_text("")
         if cargo:
-            write_program(programs / "cargo", "#!/usr/bin/env bash\n")
-        else:
-            (programs / "cargo").unlink(missing_ok=True)
+            write_program(programs / "cargo", "")
         env = {"PATH": str(programs), "HOME": str(tmp_path), "LOG": str(log), **variables}
         done = subprocess.run(["bash", "dev/setup.sh", "cpu"], cwd=project, env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
@@ -48,11 +45,6 @@ def setup(tmp_path):
 
     run.project = project
     return run
-
-
-def write_program(path: Path, text: str) -> None:
-    path.write_text(text)
-    os.chmod(path, 0o755)
 
 
 def is_build(line: str) -> bool:

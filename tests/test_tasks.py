@@ -1,7 +1,6 @@
 """Tasks: views and mixtures, the data sets of the fake hub, and how completions are graded."""
 
 import json
-from collections import Counter
 from decimal import Decimal
 
 import pytest
@@ -13,9 +12,10 @@ from dev.gen_identity import conversations
 from dev.gen_identity import main as gen_identity
 from nanochat.calculator import use_calculator
 from nanochat.common import UserError
+from nanochat.tokenizer import SPLIT_PATTERN
 from tasks import common
 from tasks.arc import ARC
-from tasks.common import Task, TaskMixture, TaskSequence, check_conversation, final_number, load_hub_dataset, render_mc
+from tasks.common import Task, TaskMixture, TaskSequence, check_conversation, final_number, load_hub_dataset, render_mc, single_turn
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, answer_parts
 from tasks.mmlu import MMLU
@@ -27,10 +27,7 @@ class Numbers(Task):
 
     def __init__(self, size, name="n", **view):
         super().__init__(**view)
-        self.size, self.name = size, name
-
-    def num_examples(self):
-        return self.size
+        self.rows, self.name = range(size), name
 
     def get_example(self, index):
         return f"{self.name}{index}"
@@ -42,10 +39,6 @@ def text_of(conversation) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-# -----------------------------------------------------------------------------
-# Views
-
-
 @given(st.integers(0, 30), st.integers(0, 40), st.none() | st.integers(0, 40), st.integers(1, 7))
 def test_a_view_is_a_slice_and_iterating_ends(size, start, stop, step):
     task = Numbers(size, start=start, stop=stop, step=step)
@@ -55,20 +48,14 @@ def test_a_view_is_a_slice_and_iterating_ends(size, start, stop, step):
         task[len(expected)]
 
 
-def test_a_mixture_shuffles_all_its_tasks_the_same_way_every_time():
-    tasks = [Numbers(50, "a"), Numbers(30, "b", start=10), Numbers(5, "c"), Numbers(5, "c")]  # one of them twice
-    mixture = TaskMixture(tasks)
-    assert Counter(mixture) == Counter(item for task in tasks for item in task)
-    assert list(mixture) == list(TaskMixture(tasks)) != list(TaskMixture(tasks, seed=43))
-    assert list(mixture) != list(TaskSequence(tasks))
-    assert list(TaskMixture(tasks, stop=7)) == list(mixture)[:7]
-
-
-def test_a_sequence_keeps_the_order():
-    sequence = TaskSequence([Numbers(3, "a"), Numbers(0, "b"), Numbers(2, "c")])
-    assert list(sequence) == ["a0", "a1", "a2", "c0", "c1"]
-    with pytest.raises(IndexError):
-        sequence[5]
+def test_a_sequence_keeps_the_order_and_a_mixture_shuffles_it_the_same_way_every_time():
+    tasks = [Numbers(50, "a"), Numbers(30, "b", start=10), Numbers(0), Numbers(5, "c"), Numbers(5, "c")]  # one of them twice
+    in_order = [item for task in tasks for item in task]
+    assert list(TaskSequence(tasks)) == in_order
+    mixture = list(TaskMixture(tasks))
+    assert mixture == list(TaskMixture(tasks)) != list(TaskMixture(tasks, seed=43))
+    assert mixture != in_order and sorted(mixture) == sorted(in_order)
+    assert list(TaskMixture(tasks, stop=7)) == mixture[:7]
 
 
 # -----------------------------------------------------------------------------
@@ -77,60 +64,22 @@ def test_a_sequence_keeps_the_order():
 
 @given(st.lists(st.text(max_size=8), min_size=1, max_size=5))
 def test_render_mc_keeps_each_letter_a_segment_of_its_own(choices):
-    """So that the token that names a choice is the token that answers. The pattern is SPEC's, run by `regex`."""
-    pattern = (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-        r"|\s*[\r\n]|\s+(?!\S)|\s+"
-    )
+    """So that the token that names a choice is the token that answers. The pattern is run by `regex`."""
     letters = list("QXZJK")[: len(choices)]
     choices = ["".join(c for c in choice if c not in letters) for choice in choices]
     text = render_mc("Which?", letters, choices)
-    assert [segment for segment in regex.findall(pattern, text) if set(segment) & set(letters)] == letters
+    assert [segment for segment in regex.findall(SPLIT_PATTERN, text) if set(segment) & set(letters)] == letters
     lines = [f"{choice} ({letter})" for letter, choice in zip(letters, choices)]
     assert text.index("Which?") < text.index(lines[0]) and all(line in text for line in lines)
 
 
 @pytest.mark.parametrize("text, number", [
-    ("#### 72", 72),
-    ("so it is 5.\n#### -3", -3),
-    ("####1,234,567", 1234567),
-    ("#### $1,250.50", Decimal("1250.5")),
-    ("#### -$5.00", -5),
-    ("#### 18.", 18),
-    ("#### .5", Decimal("0.5")),
-    ("#### 7 apples\n#### 8", 7),
-    ("#### seven", None),
-    ("72", None),
-    ("### 72", None),
-    ("", None),
+    ("#### 72", 72), ("so it is 5.\n#### -3", -3), ("####1,234,567", 1234567), ("#### $1,250.50", Decimal("1250.5")),
+    ("#### -$5.00", -5), ("#### 18.", 18), ("#### .5", Decimal("0.5")), ("#### 7 apples\n#### 8", 7),
+    ("#### seven", None), ("72", None), ("### 72", None), ("", None),
 ])  # fmt: skip
 def test_final_number(text, number):
     assert final_number(text) == number
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-BAD_MESSAGES = [
-    None,
-    [],
-    "hi",
-    [user("a")],
-    [{"role": "system", "content": "s"}, user("a")],
-    [assistant("a"), user("b")],
-    [user("a"), user("b")],
-    [user("a"), {"role": "system", "content": "s"}, assistant("b")],
-    [user("a"), assistant("b"), assistant("c")],
-    [user("a"), {"role": "assistant"}],
-    [user(3), assistant("b")],
-    [user("a"), assistant(None)],
-    [user("a"), assistant([{"type": "image", "text": "b"}])],
-]
 
 
 # -----------------------------------------------------------------------------
@@ -139,8 +88,8 @@ BAD_MESSAGES = [
 
 def test_customjson_reads_both_forms(tmp_path):
     path = tmp_path / "mine.jsonl"
-    first = [user("Wer bist du?"), assistant("Käthe 🌼"), user("c"), assistant("d")]
-    second = [{"role": "system", "content": "s"}, user("a"), assistant([{"type": "python", "text": "1+1"}])]
+    first = single_turn("Wer bist du?", "Käthe 🌼")["messages"] * 2
+    second = [{"role": "system", "content": "s"}, *single_turn("a", [{"type": "python", "text": "1+1"}])["messages"]]
     lines = [json.dumps(first, ensure_ascii=False), "", json.dumps({"messages": second})]
     path.write_text("\n".join(lines), encoding="utf-8")
     task = CustomJSON(path)
@@ -148,11 +97,13 @@ def test_customjson_reads_both_forms(tmp_path):
     assert list(CustomJSON(str(path), start=1)) == [{"messages": second}]
 
 
-@pytest.mark.parametrize("line", ["{", "5", '{"text": "a"}', *map(json.dumps, BAD_MESSAGES), b'[{"role": "\xff"}]'])
+@pytest.mark.parametrize("line", [
+    b"{", b"5", b'{"text": "a"}', b"null", b"[]", b'[{"role": "user", "content": "a"}]', b'[{"role": "assistant", "content": "a"}]',
+    b'[{"role": "\xff"}]',
+])  # fmt: skip
 def test_customjson_names_the_line_that_is_wrong(tmp_path, line):
     path = tmp_path / "mine.jsonl"
-    good = json.dumps([user("a"), assistant("b")])
-    path.write_bytes(f"{good}\n".encode() + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    path.write_bytes(json.dumps(single_turn("a", "b")).encode() + b"\n" + line + b"\n")
     with pytest.raises(UserError, match=r"mine\.jsonl, line 2: "):
         CustomJSON(path)
 
@@ -205,14 +156,11 @@ def test_mmlu(hub, subset, split):
 
 
 def test_gsm8k_marks_become_tool_calls():
-    assert answer_parts("He has 48/2 = <<48/2=24>>24.\n#### 24") == [
-        {"type": "text", "text": "He has 48/2 = "},
-        {"type": "python", "text": "48/2"},
-        {"type": "python_output", "text": "24"},
-        {"type": "text", "text": "24.\n#### 24"},
-    ]
-    assert answer_parts("#### 5") == [{"type": "text", "text": "#### 5"}]
-    assert [part["text"] for part in answer_parts("<<1+1=2>><<2+2=4>>")] == ["1+1", "2", "2+2", "4"]
+    parts = [(part["type"], part["text"]) for part in answer_parts("He has 48/2 = <<48/2=24>><<1+1=2>>24.\n#### 24")]
+    assert parts == [
+        ("text", "He has 48/2 = "), ("python", "48/2"), ("python_output", "24"), ("python", "1+1"), ("python_output", "2"),
+        ("text", "24.\n#### 24"),
+    ]  # fmt: skip
 
 
 def test_gsm8k(hub):
@@ -247,14 +195,12 @@ def test_a_hub_that_is_down_or_lacks_a_data_set_is_named(hub, monkeypatch):
         load_hub_dataset("some/set", "small", "test")
 
 
-@pytest.mark.parametrize("status", [503, 429])
-def test_a_failing_hub_is_an_error_of_one_line(hub, status, monkeypatch, tmp_path):
-    hub.faults["trouble/resolve/.*parquet"] = [status] * 1000
-    with monkeypatch.context() as patch:
-        patch.setattr("time.sleep", lambda seconds: None)  # of the library's retries
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-        with pytest.raises(UserError, match=f"cannot load the data set fake/trouble .*{status}") as error:
-            load_hub_dataset("fake/trouble", None, "test")
+def test_a_failing_hub_is_an_error_of_one_line(hub, monkeypatch, tmp_path):
+    hub.faults["trouble/resolve/.*parquet"] = [503] * 1000
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # of the library's retries
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(UserError, match="cannot load the data set fake/trouble .*503") as error:
+        load_hub_dataset("fake/trouble", None, "test")
     assert "\n" not in str(error.value)
 
 
