@@ -53,7 +53,9 @@ def load_runs(names: list[str]) -> list[dict]:
     finished = {entry["data"].get("model tag"): entry["data"] for entry in sorted(entries, key=lambda entry: entry["time"])}
     runs = []
     for name in names:
-        path = Path(name) if name.endswith(".jsonl") else base_dir_path() / "base_checkpoints" / name / "metrics.jsonl"
+        path = base_dir_path() / "base_checkpoints" / name / "metrics.jsonl"
+        if name.endswith(".jsonl"):
+            path = Path(name)
         if not path.exists():
             raise UserError(f"there is no {path}")
         tag, rows = path.parent.name, read_jsonl(path)
@@ -114,7 +116,8 @@ def draw_runs(runs: list[dict], path: Path) -> None:
     """Training loss (above) and validation bits per byte (below) by training FLOPs (left) and by step (right)."""
     panels = []
     for key, title in (("loss", "training loss (nats per token)"), ("val_bpb", "validation bits per byte")):
-        by_flops, by_step = Panel(title, "training FLOPs (finished runs)", [], log_x=True), Panel(title, "step", [])
+        by_flops = Panel(title, "training FLOPs (finished runs)", [], log_x=True)
+        by_step = Panel(title, "step", [])
         for number, run in enumerate(runs):
             style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "linewidth": 1.2}
             style |= {"marker": "o", "markersize": 3} if key == "val_bpb" else {}
@@ -131,16 +134,19 @@ def draw_runs(runs: list[dict], path: Path) -> None:
 def draw_series(series: list[dict], fit: dict | None, path: Path) -> None:
     """Validation bits per byte with the power law (left), and CORE (right), by training FLOPs."""
     low, high = series[0]["training FLOPs"] / 1.5, series[-1]["training FLOPs"] * 3
-    bpb, core = (Panel(title, "training FLOPs", [], log_x=True) for title in ("validation bits per byte", "CORE"))
+    bpb = Panel("validation bits per byte", "training FLOPs", [], log_x=True)
+    core = Panel("CORE", "training FLOPs", [], log_x=True)
     for panel, key in ((bpb, "val bpb"), (core, "CORE")):
         for number, run in enumerate(series):
             if run[key] is not None:
                 style = {"fmt": "o", "color": f"C{number % 10}"}
-                panel.curves.append((f"{run['tag']}  {run[key]:.4f}", [run["training FLOPs"]], [run[key]], style))
+                label = f"{run['tag']}  {run[key]:.4f}"
+                panel.curves.append((label, [run["training FLOPs"]], [run[key]], style))
     line = {"color": "gray", "linewidth": 1, "zorder": 0}
     if fit:
         x = [low * (high / low) ** (i / 99) for i in range(100)]
-        bpb.curves.append(("power law", x, [fit["a"] + fit["b"] * (c / fit["x0"]) ** -fit["c"] for c in x], line))
+        y = [fit["a"] + fit["b"] * (flops / fit["x0"]) ** -fit["c"] for flops in x]
+        bpb.curves.append(("power law", x, y, line))
     if core.curves:
         core.curves.append((f"GPT-2 (1.6B)  {GPT2_CORE}", [low, high], [GPT2_CORE] * 2, line | {"linestyle": "--"}))
     draw([[bpb, core]], path, f"bpb = {fit['formula']}" if fit else "")

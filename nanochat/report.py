@@ -71,9 +71,12 @@ def read_entries(path: Path) -> list[dict]:
 
 def points(rows: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
     """The values of two keys, of the rows in which both are finite numbers."""
-    pairs = [(row.get(x), row.get(y)) for row in rows]
-    pairs = [pair for pair in pairs if all(isinstance(value, (int, float)) and math.isfinite(value) for value in pair)]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+
+    def finite(value):
+        return isinstance(value, (int, float)) and math.isfinite(value)
+
+    usable = [row for row in rows if finite(row.get(x)) and finite(row.get(y))]
+    return [row[x] for row in usable], [row[y] for row in usable]
 
 
 def environment() -> dict:
@@ -235,7 +238,8 @@ def draw(panels: list[list[Panel]], path: Path, title: str = "") -> None:
         elif not any(options.get("yerr") for *_, options in curves):
             # The first tenth of a curve and its highest percent would flatten the rest
             settled = [sorted(y[len(y) // 10 :]) for _, _, y, _ in curves]
-            low, high = min(min(y) for _, _, y, _ in curves), max(y[-1 - len(y) // 100] for y in settled)
+            high = max(y[-1 - len(y) // 100] for y in settled)
+            low = min(min(y) for _, _, y, _ in curves)
             margin = 0.06 * (high - low) or 0.05
             axes.set_ylim(low - margin, high + margin)
         if any(label for label, *_ in curves):
@@ -259,7 +263,9 @@ def draw_run(rows: list[dict], title: str, path: Path) -> None:
         x, y = points(rows, "step", key)
         intervals = points(rows, key, f"{key}_ci")[1]
         style |= {"color": "#2a6f97", "yerr": intervals if len(intervals) == len(y) else None}
-        panels.append(Panel(f"{label}: {y[-1]:.3f} at the end" if y else label, "step", [(None, x, y, style)]))
+        if y:
+            label += f": {y[-1]:.3f} at the end"
+        panels.append(Panel(label, "step", [(None, x, y, style)]))
     draw([panels], path, title)
 
 
