@@ -37,7 +37,7 @@ def main(argv=None):
     group.add_argument("--dollars-per-gpu-hour", type=float, default=3.0, help="price")
     group.add_argument("--chat", action="store_true", help="with midtraining and fine-tuning")
     group = parser.add_argument_group("for the run scripts")
-    group.add_argument("--check", action="store_true", help="fail where the base folder lacks space or holds a tokenizer of another size")
+    group.add_argument("--check", action="store_true", help="fail if the base folder lacks space or has another tokenizer")
     group.add_argument("--shards", action="store_true", help="print only the number of shards")
     args, _ = parser.parse_known_args(argv)
 
@@ -50,15 +50,17 @@ def main(argv=None):
     checkpoints = sum(run["checkpoint"] for run in runs) * (CHECKPOINTS + CHAT_CHECKPOINTS * args.chat)
     needed = (shards + 1) * SHARD_BYTES + checkpoints + OTHER_BYTES
     price = args.gpus * args.dollars_per_gpu_hour
-    print(f"{'':24}{'parameters':>11}{'scaling':>9}{'tokens':>9}{'steps of':>9}{'tokens':>10}{'FLOPs':>10}{'hours':>8}{'dollars':>9}")
+    print(f"{'':24}{'parameters':>11}{'scaling':>9}{'tokens':>9}{'steps of':>9}{'tokens':>10}{'FLOPs':>10}"
+          f"{'hours':>8}{'dollars':>9}")
     for depth, run in zip(args.depth, runs):
         print(f"{f'pretraining d{depth}':24}{amount(run['parameters']):>11}{amount(run['scaling']):>9}{amount(run['tokens']):>9}"
               f"{run['steps']:>9,}{run['batch']:>10,}{run['flops']:>10.2e}{run['hours']:>8.2f}{run['hours'] * price:>9,.0f}")
     if args.chat:  # of several runs, for the last
-        print(f"{'midtraining, fine-tuning':24}{amount(CHAT_TOKENS):>29}{runs[-1]['chat hours']:>37.2f}{runs[-1]['chat hours'] * price:>9,.0f}")
+        chat_hours = runs[-1]["chat hours"]
+        print(f"{'midtraining, fine-tuning':24}{amount(CHAT_TOKENS):>29}{chat_hours:>37.2f}{chat_hours * price:>9,.0f}")
         print(f"{'everything else':24}{OTHER_HOURS:>66.2f}{OTHER_HOURS * price:>9,.0f}")
-    print(f"in all {hours:.2f} hours and {hours * price:,.0f} dollars on {args.gpus} x {args.gpu} at {100 * args.mfu:.0f}% of the bf16 peak; "
-          f"{shards} shard(s) of text; {math.ceil(needed / 1e9)} GB of disk")
+    print(f"in all {hours:.2f} hours and {hours * price:,.0f} dollars on {args.gpus} x {args.gpu} "
+          f"at {100 * args.mfu:.0f}% of the bf16 peak; {shards} shard(s) of text; {math.ceil(needed / 1e9)} GB of disk")
     if args.check:
         check(needed, args.vocab_size)
 

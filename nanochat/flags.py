@@ -82,7 +82,7 @@ def add_size_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--target-flops", type=number(float, 1, or_=-1), default=-1.0, help="training FLOPs (-1: not set)")
     ratio = ("--target-param-data-ratio", "--ratio")
     group.add_argument(*ratio, type=number(float, 0, or_=-1), default=12.0, help="tokens per scaling parameter")
-    group.add_argument("--total-batch-size", type=COUNT_OR_AUTO, default=-1, help="tokens per step (-1: derived from the horizon)")
+    group.add_argument("--total-batch-size", type=COUNT_OR_AUTO, default=-1, help="tokens per step (-1: from the horizon)")
 
 
 def add_model_flags(parser: argparse.ArgumentParser, stages: list[str] | None = None, default: str = "sft") -> None:
@@ -133,6 +133,8 @@ def add_rate_flags(parser: argparse.ArgumentParser, inherited: bool = False) -> 
 def add_saving_flags(parser: argparse.ArgumentParser, eval_every: int, save_every: int = -1) -> None:
     group = parser.add_argument_group("evaluation and checkpoints")
     group.add_argument("--resume-from-step", default="-1", help="step to resume from, or 'latest' (-1: start a new run)")
-    group.add_argument("--eval-every", type=INTERVAL, default=eval_every, help="steps between evaluations (-1: at the end, 0: never)")
-    group.add_argument("--save-every", type=COUNT_OR_AUTO, default=save_every, help="steps between checkpoints (-1: at the end)")
+    eval_help = "steps between evaluations (-1: at the end, 0: never)"
+    group.add_argument("--eval-every", type=INTERVAL, default=eval_every, help=eval_help)
+    save_help = "steps between checkpoints (-1: at the end)"
+    group.add_argument("--save-every", type=COUNT_OR_AUTO, default=save_every, help=save_help)
     group.add_argument("--keep-last", type=COUNT_OR_AUTO, default=-1, help="number of newest checkpoints to keep (-1: all)")

@@ -25,19 +25,20 @@ def main(argv=None):
     group.add_argument("--source", default="climbmix", help="climbmix, fineweb-edu, sample, or a folder of parquet files")
     flags.add_size_flags(parser)
     group = parser.add_argument_group("batch and schedule")
-    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=-1, help="rows per micro-batch (-1: up to 32; 8 on a CPU)")
+    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=-1, help="rows per micro-batch (-1: what fits)")
     group.add_argument("--weight-decay", type=flags.FRACTION, default=0.28, help="of the matrices, decaying to 0")
-    group.add_argument("--warmup-steps", type=flags.number(int, 0), default=40, help="steps of rising rates, at most a twentieth of all")
+    group.add_argument("--warmup-steps", type=flags.number(int, 0), default=40, help="steps of rising rates (5%% at most)")
     group.add_argument("--warmdown-ratio", type=flags.FRACTION, default=0.65, help="share of the run in which rates fall")
     group.add_argument("--final-lr-frac", type=flags.FRACTION, default=0.05, help="final fraction of the rates")
     group.add_argument("--fp8", action="store_true", help="train in float8, with compute capability 8.9 or more")
     flags.add_rate_flags(parser)
     flags.add_saving_flags(parser, eval_every=250)
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval-tokens", type=flags.COUNT_OR_AUTO, default=-1, help="tokens per evaluation (-1: 20971520; 65536 on a CPU)")
-    group.add_argument("--core-metric-every", type=flags.COUNT_OR_AUTO, default=2000, help="steps between CORE evaluations (-1: never)")
-    group.add_argument("--core-metric-max-per-task", type=flags.COUNT_OR_AUTO, default=500, help="questions per CORE task (-1: all)")
-    group.add_argument("--sample-every", type=flags.INTERVAL, default=2000, help="steps between samples (-1: at the end, 0: never)")
+    eval_help = "tokens per evaluation (-1: 20 * 2^20, on a CPU 2^16)"
+    group.add_argument("--eval-tokens", type=flags.COUNT_OR_AUTO, default=-1, help=eval_help)
+    group.add_argument("--core-metric-every", type=flags.COUNT_OR_AUTO, default=2000, help="steps between CORE scores (-1: never)")
+    group.add_argument("--core-metric-max-per-task", type=flags.COUNT_OR_AUTO, default=500, help="questions per task (-1: all)")
+    group.add_argument("--sample-every", type=flags.INTERVAL, default=2000, help="steps between samples (-1: at the end only)")
     args = parser.parse_args(argv)
 
     import torch
@@ -80,17 +81,18 @@ def main(argv=None):
 
     # Horizon, batch size and rates
     run = plan(
-        flops_per_token, counts["scaling"], args.max_seq_len, num_iterations=args.num_iterations, target_flops=args.target_flops,
-        target_param_data_ratio=args.target_param_data_ratio, total_batch_size=args.total_batch_size,
-        warmup_steps=args.warmup_steps, weight_decay=args.weight_decay,
+        flops_per_token, counts["scaling"], args.max_seq_len, num_iterations=args.num_iterations,
+        target_flops=args.target_flops, target_param_data_ratio=args.target_param_data_ratio,
+        total_batch_size=args.total_batch_size, warmup_steps=args.warmup_steps, weight_decay=args.weight_decay,
     )
     device_batch_size = args.device_batch_size
     if device_batch_size == -1:
         device_batch_size = fit_device_batch(model, compute, run.total_batch_size)
     micro_batches = check_batch(run.total_batch_size, device_batch_size, args.max_seq_len, compute.world_size)
-    print0(f"{run.num_iterations} steps of {run.total_batch_size} tokens, {micro_batches} micro-batch(es) of {device_batch_size} rows "
-           f"on {compute.world_size} rank(s): {run.tokens / 1e6:.1f}M tokens, {run.tokens / counts['scaling']:.1f} per scaling "
-           f"parameter; learning rates x {run.lr_scale:.3f}")
+    print0(f"{run.num_iterations} steps of {run.total_batch_size} tokens, "
+           f"{micro_batches} micro-batch(es) of {device_batch_size} rows on {compute.world_size} rank(s): "
+           f"{run.tokens / 1e6:.1f}M tokens, {run.tokens / counts['scaling']:.1f} per scaling parameter; "
+           f"learning rates x {run.lr_scale:.3f}")
     optimizer = make_optimizer(model, args, run.lr_scale, run.weight_decay)
 
     # The flags with what was derived from them: saved with the model, inherited by later stages

@@ -53,8 +53,8 @@ def chat_core(results: dict[str, dict]) -> float | None:
     """Mean centred accuracy of the six tasks; None unless all of them are in `results`."""
     if not set(CHATCORE) <= set(results):
         return None
-    centred = [(results[name]["accuracy"] - results[name]["baseline"]) / (1 - results[name]["baseline"]) for name in CHATCORE]
-    return sum(centred) / len(centred)
+    scored = [(results[name]["accuracy"], results[name]["baseline"]) for name in CHATCORE]
+    return sum((accuracy - baseline) / (1 - baseline) for accuracy, baseline in scored) / len(scored)
 
 
 def converse(engine, tokenizer, questions: list[str], max_tokens: int = 128) -> list[dict]:
@@ -83,7 +83,7 @@ def main(argv=None):
     group.add_argument("-x", "--max-problems", type=flags.COUNT, help="only the first problems of each task (default: all)")
     group.add_argument("-n", "--num-samples", type=flags.COUNT, default=1, help="replies per problem; one must be right")
     group.add_argument("-b", "--batch-size", type=flags.COUNT, default=8, help="multiple-choice problems per forward pass")
-    group.add_argument("--allow-unsafe-code", action="store_true", help="run HumanEval even if the system cannot isolate its code")
+    group.add_argument("--allow-unsafe-code", action="store_true", help="run HumanEval even where its code cannot be isolated")
     flags.add_sampling_flags(parser, temperature=0.0, max_tokens="--max-new-tokens")
     args = parser.parse_args(argv)
     names = chosen_tasks(args.task_name)
@@ -118,7 +118,8 @@ def main(argv=None):
         )  # fmt: skip
         error = standard_error(accuracy, n)
         results[name] = {"accuracy": accuracy, "stderr": error, "n": n, "baseline": task.baseline}
-        print0(f"{name:14s} {100 * accuracy:6.2f}% +- {100 * error:.2f}  ({n} problems, guessing scores {100 * task.baseline:.0f}%)")
+        print0(f"{name:14s} {100 * accuracy:6.2f}% +- {100 * error:.2f}  "
+               f"({n} problems, guessing scores {100 * task.baseline:.0f}%)")
     if not results:
         raise UserError("none of the tasks could be run (reasons above); -a SampleWorld needs no data hub")
 

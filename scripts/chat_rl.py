@@ -29,17 +29,18 @@ def main(argv=None):
     group.add_argument("--examples-per-step", type=flags.COUNT, default=16, help="questions per step, over all ranks")
     group.add_argument("--num-samples", type=flags.number(int, 2), default=16, help="samples per question")
     group.add_argument("--max-new-tokens", type=flags.COUNT, default=256, help="longer samples are truncated, with reward 0")
-    group.add_argument("--temperature", type=flags.number(float, 1e-3), default=1.0, help="of sampling and of the optimised distribution")
+    group.add_argument("--temperature", type=flags.number(float, 1e-3), default=1.0, help="of the sampled distribution")
     group.add_argument("--top-k", type=flags.number(int, 0), default=50, help="sample among the k most likely tokens (0: all)")
     group = parser.add_argument_group("batch and schedule")
-    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=None, help="full rows per micro-batch (default: inherited)")
-    group.add_argument("--init-lr-frac", type=flags.FRACTION, default=0.05, help="factor of all learning rates, which then fall to 0")
+    batch_help = "full rows per micro-batch (default: inherited)"
+    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=None, help=batch_help)
+    group.add_argument("--init-lr-frac", type=flags.FRACTION, default=0.05, help="factor of all rates, which then fall to 0")
     group.add_argument("--weight-decay", type=flags.FRACTION, default=0.0, help="of the matrices, decaying to 0")
     flags.add_rate_flags(parser, inherited=True)
     flags.add_saving_flags(parser, eval_every=60, save_every=60)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval-examples", type=flags.COUNT, default=400, help="held-out questions per evaluation")
-    group.add_argument("--eval-samples", type=flags.number(int, 0), default=8, help="samples per held-out question (0: greedy only)")
+    group.add_argument("--eval-samples", type=flags.number(int, 0), default=8, help="samples per held-out question (0: greedy)")
     args = parser.parse_args(argv)
 
     import copy
@@ -116,7 +117,9 @@ def main(argv=None):
 
         None where a stop was requested.
         """
-        grade = partial(count_right, held_out, sampler, tokenizer, engine, compute, args.eval_examples, stop=lambda: stop.received)
+        grade = partial(
+            count_right, held_out, sampler, tokenizer, engine, compute, args.eval_examples, stop=lambda: stop.received
+        )
         right = grade(name=args.task, **{**sampling, "temperature": 0.0})
         if right is None:
             return None
@@ -157,8 +160,8 @@ def main(argv=None):
                 scores = measured
                 intervals = {f"{name}_ci": ci for name, (_, ci) in scores.items()}
                 meter.log(step, **{name: value for name, (value, _) in scores.items()}, **intervals)
-                line = " | ".join(f"{name} {100 * value:.1f}% +- {100 * ci:.1f}" for name, (value, ci) in scores.items())
-                print0(f"step {step:05d} | {args.task}: {line}")
+                percent = [f"{name} {100 * value:.1f}% +- {100 * ci:.1f}" for name, (value, ci) in scores.items()]
+                print0(f"step {step:05d} | {args.task}: {' | '.join(percent)}")
         if last:
             break
         if stop.requested():
@@ -178,7 +181,10 @@ def main(argv=None):
     if not last:
         print0(f"stopped after step {step}; continue with the same flags and --resume-from-step=latest")
     elif compute.is_main:
-        examples = [(group.conversation["messages"][0], completion_text(tokenizer, engine, group.seqs[0])) for group in groups[:4]]
+        examples = [
+            (group.conversation["messages"][0], completion_text(tokenizer, engine, group.seqs[0]))
+            for group in groups[:4]
+        ]
         report.log("Reinforcement learning", {
             "stage": "rl", "scores": {f"{args.task} {name}": value for name, (value, _) in scores.items()},
             "model tag": tag, "steps": step, "questions": len(task),

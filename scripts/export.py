@@ -21,7 +21,8 @@ from nanochat.common import UserError, compute_init, print0, run_script
 
 def main(argv=None):
     parser = flags.make_parser("Import a model of the reference's layout.")
-    parser.add_argument("--from", dest="folder", type=Path, required=True, help="folder with model_NNNNNN.pt and meta_NNNNNN.json")
+    from_help = "folder with model_NNNNNN.pt and meta_NNNNNN.json"
+    parser.add_argument("--from", dest="folder", type=Path, required=True, help=from_help)
     parser.add_argument("--tokenizer", type=Path, default=None, help="its tokenizer.pkl (default: in that folder)")
     parser.add_argument("--step", type=flags.number(int, 0), default=None, help="which step (default: the last)")
     parser.add_argument("--to-stage", default="sft", choices=["base", "mid", "sft", "rl"], help="stage of the imported model")
@@ -33,7 +34,8 @@ def main(argv=None):
 
     compute = compute_init("cpu")
     folder = args.folder.expanduser()
-    steps = sorted(int(match[1]) for path in folder.glob("model_*.pt") if (match := re.fullmatch(r"model_(\d+)\.pt", path.name)))
+    found = (re.fullmatch(r"model_(\d+)\.pt", path.name) for path in folder.glob("model_*.pt"))
+    steps = sorted(int(match[1]) for match in found if match)
     step = args.step if args.step is not None else steps[-1] if steps else None
     if step not in steps:
         raise UserError(f"there is no model of step {step} in {folder}; there are steps {steps}")
@@ -47,7 +49,8 @@ def main(argv=None):
     meta = {**meta, "model_config": vars(model.config), "tokenizer": tokenizer.fingerprint()}
     saver.save(step, model.state_dict(), None, meta, tokenizer)
     saver.close()
-    print0(f"imported {folder} as stage {args.to_stage}; chat with it: python -m scripts.chat_cli -i {args.to_stage} -g {saver.directory.name}")
+    chat = f"python -m scripts.chat_cli -i {args.to_stage} -g {saver.directory.name}"
+    print0(f"imported {folder} as stage {args.to_stage}; chat with it: {chat}")
 
 
 def read_weights(folder: Path, step: int) -> tuple[dict, dict]:
@@ -60,11 +63,9 @@ def read_weights(folder: Path, step: int) -> tuple[dict, dict]:
         meta = json.loads((folder / f"meta_{step:06d}.json").read_text(encoding="utf-8"))
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
         config = meta["model_config"]
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} was refused: it is damaged, or holds something other than weights") from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged file can raise nearly anything; one with code, pickle.UnpicklingError
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} or its meta file is damaged ({reason})") from error
+        raise UserError(f"{path} or its meta file is damaged, or holds something other than weights ({reason})") from error
     if "smear_lambda" not in state:  # earlier models had full context, another rotary base, unscaled q and k
         config = {"window_pattern": "L", "rotary_base": 10000.0, "qk_scale": 1.0, **config}
     return state, {"user_config": {}, **meta, "model_config": config}

@@ -21,7 +21,7 @@ from nanochat.dataset import hub_answers
 class Task:
     """A view `[start:stop:step]` of a data set, as conversations.
 
-    A subclass sets `rows` (or defines `num_examples`), and defines `get_example` and, if completions can be graded, `evaluate`.
+    A subclass sets `rows` or defines `num_examples`; it defines `get_example` and, if completions can be graded, `evaluate`.
     """
 
     eval_type: str | None = None  # "categorical": choose a letter; "generative": write an answer; None: training only
@@ -145,9 +145,8 @@ def single_turn(question: str, answer: str | list[dict], **fields) -> dict:
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
     """A multiple-choice question as a user message.
 
-    Each letter follows its choice, so that a small model can bind the two by attending from the
-    letter to the text before it. It follows " (", which the tokenizer never merges with a letter,
-    so the letter is the same token as the answer.
+    Each letter follows its choice, so that a small model can bind the two by attending to the text before the letter.
+    It follows " (", which the tokenizer never merges with a letter, so the letter is the same token as the answer.
 
     >>> print(render_mc("What is frozen water?", ["A", "B"], ["Ice", "Steam"]))
     Multiple choice question: What is frozen water?
@@ -182,11 +181,14 @@ def check_conversation(conversation: dict) -> dict:
 # The mixtures that mid_train and chat_sft train on
 
 
-def available_tasks(makers: dict[str, Callable[[], Task]], names: str, compute: Compute, explicit: bool = False) -> dict[str, Task]:
+Makers = dict[str, Callable[[], Task]]  # a function for each name, which loads the data
+
+
+def available_tasks(makers: Makers, names: str, compute: Compute, explicit: bool = False) -> dict[str, Task]:
     """The tasks listed in `names` ("SmolTalk,GSM8K"), in that order. The main rank downloads; all ranks get the same tasks.
 
     A task whose data cannot be reached is skipped with a printed reason; if the user asked for it (`explicit`) it is an
-    error. Raises UserError for an unknown name, for broken data, and if no task is left.
+    error. So are an unknown name, broken data, and no task left.
     """
     listed = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in listed if name not in makers]
@@ -205,11 +207,9 @@ def available_tasks(makers: dict[str, Callable[[], Task]], names: str, compute: 
     return tasks
 
 
-def mixtures(train: dict, val: dict, names: str, compute: Compute, explicit: bool) -> tuple[TaskMixture, TaskMixture]:
-    """(training, validation) data of the tasks in `names`, from functions that make them by name.
-
-    A persona has no validation part; if nothing else is trained on, SampleWorld's is used.
-    """
+def mixtures(train: Makers, val: Makers, names: str, compute: Compute, explicit: bool) -> tuple[TaskMixture, TaskMixture]:
+    """(training, validation) data of the tasks in `names`. A persona has no validation part; alone, SampleWorld's is used."""
     tasks = available_tasks(train, names, compute, explicit)
     val_names = ",".join(name for name in tasks if name in val) or "SampleWorld"
-    return TaskMixture(list(tasks.values())), TaskMixture(list(available_tasks(val, val_names, compute).values()))
+    val_tasks = available_tasks(val, val_names, compute)
+    return TaskMixture(list(tasks.values())), TaskMixture(list(val_tasks.values()))
