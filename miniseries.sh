@@ -6,8 +6,8 @@
 #     DEPTHS="8 10 12 14" NPROC=1 bash miniseries.sh
 #     TINY=1 bash miniseries.sh                 # four tiny models on a CPU, without a data hub
 #
-# Each model has the tag mini_dDEPTH and adds a line to miniseries.jsonl in the base folder, which dev/plot.py plots and
-# fits. After an interruption run it again: finished models are skipped. All output is also in log/miniseries.
+# Each model has the tag mini_dDEPTH; dev/plot.py plots them and fits a power law to their losses. After an interruption
+# run it again: finished models are skipped. All output is also in log/miniseries.
 #
 # Variables, with their defaults: NANOCHAT_BASE_DIR, NPROC, SOURCE, BASE_FLAGS and DOLLARS as in speedrun.sh, and
 #     DEPTHS       "10 12 14 16 18 20": each about doubles the FLOPs, a factor of 36 in all
@@ -43,7 +43,6 @@ tags=()
 for depth in "${depths[@]}"; do
     tag=mini_d$depth
     train "base_train_d$depth" "base_checkpoints/$tag" launch scripts.base_train --depth="$depth" --model-tag="$tag" "${base[@]}"
-    python -m dev.plot --add "$tag"
     tags+=("$tag")
 done
 logged plot python -m dev.plot "${tags[@]}"

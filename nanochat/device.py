@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import resource
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +40,13 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this process has held, in bytes: GPU memory allocated by PyTorch; on a CPU, its resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.nn.Module:

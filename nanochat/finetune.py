@@ -13,6 +13,7 @@ from nanochat import flags
 from nanochat.common import Compute, UserError, check_wandb, compute_cleanup, compute_init, print0, wandb_run
 
 NAMES = {"mid": "Midtraining", "sft": "Supervised fine-tuning"}
+MEASURED = {"mid": "conversations", "sft": "replies"}  # what the bits per byte are of
 
 
 def add_flags(parser: argparse.ArgumentParser, stages: list[str], stage: str, tasks: str, others: str, init_lr_frac: float, warmdown: float) -> None:
@@ -35,7 +36,9 @@ def add_flags(parser: argparse.ArgumentParser, stages: list[str], stage: str, ta
     group.add_argument("--eval-tokens", type=flags.COUNT_OR_AUTO, default=-1, help="tokens per evaluation (-1: 20971520, on a CPU 65536)")
 
 
-def finetune(stage: str, args: argparse.Namespace, load_data: Callable[[Compute], tuple], supervise: str) -> None:
+def finetune(
+    stage: str, parser: argparse.ArgumentParser, args: argparse.Namespace, load_data: Callable[[Compute], tuple], supervise: str
+) -> None:
     """Train stage "mid" or "sft" and save the model.
 
     `load_data(compute)` returns (training conversations, validation conversations), sequences of dicts.
@@ -164,8 +167,9 @@ def finetune(stage: str, args: argparse.Namespace, load_data: Callable[[Compute]
         print0(f"stopped after step {step}; continue with the same flags and --resume-from-step=latest")
     elif compute.is_main:
         report.log(NAMES[stage], {
-            **vars(settings), "stage": stage, "scores": {"val bpb": val_bpb}, "model tag": tag, "steps": step,
+            "stage": stage, "scores": {f"val bpb of {MEASURED[stage]}": val_bpb}, "model tag": tag, "steps": step,
             "conversations": len(train_data), "training minutes": meter.total_time / 60, "metrics": str(meter.path),
+            "flags": flags.for_report(parser, args, settings),
         })
     meter.finish()
     compute_cleanup(compute)

@@ -53,6 +53,12 @@ TEMPERATURE = number(float, 0, 2)
 TOP_K = number(int, 0, 200)  # 0: all tokens
 
 
+def for_report(parser: argparse.ArgumentParser, args: argparse.Namespace, settings: argparse.Namespace | None = None) -> dict:
+    """{"given": the flags that differ from their defaults, "all": every flag}; `settings` are the flags with derived values."""
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    return {"given": given, "all": vars(settings or args)}
+
+
 def add_device_flag(group) -> None:
     group.add_argument("--device-type", default="", help="cuda, mps or cpu (default: the first that is available)")
 

@@ -4,11 +4,13 @@
     python -m nanochat.report generate    # write report/report.md from the log of the stages
 
 A stage calls `log(section, data)`, which appends one line of JSON to report/report.jsonl. The page is
-generated from these lines alone. Four keys of `data` have a meaning here:
+generated from these lines alone. Some keys of `data` have a meaning here:
 
     "stage"    "base", "mid", "sft" or "rl": the column of the final table
     "scores"   {metric: number}: that column's rows
-    "metrics"  path of the run's metrics.jsonl: for a plot and the training time
+    "metrics"  path of the run's metrics.jsonl: for a plot, training time, tokens per second and peak memory
+    "flags"    {"given", "all"} of `flags.for_report`: the first are shown, the others folded away
+    "chat"     messages, a conversation with the stage's model: the latest is shown near the top
     "samples"  list of texts, or of conversations (lists of {"role", "content"}): shown verbatim
 
 All other keys are shown as a table. Only the main rank may call `log`.
@@ -18,17 +20,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import re
 import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import distributions
 from pathlib import Path
+from statistics import median
 
 from nanochat.common import UserError, base_dir_path, get_base_dir, run_script
 
 STAGES = ("base", "mid", "sft", "rl")
-SPECIAL_KEYS = ("stage", "scores", "metrics", "samples")
+SPECIAL_KEYS = ("stage", "scores", "metrics", "flags", "chat", "samples")
+BPB_NOTE = """Bits per byte of text, of conversations and of replies are measured on different data and targets (a reply is what
+the assistant says, given what came before). Compare each with itself only.
+"""
 
 
 def report_dir() -> Path:
@@ -45,41 +54,49 @@ def log(section: str, data: dict) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The objects in a file of JSON lines. A line that a crash has truncated is skipped."""
+    """The objects in a file of JSON lines; none if it is missing. A line that a crash has truncated is skipped."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def read_entries(path: Path) -> list[dict]:
+    """The sections in a report.jsonl, as `log` wrote them."""
+    return [row for row in read_jsonl(path) if {"section", "time", "data"} <= row.keys()]
+
+
+def points(rows: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
+    """The values of two keys, of the rows in which both are finite numbers."""
+
+    def finite(value):
+        return isinstance(value, (int, float)) and math.isfinite(value)
+
+    usable = [row for row in rows if finite(row.get(x)) and finite(row.get(y))]
+    return [row[x] for row in usable], [row[y] for row in usable]
 
 
 def environment() -> dict:
     """The source, versions and machine of this run."""
     import psutil
 
-    root = Path(__file__).resolve().parent.parent
-
     def output_of(*command):
         try:
-            done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=20)
+            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=20)
         except (OSError, subprocess.SubprocessError):
             return ""
         return done.stdout.strip()
 
-    def version_of(package):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
+    versions = {package.name: package.version for package in distributions()}
     cpu = re.search(r"model name\s*: (.*)", output_of("cat", "/proc/cpuinfo"))  # Linux only
     return {
         "git commit": output_of("git", "rev-parse", "HEAD") or "not in git",
         "changed files": len(output_of("git", "status", "--porcelain").splitlines()),
         "python": platform.python_version(),
-        **{name: version_of(name) for name in ("torch", "tiktoken", "rustbpe", "datasets")},
+        **{name: versions.get(name, "not installed") for name in ("torch", "tiktoken", "rustbpe", "datasets")},
         "system": platform.platform(),
         "cpu": cpu[1] if cpu else platform.processor(),
         "cpu cores": psutil.cpu_count(),
@@ -112,31 +129,33 @@ def table(header: list, rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines) + "\n"
 
 
-def fenced(text: str) -> str:
-    """`text` as a code block, with a fence longer than any in the text."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}\n"
-
-
 def sample_text(sample) -> str:
-    """A sample as text: a conversation has one line per message."""
-    if isinstance(sample, str):
-        return sample
-    return "\n".join(f"{message['role']}: {message['content']}" for message in sample)
+    """A text, or a conversation with one line per message, as a code block with a fence longer than any in the text.
+
+    A tool call is shown as [6*7 = 42].
+    """
+    if not isinstance(sample, str):
+        sample = "\n".join(f"{message['role']}: {message['content']}" for message in sample)
+        call = r"<\|python_start\|>(.*?)<\|python_end\|><\|output_start\|>(.*?)<\|output_end\|>"
+        sample = re.sub(call, r"[\1 = \2]", sample, flags=re.DOTALL)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", sample)), default=0))
+    return f"{fence}text\n{sample}\n{fence}\n"
 
 
 def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02d}m {seconds:02d}s" if hours else f"{minutes}m {seconds:02d}s"
+    return str(timedelta(seconds=round(seconds)))  # 0:09:30
 
 
 def section_text(section: str, data: dict, plot: str | None) -> str:
-    """The section of one stage: its values, one table per value that is a table, plot, samples."""
-    tables = {key: value for key, value in data.items() if is_table(value) and key not in SPECIAL_KEYS}
-    plain = {key: value for key, value in data.items() if key not in tables and key not in SPECIAL_KEYS}
+    """The section of one stage: its values, one table per value that is a table, plot, samples, all flags."""
+    flags = data.get("flags", {})
+    other = {key: value for key, value in data.items() if key not in SPECIAL_KEYS}
+    tables = {key: value for key, value in other.items() if isinstance(value, dict) and dict in map(type, value.values())}
+    plain = {key: value for key, value in other.items() if key not in tables} | data.get("scores", {})
+    if given := flags.get("given"):
+        texts = [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True) for name, value in given.items()]
+        plain["flags given"] = f"`{' '.join(texts)}`"
     parts = [f"## {section}\n"]
-    plain.update(data.get("scores", {}))
     if plain:
         parts.append(table(["", "value"], [[key, value] for key, value in plain.items()]))
     for name, rows in tables.items():
@@ -144,12 +163,11 @@ def section_text(section: str, data: dict, plot: str | None) -> str:
         parts.append(table([name, *columns], [[key, *(row.get(c, "") for c in columns)] for key, row in rows.items()]))
     if plot:
         parts.append(f"![{section}]({plot})\n")
-    parts += [fenced(sample_text(sample)) for sample in data.get("samples", [])]
+    parts += [sample_text(sample) for sample in data.get("samples", [])]
+    if flags.get("all"):
+        rows = table(["flag", "value"], [[key, value] for key, value in flags["all"].items()])
+        parts.append(f"<details><summary>All flags</summary>\n\n{rows}\n</details>\n")
     return "\n".join(parts)
-
-
-def is_table(value) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(row, dict) for row in value.values())
 
 
 def final_table(entries: list[dict]) -> str:
@@ -161,57 +179,94 @@ def final_table(entries: list[dict]) -> str:
     metrics = list(dict.fromkeys(metric for stage in stages for metric in scores[stage]))
     if not metrics:
         return "No stage has been evaluated yet.\n"
-    return table(["metric", *stages], [[m, *(scores[stage].get(m, "-") for stage in stages)] for m in metrics])
+    rows = table(["metric", *stages], [[m, *(scores[stage].get(m, "-") for stage in stages)] for m in metrics])
+    return f"{rows}\n{BPB_NOTE}" if any("bpb" in metric for metric in metrics) else rows
 
 
-def clock_table(entries: list[dict], training_time: dict[int, float]) -> str:
-    """When each section was logged, and how long its training took without evaluations."""
-    start = entries[0]["time"]
-    rows = [
-        [e["section"], duration(e["time"] - start), duration(training_time[i]) if i in training_time else ""]
-        for i, e in enumerate(entries)
-    ]
-    return table(["section", "done after", "of which training"], rows)
+def cost_table(entries: list[dict], runs: list[list[dict]]) -> str:
+    """When each section was logged, and what its training took; `runs` holds its metrics, if it has any.
+
+    Training time is without evaluations, speed and MFU are medians of the steps, memory is that of the main rank.
+    """
+    rows = []
+    for entry, run in zip(entries, runs):
+        keys = ("total_time", "tok_per_sec", "mfu", "peak_memory")
+        seconds, speed, mfu, memory = (points(run, "step", key)[1] for key in keys)
+        rows.append([
+            entry["section"],
+            duration(entry["time"] - entries[0]["time"]),
+            duration(max(seconds)) if seconds else "",
+            round(median(speed)) if speed else "",
+            f"{100 * median(mfu):.1f}%" if mfu else "",
+            f"{max(memory) / 2**30:.1f} GiB" if memory else "",
+        ])
+    return table(["section", "done after", "training", "tokens per second", "MFU", "peak memory"], rows)
 
 
 # -----------------------------------------------------------------------------
 # Plots
 
 
-def draw(rows: list[dict], title: str, path: Path) -> None:
-    """A run's curves as a PNG: a value of each training step on the left, evaluations on held-out data on the right.
+@dataclass
+class Panel:
+    """One pair of axes. A curve is (label, x, y, options of matplotlib's errorbar); labels go into a legend beside the axes."""
 
-    For reinforcement learning: the reward by step, and the accuracy of greedy answers with its 95% interval by training
-    time. Otherwise: training loss and validation bits per byte.
-    """
+    title: str
+    x_label: str
+    curves: list[tuple[str | None, list[float], list[float], dict]]
+    log_x: bool = False
+
+
+def draw(panels: list[list[Panel]], path: Path, title: str = "") -> None:
+    """Panels in rows, as a PNG. All curves of nanochat are drawn here."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    if any("reward" in row for row in rows):
-        curves = ("reward", "mean reward of the step's answers"), ("accuracy", "accuracy on held-out questions")
-    else:
-        curves = ("loss", "training loss (nats per token)"), ("val_bpb", "validation bits per byte")
-    for axes, (name, label), by_time in ((left, curves[0], False), (right, curves[1], True)):
-        points = [
-            (row["total_time"] / 60 if by_time else row["step"], row[name], row.get(f"{name}_ci"))
-            for row in rows
-            if row.get(name) is not None
-        ]
-        if points:
-            x, y, intervals = zip(*points)
-            axes.plot(x, y, color="#2a6f97", **({"marker": "o", "markersize": 4} if by_time else {"linewidth": 1.2}))
-            if None not in intervals:
-                low, high = ([value + sign * ci for value, ci in zip(y, intervals)] for sign in (-1, 1))
-                axes.fill_between(x, low, high, color="#2a6f97", alpha=0.15, linewidth=0)
-            axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(0, 6), textcoords="offset points", ha="right")
-        else:
+    figure = Figure(figsize=(5.5 * len(panels[0]), 3.6 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), len(panels[0]), squeeze=False)
+    for axes, panel in zip(grid.flat, [panel for row in panels for panel in row]):
+        curves = [curve for curve in panel.curves if curve[1]]
+        for label, x, y, options in curves:
+            axes.errorbar(x, y, label=label, **options)
+        if panel.log_x and curves:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
+            axes.minorticks_off()
+        if not curves:
             axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="gray")
-        axes.set(xlabel="training time (minutes)" if by_time else "step", ylabel=label)
+        elif not any(options.get("yerr") for *_, options in curves):
+            # The first tenth of a curve and its highest percent would flatten the rest
+            settled = [sorted(y[len(y) // 10 :]) for _, _, y, _ in curves]
+            high = max(y[-1 - len(y) // 100] for y in settled)
+            low = min(min(y) for _, _, y, _ in curves)
+            margin = 0.06 * (high - low) or 0.05
+            axes.set_ylim(low - margin, high + margin)
+        if any(label for label, *_ in curves):
+            axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.02))
+        axes.set_title(panel.title, loc="left", fontsize=10)
+        axes.set_xlabel(panel.x_label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
+
+
+def draw_run(rows: list[dict], title: str, path: Path) -> None:
+    """Training loss and validation bits per byte of a run; of reinforcement learning, reward and accuracy with its 95% interval."""
+    if any("reward" in row for row in rows):
+        names = {"reward": "mean reward of the step's answers", "accuracy": "accuracy on held-out questions"}
+    else:
+        names = {"loss": "training loss (nats per token)", "val_bpb": "validation bits per byte"}
+    panels = []
+    for (key, label), style in zip(names.items(), ({"linewidth": 1.2}, {"marker": "o", "markersize": 4, "capsize": 3})):
+        x, y = points(rows, "step", key)
+        intervals = points(rows, key, f"{key}_ci")[1]
+        style |= {"color": "#2a6f97", "yerr": intervals if len(intervals) == len(y) else None}
+        if y:
+            label += f": {y[-1]:.3f} at the end"
+        panels.append(Panel(label, "step", [(None, x, y, style)]))
+    draw([panels], path, title)
 
 
 # -----------------------------------------------------------------------------
@@ -230,29 +285,31 @@ def generate() -> Path:
     """Write report.md and its plots; returns its path. Raises UserError if nothing has been logged."""
     folder = report_dir()
     source = folder / "report.jsonl"
-    entries = read_jsonl(source) if source.exists() else []
+    entries = read_entries(source)
     if not entries:
         raise UserError(f"{source} is empty or missing; run a stage first, for instance scripts.base_train")
-    if not any(entry["section"] == "Environment" for entry in entries):
-        entries.insert(0, {"section": "Environment", "time": entries[0]["time"], "data": environment()})
-    sections, training_time = [], {}
-    for number, entry in enumerate(entries):
-        plot, metrics = None, entry["data"].get("metrics")
-        if metrics and Path(metrics).exists() and (rows := read_jsonl(Path(metrics))):
-            plot = f"{number:02d}-{re.sub('[^a-z0-9]+', '-', entry['section'].lower())}.png"
-            draw(rows, entry["section"], folder / plot)
-            training_time[number] = rows[-1].get("total_time", 0.0)
-        sections.append(section_text(entry["section"], entry["data"], plot))
+    chats = [entry["data"] for entry in entries if entry["data"].get("chat")]
+    environments = [entry["data"] for entry in entries if entry["section"] == "Environment"]
+    stages = [entry for entry in entries if entry["section"] != "Environment"]
+    runs = [read_jsonl(Path(entry["data"].get("metrics", ""))) for entry in stages]
+
     begin = time.strftime("%Y-%m-%d %H:%M", time.localtime(entries[0]["time"]))
     page = [
         "# nanochat report\n",
         f"Started {begin}, {duration(entries[-1]['time'] - entries[0]['time'])} until the last stage.\n",
         "## Results\n",
-        final_table(entries),
-        "## Wall clock\n",
-        clock_table(entries, training_time),
-        *sections,
+        final_table(stages),
     ]
+    if chats:
+        page += [f"## A conversation with the model ({chats[-1]['stage']}, temperature 0)\n", sample_text(chats[-1]["chat"])]
+    page += ["## Time and memory\n", cost_table(stages, runs)]
+    for number, (entry, rows) in enumerate(zip(stages, runs)):
+        plot = None
+        if rows:
+            plot = f"{number:02d}-{re.sub('[^a-z0-9]+', '-', entry['section'].lower())}.png"
+            draw_run(rows, entry["section"], folder / plot)
+        page.append(section_text(entry["section"], entry["data"], plot))
+    page.append(section_text("Environment", environments[-1] if environments else environment(), None))
     path = folder / "report.md"
     path.write_text("\n".join(page), encoding="utf-8")
     return path
@@ -266,7 +323,7 @@ def main(argv=None):
         print(f"started a report: {report_dir() / 'report.jsonl'}")
     else:
         path = generate()
-        results, _, _ = path.read_text(encoding="utf-8").partition("## Wall clock")
+        results, _, _ = path.read_text(encoding="utf-8").partition("## Time and memory")
         print(f"{results}\nwritten to {path}")
 
 

@@ -32,7 +32,7 @@ from nanochat.checkpoint_manager import (
     verify,
 )
 from nanochat.common import Compute, UserError, atomic, print0, restarts
-from nanochat.device import peak_flops
+from nanochat.device import peak_flops, peak_memory
 from nanochat.optim import MuonAdamW
 from nanochat.saver import Saver
 from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
@@ -272,7 +272,8 @@ class Meter:
         mfu = tok_per_sec * self.flops_per_token / (self.peak * self.compute.world_size) if known else None
         median = sorted(self.recent)[len(self.recent) // 2]
         eta = median * step * (1 - progress) / progress if progress > 0 else 0.0
-        self.log(step, loss=smooth, raw_loss=loss, lrm=lrm, dt=dt, tok_per_sec=tok_per_sec, mfu=mfu, epoch=epoch, **values)
+        usage = {"tok_per_sec": tok_per_sec, "mfu": mfu, "peak_memory": peak_memory(self.compute.device)}
+        self.log(step, loss=smooth, raw_loss=loss, lrm=lrm, dt=dt, epoch=epoch, **usage, **values)
         more = "".join(f"{name.replace('_', ' ')} {value:.3g} | " for name, value in values.items())
         print0(
             f"step {step:05d} ({100 * progress:.1f}%) | {more}loss {smooth:.4f} | lrm {lrm:.2f} | dt {1000 * dt:.0f} ms | "

@@ -59,7 +59,7 @@ def main(argv=None):
             results["samples"] = [model.complete(tokenizer, prompt) for prompt in SAMPLE_PROMPTS]
         else:  # only our own models have a column in the report's final table
             results["samples"] = sample_texts(model, tokenizer)
-            results |= {"stage": "base", "scores": {"train bpb": results["train bpb"], "val bpb": results["val bpb"]}}
+            results |= {"stage": "base", "scores": {f"{split} bpb of text": results[f"{split} bpb"] for split in ("train", "val")}}
         print("\n".join(results["samples"]))
         report.log("Base model loss", results)
     compute_cleanup(compute)

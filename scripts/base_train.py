@@ -185,10 +185,11 @@ def main(argv=None):
         print0(f"stopped after step {step} of {run.num_iterations}; continue with the same flags and --resume-from-step=latest")
     elif compute.is_main:
         report.log("Base model training", {
-            **vars(settings), "stage": "base", "scores": {"val bpb": val_bpb}, "model tag": tag,
+            "stage": "base", "scores": {"val bpb of text": val_bpb}, "model tag": tag, "depth": args.depth,
             "parameters": counts["total"], "scaling parameters": counts["scaling"], "steps": run.num_iterations,
             "training tokens": run.tokens, "training FLOPs": run.tokens * flops_per_token,
             "training minutes": meter.total_time / 60, "metrics": str(meter.path),
+            "flags": flags.for_report(parser, args, settings),
         })
     meter.finish()
     compute_cleanup(compute)

@@ -15,6 +15,7 @@ from nanochat.common import UserError, compute_cleanup, compute_init, get_base_d
 
 CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 TASK_NAMES = (*CHATCORE, "SampleWorld")
+DEFAULT_QUESTIONS = ["Who are you?", "Why is the sky blue?"]  # for a model whose tasks name no examples
 
 
 def chosen_tasks(task_name: list[str] | None) -> tuple[str, ...]:
@@ -54,6 +55,23 @@ def chat_core(results: dict[str, dict]) -> float | None:
         return None
     scored = [(results[name]["accuracy"], results[name]["baseline"]) for name in CHATCORE]
     return sum((accuracy - baseline) / (1 - baseline) for accuracy, baseline in scored) / len(scored)
+
+
+def converse(engine, tokenizer, questions: list[str], max_tokens: int = 128) -> list[dict]:
+    """The messages of one conversation in which the model is asked these questions; replies are greedy.
+
+    It ends early where the context is full.
+    """
+    tokens, messages = [tokenizer.get_bos_token_id()], []
+    for question in questions:
+        message = {"role": "user", "content": question}
+        tokens += tokenizer.render_for_completion({"messages": [message]})[1:]  # bos comes only before the first turn
+        if len(tokens) >= engine.context:
+            break
+        [continued], _ = engine.generate_batch(tokens, max_tokens=max_tokens, temperature=0.0)
+        messages += [message, {"role": "assistant", "content": tokenizer.decode(continued[len(tokens) :])}]
+        tokens = [*continued, tokenizer.encode_special("<|assistant_end|>")]
+    return messages
 
 
 def main(argv=None):
@@ -114,7 +132,11 @@ def main(argv=None):
         scores = {name: result["accuracy"] for name, result in results.items()}
         if core is not None:
             scores["ChatCORE"] = core
-        data = {"stage": args.stage, "step": meta["step"], "flags": vars(args), "tasks": results, "scores": scores}
+        data = {
+            "stage": args.stage, "step": meta["step"], "tasks": results, "scores": scores,
+            "chat": converse(engine, tokenizer, meta.get("user_config", {}).get("examples") or DEFAULT_QUESTIONS),
+            "flags": flags.for_report(parser, args),
+        }
         path = get_base_dir() / "report" / f"chat_eval_{args.stage}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(data, indent=2) + "\n")

@@ -186,11 +186,12 @@ def main(argv=None):
             for group in groups[:4]
         ]
         report.log("Reinforcement learning", {
-            **vars(settings), "stage": "rl", "scores": {f"{args.task} {name}": value for name, (value, _) in scores.items()},
+            "stage": "rl", "scores": {f"{args.task} {name}": value for name, (value, _) in scores.items()},
             "model tag": tag, "steps": step, "questions": len(task),
             "95% intervals": {name: f"+- {ci:.4f}" for name, (_, ci) in scores.items()},
             "training minutes": meter.total_time / 60, "metrics": str(meter.path),
             "samples": [[question, {"role": "assistant", "content": reply}] for question, reply in examples],
+            "flags": flags.for_report(parser, args, settings),
         })  # fmt: skip
     meter.finish()
     compute_cleanup(compute)

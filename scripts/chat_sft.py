@@ -52,7 +52,7 @@ def main(argv=None):
         }
         return mixtures(train, val, args.tasks, compute, explicit=args.tasks != parser.get_default("tasks"))
 
-    finetune("sft", args, load_data, supervise="assistant")
+    finetune("sft", parser, args, load_data, supervise="assistant")
 
 
 if __name__ == "__main__":

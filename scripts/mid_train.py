@@ -51,7 +51,7 @@ def main(argv=None):
         }
         return mixtures(train, val, args.tasks, compute, explicit=args.tasks != parser.get_default("tasks"))
 
-    finetune("mid", args, load_data, supervise="all")
+    finetune("mid", parser, args, load_data, supervise="all")
 
 
 if __name__ == "__main__":

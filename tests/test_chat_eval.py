@@ -43,9 +43,10 @@ def fake(tmp_path, monkeypatch):
 
     monkeypatch.setattr(chat_eval, "make_task", make_task)
     monkeypatch.setattr(task_eval, "run_task", run_task)
+    monkeypatch.setattr(chat_eval, "converse", lambda engine, tokenizer, questions: [{"role": "user", "content": questions[0]}])
     monkeypatch.setattr(engine, "Engine", lambda model, tokenizer: None)
     model = SimpleNamespace(get_device=lambda: torch.device("meta"))
-    monkeypatch.setattr(checkpoint_manager, "load_model", lambda *args, **kwargs: (model, None, {"step": 7}))
+    monkeypatch.setattr(checkpoint_manager, "load_model", lambda *args, **kwargs: (model, None, {"step": 7, "user_config": {"examples": ["Hi?"]}}))
     return unreachable, runs, tmp_path
 
 
@@ -58,7 +59,8 @@ def test_all_six_tasks_give_chatcore_in_output_file_and_report(fake, capsys):
     saved = json.loads((base / "report" / "chat_eval_mid.json").read_text())
     assert saved["scores"]["ChatCORE"] == pytest.approx(core) and saved["tasks"]["MMLU"]["n"] == 50
     (entry,) = report.read_jsonl(base / "report" / "report.jsonl")
-    assert entry["data"] == saved and entry["data"]["stage"] == "mid"
+    assert entry["data"] == saved and saved["stage"] == "mid" and saved["chat"][0]["content"] == "Hi?"
+    assert saved["flags"]["given"] == {"stage": "mid", "max_problems": 50, "top_k": 0, "device_type": "cpu"}
     assert all(options["max_problems"] == 50 and options["top_k"] is None for options in runs)
 
 

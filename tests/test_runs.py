@@ -173,7 +173,6 @@ def test_run1000_is_the_speedrun_of_a_larger_model_and_the_miniseries_of_several
     assert re.search("--depth=34 .*--target-param-data-ratio=20 .*--device-batch-size=-1 --fp8", *training_flags["run1000.sh"])
     for depth, flags in zip((4, 6), training_flags["miniseries.sh"], strict=True):
         assert f"--depth={depth} --model-tag=mini_d{depth} " in flags
-        assert f"python -m dev.plot --add mini_d{depth}" in calls
     assert calls[-1] == "python -m dev.plot mini_d4 mini_d6"
 
 
@@ -207,9 +206,8 @@ def test_a_script_runs_at_toy_size_and_again(project, tmp_path, script):
             assert title in page
         assert run().count("already done") == 8
     else:
-        rows = [json.loads(line) for line in (base / "miniseries.jsonl").read_text().splitlines()]
-        assert [row["depth"] for row in rows] == [1, 2, 3, 4] and all(0 < row["val bpb"] < 10 for row in rows)
-        assert "bpb = " in output and (base / "plots/miniseries.png").exists() and (base / "plots/runs.png").exists()
+        assert "bpb = " in output and "4 finished model(s)" in output
+        assert (base / "plots/miniseries.png").exists() and (base / "plots/runs.png").exists()
 
 
 # -----------------------------------------------------------------------------
@@ -273,11 +271,11 @@ def write_lines(path, rows, end=""):
 
 def write_run(base, tag, flops, bpb, core=None):
     """The metrics of a finished run of 40 steps, with an incomplete last line, and its line of the report."""
-    rows = [{"step": step, "loss": 4 + 3 / step, "total_time": step} for step in range(1, 41)]
-    rows += [{"step": step, "val_bpb": bpb + 1 / step, "total_time": step} for step in (20, 40)]
-    rows += [{"step": 40, "core": core, "total_time": 40}] if core else []
+    rows = [{"step": step, "loss": 4 + 3 / step} for step in range(1, 41)]
+    rows += [{"step": 20, "val_bpb": bpb + 1}, {"step": 40, "val_bpb": bpb}]
+    rows += [{"step": 40, "core": core}] if core else []
     write_lines(base / "base_checkpoints" / tag / "metrics.jsonl", rows, end='{"step": 41, "lo')
-    data = {"model tag": tag, "depth": 3, "steps": 40, "training FLOPs": flops, "training tokens": 99, "scores": {"val bpb": bpb}}
+    data = {"model tag": tag, "steps": 40, "training FLOPs": flops, "training tokens": 99}
     report = base / "report" / "report.jsonl"
     report.parent.mkdir(exist_ok=True)
     with open(report, "a") as file:
@@ -295,21 +293,17 @@ def test_fit_recovers_a_known_power_law():
     assert plot.fit_power_law(x[:3], x[:3]) is None, "three points determine it"
 
 
-def test_plots_of_runs_and_of_the_miniseries(base_dir, capsys):
+def test_plots_of_runs_and_of_the_miniseries_skip_an_empty_run(base_dir, capsys):
     for number in range(5):
         flops = 10.0 ** (17 + number / 2)
         write_run(base_dir, f"mini_d{number}", flops, 0.6 + 0.2 * (flops / 1e18) ** -0.2, core=0.1 + 0.03 * number if number else None)
-        plot.main(["--add", f"mini_d{number}"])
-    plot.main(["--add", "mini_d3"])  # replaces its line
-    lines = [json.loads(line) for line in (base_dir / "miniseries.jsonl").read_text().splitlines()]
-    assert sorted(line["tag"] for line in lines) == [f"mini_d{number}" for number in range(5)]
-    assert lines[0]["CORE"] is None and lines[-1]["CORE"] == pytest.approx(0.19)
     unusable = [{"step": 1, "loss": float("nan")}, {"step": 2}, {"val_bpb": None}, 7]
-    write_lines(base_dir / "base_checkpoints/unfinished/metrics.jsonl", unusable)
-    capsys.readouterr()
+    write_lines(base_dir / "base_checkpoints/empty/metrics.jsonl", unusable)
+    write_lines(base_dir / "base_checkpoints/unfinished/metrics.jsonl", [{"step": 1, "loss": 3.0}])
     plot.main([])
     text = capsys.readouterr().out
-    assert "6 run(s)" in text and re.search(r"bpb = 0\.(60|59)\d+ \+ ", text) and text.count("+0.0000") + text.count("-0.0000") == 5
+    assert "empty/metrics.jsonl is skipped" in text and "6 run(s)" in text and "5 finished model(s)" in text
+    assert "0.2200" in text and re.search(r"bpb = 0\.(60|59)\d+ \+ ", text) and text.count("+0.0000") + text.count("-0.0000") == 5
     for name in ("runs.png", "miniseries.png"):
         assert (base_dir / "plots" / name).read_bytes().startswith(b"\x89PNG")
 
@@ -318,9 +312,7 @@ def test_plot_without_usable_input_is_a_user_error(base_dir, tmp_path):
     for argv, message in (
         ([], "nothing to plot"),
         (["d99"], "there is no .*d99"),
-        (["--add", "d99"], "'d99' has finished training"),
-        ([str(write_lines(tmp_path / "r" / "a.jsonl", [], end="{incomplete"))], "no line of JSON"),
-        (["--miniseries", str(write_lines(tmp_path / "b.jsonl", [{"tag": "x"}]))], 'both "training FLOPs" and'),
+        ([str(write_lines(tmp_path / "r" / "a.jsonl", [], end="{incomplete"))], "no run has a training step"),
     ):
         with pytest.raises(UserError, match=message):
             plot.main(argv)

@@ -192,6 +192,7 @@ def test_evaluating_and_chatting(base_dir, capsys, monkeypatch):
     text = (base_dir / "report" / "report.md").read_text()
     for title in ("Base model training", "Midtraining", "Supervised fine-tuning", "Reinforcement learning", "Base model loss"):
         assert title in text
+    assert "A conversation with the model (sft" in text and f"user: {SampleWorld.examples[0]}\nassistant: " in text
     assert list((base_dir / "report").glob("*.png"))
 
 

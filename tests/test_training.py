@@ -161,7 +161,7 @@ def logged(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_smoothed_loss_is_debiased_and_resumes(tmp_path, capsys):
+def test_the_smoothed_loss_is_debiased_and_resumes_and_memory_is_measured(tmp_path, capsys):
     m = meter(tmp_path)
     stop_step(m, 1, 4.0)
     stop_step(m, 2, 2.0)
@@ -172,6 +172,8 @@ def test_the_smoothed_loss_is_debiased_and_resumes(tmp_path, capsys):
     lines = logged(tmp_path)
     assert lines[0]["loss"] == pytest.approx(4.0) and lines[2]["loss"] == pytest.approx(expected)
     assert "step 00003 (50.0%)" in capsys.readouterr().out
+    [peak] = [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    assert lines[2]["peak_memory"] == pytest.approx(peak, rel=0.05)
 
     m.log(2, val_bpb=1.5)  # an evaluation at the saved step is repeated after a resume
     resumed = meter(tmp_path, state=saved)
