@@ -1,7 +1,6 @@
 """Training on conversations: the loop that mid_train and chat_sft share.
 
-The two stages differ in their data mixture, in which tokens are supervised, and in the defaults of
-their flags; that is what their scripts hold.
+Their scripts hold the data mixture, the defaults of the flags, and which tokens are supervised.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ from nanochat.common import Compute, UserError, check_wandb, compute_cleanup, co
 NAMES = {"mid": "Midtraining", "sft": "Supervised fine-tuning"}
 
 
-def add_flags(parser: argparse.ArgumentParser, stages: list[str], stage: str, tasks: str, others: str, init_lr_frac: float, warmdown: float) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, stages: list[str], stage: str, tasks: str, others: str, init_lr_frac: float, warmdown: float
+) -> None:
     """The flags of both stages. `stages` and `stage`: where the initial model may come from; `tasks`: the default mixture."""
     flags.add_run_flags(parser)
     flags.add_origin_flags(parser, stages, stage)
@@ -48,21 +49,8 @@ def finetune(stage: str, args: argparse.Namespace, load_data: Callable[[Compute]
     from nanochat.loss_eval import eval_batches, evaluate_bpb
     from nanochat.saver import Saver
     from nanochat.schedule import batch_lr_scale, check_batch
-    from nanochat.training import (
-        Meter,
-        StopSignal,
-        due,
-        freeze_garbage,
-        guarded,
-        inherit,
-        make_loss_scale,
-        make_optimizer,
-        resume_training,
-        save_training,
-        set_rates,
-        train_step,
-        warm_start,
-    )
+    from nanochat.training import Meter, StopSignal, due, freeze_garbage, guarded, inherit, make_loss_scale, make_optimizer
+    from nanochat.training import resume_training, save_training, set_rates, train_step, warm_start
 
     check_wandb(args.run)
     compute = compute_init(args.device_type)
@@ -102,10 +90,7 @@ def finetune(stage: str, args: argparse.Namespace, load_data: Callable[[Compute]
 
     def measure_bpb():
         val_batches = loader(val_data, eval_rows, buffer_size=32)
-        try:
-            return evaluate_bpb(model, val_batches, eval_steps, token_bytes, compute, stop.requested)
-        finally:
-            val_batches.close()
+        return evaluate_bpb(model, val_batches, eval_steps, token_bytes, compute, stop.requested)
 
     def progress_at(step, loader_state):
         """The share of the run that is done: of its steps where their number is given, else of its conversations."""

@@ -11,21 +11,16 @@ from contextlib import nullcontext, suppress
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_gpt
 
 from nanochat import checkpoint_manager as cm
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import Compute, UserError
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, tokenizer_dir
 
 SPECIAL = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
 BYTES = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, SPECIAL)  # every byte is a token
 CPU = Compute(torch.device("cpu"), torch.float32)
-TINY = GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=2, n_kv_head=1, n_embd=64, window_pattern="SL")
-
-
-def bits(tensor):
-    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def assert_same(a, b):
@@ -33,7 +28,8 @@ def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
-        assert torch.equal(bits(a[name]), bits(b[name])), name
+        one, other = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a[name], b[name]))
+        assert torch.equal(one, other), name
 
 
 def some_state(seed=0):
@@ -42,7 +38,6 @@ def some_state(seed=0):
         "float": torch.randn(5, 7, generator=g),
         "bf16": torch.randn(3, 4, generator=g).bfloat16(),
         "half": torch.randn(3, generator=g).half(),
-        "int": torch.randint(-9, 9, (4,), generator=g),
         "int32": torch.tensor([1, 2], dtype=torch.int32),
         "bool": torch.tensor([True, False]),
         "step": torch.tensor(17.0),  # 0-dim
@@ -61,17 +56,6 @@ def save(directory, step, **kwargs):
     return save_checkpoint(directory, step, some_state(), OPTIMIZER, {}, BYTES, CPU, **kwargs)
 
 
-def make_model(config=TINY, seed=0):
-    torch.manual_seed(seed)
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device="cpu")
-    model.init_weights(torch.float32)
-    for parameter in model.parameters():  # nothing left at zero, so that every weight matters
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
 # -----------------------------------------------------------------------------
 # Round trip
 
@@ -83,22 +67,17 @@ def test_round_trip_is_bit_exact_for_every_dtype(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [
         "meta.json", "model.safetensors", "optimizer_rank0.safetensors", "vocabulary.json"
     ]  # fmt: skip
-    model_state, optimizer_state, loaded = cm.load_checkpoint(tmp_path / "d2", 12, CPU, optimizer)
+    model_state, loaded = cm.load_checkpoint(tmp_path / "d2", 12, CPU)
     assert_same(model_state, some_state())
-    assert_same(optimizer_state, optimizer)
+    assert_same(cm.load_optimizer(tmp_path / "d2", 12, optimizer, rank=0), optimizer)
     assert loaded["step"] == 12 and loaded["model_tag"] == "d2" and {key: loaded[key] for key in meta} == meta
-    assert cm.load_checkpoint(tmp_path / "d2", 12, CPU)[1] is None, "only when asked for"
     save_checkpoint(tmp_path, 2, some_state(), None, {}, BYTES, CPU)
     with pytest.raises(UserError, match="saved without an optimizer state"):
-        cm.load_checkpoint(tmp_path, 2, CPU, OPTIMIZER)
+        cm.load_optimizer(tmp_path, 2, OPTIMIZER, rank=0)
 
 
 # -----------------------------------------------------------------------------
 # Damage
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-3])
 
 
 def damage(path, other, rng):
@@ -186,9 +165,7 @@ def save_on(run_ranks, world_size, directory, step=1):
 
 
 def load_as(rank, world_size, directory):
-    compute = dataclasses.replace(CPU, rank=rank, world_size=world_size)
-    empty = {key: torch.zeros_like(tensor) for key, tensor in shard(rank, world_size).items()}
-    return cm.load_checkpoint(directory, 1, compute, empty)[1]
+    return cm.load_optimizer(directory, 1, {key: torch.zeros_like(value) for key, value in shard(rank, world_size).items()}, rank)
 
 
 @pytest.mark.parametrize("then", [1, 2, 3])
@@ -200,14 +177,13 @@ def test_optimizer_state_is_resharded_exactly(tmp_path, run_ranks, before, then)
 
 
 def test_only_needed_files_are_read_and_each_is_verified(tmp_path, run_ranks):
-    folder = save_on(run_ranks, 3, tmp_path)
-    truncate(folder / "optimizer_rank2.safetensors")
+    path = save_on(run_ranks, 3, tmp_path) / "optimizer_rank2.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
     load_as(0, 3, tmp_path)  # as many ranks as before: its own file has it all
     needed = {"emb.exp_avg[4:30]": torch.zeros(26)}  # of the first two ranks
-    found = cm.load_checkpoint(tmp_path, 1, CPU, needed)[1]["emb.exp_avg[4:30]"]
-    assert found.tolist() == list(range(4, 30))
+    assert cm.load_optimizer(tmp_path, 1, needed, rank=0)["emb.exp_avg[4:30]"].tolist() == list(range(4, 30))
     for rank, world_size in ((2, 3), (0, 1), (1, 2)):
-        with pytest.raises(UserError, match="damaged: .*optimizer_rank2"):
+        with pytest.raises(UserError, match="damaged: optimizer_rank2"):
             load_as(rank, world_size, tmp_path)
 
 
@@ -218,7 +194,7 @@ def test_only_needed_files_are_read_and_each_is_verified(tmp_path, run_ranks):
 def test_the_optimizer_state_of_another_model_is_refused_by_name(tmp_path, run_ranks, key, shape):
     save_on(run_ranks, 2, tmp_path)
     with pytest.raises(UserError, match=rf"is of another model: {re.escape(key)} is missing"):
-        cm.load_checkpoint(tmp_path, 1, CPU, {key: torch.zeros(shape)})
+        cm.load_optimizer(tmp_path, 1, {key: torch.zeros(shape)}, rank=0)
 
 
 # -----------------------------------------------------------------------------
@@ -228,7 +204,7 @@ def test_the_optimizer_state_of_another_model_is_refused_by_name(tmp_path, run_r
 def test_keep_last_counts_complete_checkpoints_only(tmp_path):
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, step)
-    truncate(tmp_path / "step_000005" / "model.safetensors")
+    (tmp_path / "step_000005" / "model.safetensors").write_bytes(b"cut")
     (tmp_path / "step_000004" / "meta.json").unlink()
     (tmp_path / "notes.txt").write_text("not a checkpoint")
     save(tmp_path, 6, keep_last=2)
@@ -238,12 +214,12 @@ def test_keep_last_counts_complete_checkpoints_only(tmp_path):
 def test_the_newest_tag_is_the_default(base_dir):
     with pytest.raises(UserError, match="not a valid folder name"):
         cm.checkpoint_dir("base", "../d4")
-    for tag, step in (("d4", 10), ("d12", 3), ("d4", 20), ("d8", 1)):
-        save(cm.checkpoint_dir("base", tag), step)
-    assert cm.find_tags("base") == ["d8", "d4", "d12"]
-    assert cm.resolve_checkpoint("base") == (base_dir / "base_checkpoints" / "d8", 1)
-    assert cm.resolve_checkpoint("base", "d4") == (base_dir / "base_checkpoints" / "d4", 20)
-    assert cm.resolve_checkpoint("base", "d4", 10) == (base_dir / "base_checkpoints" / "d4", 10)
+    for tag, step in (("d4", 10), ("cut", 5), ("d12", 3), ("d4", 20), ("d8", 1)):
+        folder = save(cm.checkpoint_dir("base", tag), step)
+    (folder.parent.parent / "cut" / "step_000005" / "meta.json").write_text("{")
+    assert cm.find_tags("base") == ["d8", "d4", "d12", "cut"], "one damaged run does not affect the others"
+    for arguments, found in (((), ("d8", 1)), (("d4",), ("d4", 20)), (("d4", 10), ("d4", 10))):
+        assert cm.resolve_checkpoint("base", *arguments) == (base_dir / "base_checkpoints" / found[0], found[1])
 
 
 # -----------------------------------------------------------------------------
@@ -253,23 +229,22 @@ def test_the_newest_tag_is_the_default(base_dir):
 def test_a_model_is_loaded_with_its_own_tokenizer(base_dir):
     """Training another tokenizer, even of the same size, never makes an existing model unusable."""
     tokenizer = RustBPETokenizer.train_from_iterator(["the cat sat on the mat " * 9], 270)
-    config = dataclasses.replace(TINY, vocab_size=tokenizer.get_vocab_size())
-    model = make_model(config)
-    meta = {"model_config": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint()}
+    model = tiny_gpt(vocab_size=tokenizer.get_vocab_size())
+    meta = {"model_config": dataclasses.asdict(model.config), "tokenizer": tokenizer.fingerprint()}
     save_checkpoint(cm.checkpoint_dir("mid", "d2"), 5, model.state_dict(), None, meta, tokenizer, CPU)
     RustBPETokenizer.train_from_iterator(["quite another text " * 9], 270).save(tokenizer_dir())
     loaded, own, meta = cm.load_model("mid", CPU)
-    assert loaded.config == config and not loaded.training and meta["step"] == 5
+    assert loaded.config == model.config and not loaded.training and meta["step"] == 5
     assert own.fingerprint() == tokenizer.fingerprint()
-    tokens = torch.randint(0, config.vocab_size, (2, 16))
+    tokens = torch.randint(0, model.config.vocab_size, (2, 16))
     assert torch.equal(loaded(tokens), model(tokens))
 
 
-def test_a_config_with_unknown_fields_or_other_weights_is_refused():
-    for change, message in (({"n_moons": 3}, "n_moons"), ({"n_embd": 128}, "do not fit")):
-        config = {**dataclasses.asdict(TINY), **change}
-        with pytest.raises(UserError, match=message):
-            cm.build_model(make_model().state_dict(), config, CPU)
+@pytest.mark.parametrize("change, message", [({"n_moons": 3}, "n_moons"), ({"n_embd": 128}, "do not fit")])
+def test_a_config_with_unknown_fields_or_other_weights_is_refused(change, message):
+    model = tiny_gpt()
+    with pytest.raises(UserError, match=message):
+        cm.build_model(model.state_dict(), {**dataclasses.asdict(model.config), **change}, CPU)
 
 
 # -----------------------------------------------------------------------------
