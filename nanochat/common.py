@@ -253,7 +253,7 @@ class Compute:
 
         An error on any rank is raised on every rank.
         """
-        results = []  # stay on their rank
+        results = []  # of this rank, since a data set is too large to be sent
         for my_turn in (self.is_main, not self.is_main):
             self.on_every_rank(lambda: results.append(work()) if my_turn else None)
         return results[0]

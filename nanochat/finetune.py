@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 from nanochat import flags
 from nanochat.common import Compute, UserError, check_wandb, compute_cleanup, compute_init, print0, wandb_run
@@ -76,20 +77,14 @@ def finetune(stage: str, args: argparse.Namespace, load_data: Callable[[Compute]
     # The data
     train_data, val_data = load_data(compute)
     settings.examples = list(train_data.examples)
-
-    def loader(conversations, rows_per_step, resume_state_dict=None, buffer_size=256):
-        return conversation_data_loader(
-            conversations, tokenizer, B, T, supervise=supervise, device=compute.device,
-            rows_per_step=rows_per_step, resume_state_dict=resume_state_dict, buffer_size=buffer_size,
-        )
-
+    loader = partial(conversation_data_loader, tokenizer=tokenizer, B=B, T=T, supervise=supervise, device=compute.device)
     loader_state = meta["loader_state"] if meta else None
-    batches = loader(train_data, settings.total_batch_size // T, loader_state)
+    batches = loader(train_data, rows_per_step=settings.total_batch_size // T, resume_state_dict=loader_state)
     token_bytes = tokenizer.token_bytes(compute.device)
     eval_rows, eval_steps = eval_batches(args.eval_tokens, B, T, compute)
 
     def measure_bpb():
-        val_batches = loader(val_data, eval_rows, buffer_size=32)
+        val_batches = loader(val_data, rows_per_step=eval_rows, buffer_size=32)
         return evaluate_bpb(model, val_batches, eval_steps, token_bytes, compute, stop.requested)
 
     def progress_at(step, loader_state):

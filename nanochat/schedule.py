@@ -19,23 +19,18 @@ D12_BATCH = 2**19  # tokens per step at that horizon
 def check_batch(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
     """Micro-batches per step over all ranks. Rank r computes those numbered r, r + world_size, ...
 
-    Raises UserError, naming sizes that work, unless the total batch is a multiple of a micro-batch and has at least
-    one for every rank. The ranks need not get equally many.
+    Raises UserError, naming sizes that work, unless the total batch is a multiple of a micro-batch with at least one
+    for every rank. The ranks need not get equally many.
     """
     unit = device_batch_size * sequence_len
-    if total_batch_size % unit or total_batch_size < unit:
-        lower, upper = total_batch_size // unit * unit, -(-total_batch_size // unit) * unit
-        nearest = " or ".join(str(size) for size in sorted({lower, upper}) if size)
+    least = unit * world_size
+    if total_batch_size % unit or total_batch_size < least:
+        below = total_batch_size // unit * unit
+        nearest = [size for size in (below, below + unit) if size >= least] or [least]
         raise UserError(
-            f"--total-batch-size {total_batch_size} is not a multiple of the {unit} tokens of a micro-batch "
-            f"({device_batch_size} rows x {sequence_len} tokens); use {nearest}"
-        )
-    if total_batch_size < unit * world_size:
-        smaller = total_batch_size // sequence_len // world_size
-        raise UserError(
-            f"--total-batch-size {total_batch_size} is {total_batch_size // unit} micro-batch(es) of {device_batch_size} rows "
-            f"x {sequence_len} tokens, too few for {world_size} ranks; use --total-batch-size {unit * world_size}"
-            + (f" or --device-batch-size {smaller}" if smaller else "")
+            f"--total-batch-size {total_batch_size} is not a multiple of the {unit} tokens of a micro-batch ({device_batch_size} rows "
+            f"x {sequence_len} tokens), or holds less than one for each of {world_size} rank(s); "
+            f"use {' or '.join(map(str, nearest))}, or another --device-batch-size"
         )
     return total_batch_size // unit
 

@@ -22,18 +22,17 @@ WORKER = """
 import os, signal, sys, time
 import torch
 from nanochat import common
-from nanochat.common import UserError
 
 case = sys.argv[1]
 
 def fail(compute):
     if case == "user error of all":
-        raise UserError("--depth must be positive")
+        raise common.UserError("--depth must be positive")
     if compute.rank == 1:
         if case == "raise":
             raise KeyError("own error")
         if case == "user error of one":
-            raise UserError("no such file on this node")
+            raise common.UserError("no such file on this node")
         if case in ("SIGKILL", "SIGSTOP"):
             os.kill(os.getpid(), signal.Signals[case])
         if case == "hang":
@@ -61,7 +60,7 @@ if __name__ == "__main__":
 
 
 class Job:
-    """A torchrun of two ranks; `end` waits for it and returns its output."""
+    """A torchrun of two ranks."""
 
     def __init__(self, tmp_path, case, **variables):
         (tmp_path / "worker.py").write_text(WORKER)
@@ -72,31 +71,24 @@ class Job:
         with open(self.log, "w") as log:
             self.torchrun = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=tmp_path)
 
-    @property
-    def output(self) -> str:
-        return self.log.read_text()
-
-    @property
-    def pids(self) -> list[int]:
-        return [int(pid) for pid in re.findall(r"^pid (\d+)$", self.output, re.M)]
+    def running(self) -> list[int]:
+        """The ranks that run."""
+        pids = map(int, re.findall(r"^pid (\d+)$", self.log.read_text(), re.M))
+        return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
 
     def end(self) -> str:
         """The job's output. It must end by itself, with all its processes."""
         try:
             self.torchrun.wait(90)
             limit = time.monotonic() + 10
-            while (left := [pid for pid in self.pids if is_alive(pid)]) and time.monotonic() < limit:
+            while self.running():
+                assert time.monotonic() < limit, self.log.read_text()
                 time.sleep(0.1)
-            assert not left, self.output
         finally:
             self.torchrun.kill()
-            for pid in filter(is_alive, self.pids):
+            for pid in self.running():
                 os.kill(pid, signal.SIGKILL)
-        return self.output
-
-
-def is_alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"
+        return self.log.read_text()
 
 
 # -----------------------------------------------------------------------------
@@ -129,7 +121,7 @@ def test_a_failing_rank_ends_the_job_which_reports_why(tmp_path, case, variables
 @pytest.mark.parametrize("moment", ["starting", "training"])
 def test_no_rank_outlives_torchrun(tmp_path, moment):
     job = Job(tmp_path, moment)
-    while job.output.count("pid" if moment == "starting" else "training") < 2 and job.torchrun.poll() is None:
+    while job.log.read_text().count("pid" if moment == "starting" else "training") < 2 and job.torchrun.poll() is None:
         time.sleep(0.1)
     job.torchrun.kill()
     output = job.end()

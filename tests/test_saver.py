@@ -64,10 +64,10 @@ def test_a_failed_save_is_printed_at_once_and_raised_at_the_end_only(tmp_path, c
 def test_saving_works_where_files_cannot_be_locked(tmp_path, monkeypatch, capsys, error):
     monkeypatch.setattr("nanochat.saver.FileLock.acquire", Mock(side_effect=error))
     saver = Saver(tmp_path, CPU)
+    assert capsys.readouterr().out.startswith(f"files cannot be locked in {tmp_path}: ")
     saver.save(1, some_state(), None, {}, BYTES)
     saver.close()
     assert list_steps(tmp_path) == [1]
-    assert capsys.readouterr().out.startswith(f"files cannot be locked in {tmp_path}: ")
 
 
 HOLDER = """

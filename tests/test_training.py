@@ -176,7 +176,7 @@ def test_the_smoothed_loss_is_debiased_and_resumes(tmp_path, capsys):
     assert [line["loss"] for line in logged(tmp_path)] == [line["loss"] for line in lines]
 
 
-def test_on_a_gpu_a_step_is_reported_after_the_next_is_launched(tmp_path):
+def test_on_a_gpu_a_step_is_reported_after_the_next_is_launched_and_nan_stops_the_run(tmp_path):
     read = []
 
     class Loss(float):
@@ -194,7 +194,7 @@ def test_on_a_gpu_a_step_is_reported_after_the_next_is_launched(tmp_path):
     assert read == [1, 2, 3] and m.state(3)["step"] == 3
     time.sleep(0.2)
     stop_step(m, 4, Loss(math.nan))
-    with pytest.raises(UserError, match="step 4"):
+    with pytest.raises(UserError, match="became nan at step 4 .*--resume-from-step latest"):
         m.flush()
     assert [line["raw_loss"] for line in logged(tmp_path)] == [1, 2, 3] and m.total_time < 0.2
 
@@ -212,12 +212,6 @@ def test_largest_batch_halves_until_memory_suffices():
         largest_batch(lambda rows: attempt(rows, most=0), 4)
     with pytest.raises(ZeroDivisionError):
         largest_batch(lambda rows: 1 / 0, 8)
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_non_finite_loss_stops_the_run(tmp_path, loss):
-    with pytest.raises(UserError, match=r"step 7 .*--resume-from-step latest"):
-        stop_step(meter(tmp_path), 7, loss)
 
 
 def test_the_second_sigint_stops_at_once(restored_signals):
@@ -252,8 +246,6 @@ def test_where_to_resume(tmp_path, capsys):
     (directory / ".lock").touch()
     assert step_to_resume(directory, "latest", restarted=False) == 20, "by step, not by time"
     assert [step_to_resume(directory, wanted, restarted=True) for wanted in ("-1", "latest", "10")] == [20] * 3
-    with pytest.raises(UserError, match="neither a step nor"):
-        step_to_resume(directory, "newest", restarted=False)
     # Resuming from an explicit step sets later ones aside, which belong to another course of the run
     assert step_to_resume(directory, "10", restarted=False) == 10
     assert "later steps to" in capsys.readouterr().out and step_to_resume(directory, "latest", restarted=False) == 10
