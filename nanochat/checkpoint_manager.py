@@ -121,9 +121,11 @@ def set_aside(directory: Path, after: int | None = None) -> Path | None:
     With `after`, move only the checkpoints of later steps, and leave what else is in TAG.old. Returns TAG.old, or None if
     there was nothing to move.
     """
+    if not directory.is_dir():
+        return None
     old = directory.with_name(f"{directory.name}.old")
     if after is None:
-        paths = [path for path in directory.iterdir() if path.name != ".lock"] if directory.is_dir() else []
+        paths = [path for path in directory.iterdir() if path.name != ".lock"]
         replaced = [old]
     else:
         paths = [step_folder(directory, step) for step in list_steps(directory) if step > after]
@@ -288,7 +290,8 @@ def load_optimizer(directory: Path, step: int, like: State, rank: int) -> State:
                 a, b = max(start, first), min(end, last)  # the elements that are both saved here and needed
                 if a >= b or (saved_key == key and shape != list(state[key].shape)):
                     continue
-                state[key].view(-1)[a - start : b - start] = file.get_tensor(saved_key).view(-1)[a - first : b - first]
+                saved = file.get_tensor(saved_key).view(-1)
+                state[key].view(-1)[a - start : b - start] = saved[a - first : b - first]
                 missing[key] -= b - a
                 loaded.add(saved_key)
     for key, count in missing.items():
@@ -300,7 +303,9 @@ def load_optimizer(directory: Path, step: int, like: State, rank: int) -> State:
 def _range_of(key: str, shape) -> tuple[str, int, int]:
     """(name, first element, end): "w.step[3:5]" -> ("w.step", 3, 5), and "w.step" of shape (2, 3) -> ("w.step", 0, 6)."""
     match = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", key)
-    return (match[1], int(match[2]), int(match[3])) if match else (key, 0, math.prod(shape))
+    if match is None:
+        return key, 0, math.prod(shape)
+    return match[1], int(match[2]), int(match[3])
 
 
 # -----------------------------------------------------------------------------
@@ -309,8 +314,10 @@ def _range_of(key: str, shape) -> tuple[str, int, int]:
 
 def list_steps(directory: Path) -> list[int]:
     """The steps saved in a folder, ascending; [] if there are none."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d+)", name)))
+    if not directory.is_dir():
+        return []
+    matches = [re.fullmatch(r"step_(\d+)", path.name) for path in directory.iterdir()]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def find_last_step(directory: Path, weights_only: bool = False) -> int:
@@ -338,8 +345,11 @@ def _saved_at(directory: Path) -> float:
 def find_tags(stage: str) -> list[str]:
     """Tags of a stage that have a checkpoint, the most recently saved one first."""
     root = base_dir_path() / STAGES[stage][0]
-    runs = [path for path in root.iterdir() if os.access(path, os.R_OK) and list_steps(path)] if root.is_dir() else []
-    return [path.name for path in sorted(runs, key=lambda path: (-_saved_at(path), path.name))]
+    if not root.is_dir():
+        return []
+    runs = [path for path in root.iterdir() if os.access(path, os.R_OK) and list_steps(path)]
+    runs.sort(key=lambda path: (-_saved_at(path), path.name))
+    return [path.name for path in runs]
 
 
 def resolve_checkpoint(stage: str, tag: str | None = None, step: int | None = None) -> tuple[Path, int]:

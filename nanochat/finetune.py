@@ -16,8 +16,9 @@ NAMES = {"mid": "Midtraining", "sft": "Supervised fine-tuning"}
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, stages: list[str], stage: str, tasks: str, others: str, init_lr_frac: float, warmdown: float
-) -> None:
+    parser: argparse.ArgumentParser, stages: list[str], stage: str, tasks: str, others: str,
+    init_lr_frac: float, warmdown: float,
+) -> None:  # fmt: skip
     """The flags of both stages. `stages` and `stage`: where the initial model may come from; `tasks`: the default mixture."""
     flags.add_run_flags(parser)
     flags.add_origin_flags(parser, stages, stage)
@@ -50,8 +51,21 @@ def finetune(stage: str, args: argparse.Namespace, load_data: Callable[[Compute]
     from nanochat.loss_eval import eval_batches, evaluate_bpb
     from nanochat.saver import Saver
     from nanochat.schedule import batch_lr_scale, check_batch
-    from nanochat.training import Meter, StopSignal, due, freeze_garbage, guarded, inherit, make_loss_scale, make_optimizer
-    from nanochat.training import resume_training, save_training, set_rates, train_step, warm_start
+    from nanochat.training import (
+        Meter,
+        StopSignal,
+        due,
+        freeze_garbage,
+        guarded,
+        inherit,
+        make_loss_scale,
+        make_optimizer,
+        resume_training,
+        save_training,
+        set_rates,
+        train_step,
+        warm_start,
+    )
 
     check_wandb(args.run)
     compute = compute_init(args.device_type)
@@ -105,7 +119,7 @@ def finetune(stage: str, args: argparse.Namespace, load_data: Callable[[Compute]
     while True:
         last = progress >= 1
         stopping = stop.requested()
-        if last or stopping or any(due(step, every) for every in (args.eval_every, args.save_every)):
+        if last or stopping or due(step, args.eval_every) or due(step, args.save_every):
             meter.flush()
 
         if step > saved_step and (due(step, args.save_every, last) or stopping):
@@ -129,7 +143,8 @@ def finetune(stage: str, args: argparse.Namespace, load_data: Callable[[Compute]
         lrm = set_rates(optimizer, step, progress, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
         micro = [next(batches) for _ in compute.shard(micro_batches)]
         loader_state = micro[-1][2]
-        loss = train_step(compiled, optimizer, [(inputs, targets) for inputs, targets, _ in micro], compute, loss_scale)
+        pairs = [(inputs, targets) for inputs, targets, _ in micro]
+        loss = train_step(compiled, optimizer, pairs, compute, loss_scale)
         step += 1
         progress = progress_at(step, loader_state)
         meter.stop(step, min(progress, 1.0), loss, lrm, loader_state["epoch"])

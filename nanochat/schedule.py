@@ -28,8 +28,8 @@ def check_batch(total_batch_size: int, device_batch_size: int, sequence_len: int
         below = total_batch_size // unit * unit
         nearest = [size for size in (below, below + unit) if size >= least] or [least]
         raise UserError(
-            f"--total-batch-size {total_batch_size} is not a multiple of the {unit} tokens of a micro-batch ({device_batch_size} rows "
-            f"x {sequence_len} tokens), or holds less than one for each of {world_size} rank(s); "
+            f"--total-batch-size {total_batch_size} is not a multiple of the {unit} tokens of a micro-batch "
+            f"({device_batch_size} rows x {sequence_len} tokens), or holds less than one for each of {world_size} rank(s); "
             f"use {' or '.join(map(str, nearest))}, or another --device-batch-size"
         )
     return total_batch_size // unit

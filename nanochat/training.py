@@ -22,8 +22,15 @@ from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint_manager import checkpoint_dir, find_last_step, list_steps, set_aside
-from nanochat.checkpoint_manager import load_checkpoint, load_optimizer, verify
+from nanochat.checkpoint_manager import (
+    checkpoint_dir,
+    find_last_step,
+    list_steps,
+    load_checkpoint,
+    load_optimizer,
+    set_aside,
+    verify,
+)
 from nanochat.common import Compute, UserError, atomic, print0, restarts
 from nanochat.device import peak_flops
 from nanochat.optim import MuonAdamW
@@ -197,7 +204,9 @@ class Meter:
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak = peak_flops(compute.device)
         state = state or {"step": 0, "ema": 0.0, "weight": 0.0, "total_time": 0.0}
-        self.ema, self.weight, self.total_time = state["ema"], state["weight"], state["total_time"]
+        self.ema = state["ema"]
+        self.weight = state["weight"]
+        self.total_time = state["total_time"]
         self.recent: list[float] = []  # the last step times, for the ETA
         self.lags = compute.device.type == "cuda"
         self.pending: tuple | None = None  # the step that is not reported yet
@@ -207,8 +216,9 @@ class Meter:
 
     def _remove_lines_after(self, step: int) -> None:
         """Remove what was logged after the checkpoint at `step`. Evaluations at that step are repeated, so they go, too."""
+        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
         retained = []
-        for line in self.path.read_text().splitlines() if self.path.exists() and step else []:
+        for line in lines:
             with suppress(ValueError):  # the last line may be incomplete
                 values = json.loads(line)
                 if values["step"] < step or values["step"] == step and "loss" in values:
@@ -361,7 +371,8 @@ def resume_training(saver: Saver, settings: Namespace, model, optimizer, tokeniz
     model_state, meta = load_checkpoint(directory, step, compute)
     model.load_state_dict(model_state)
     optimizer.load_state_dict(load_optimizer(directory, step, optimizer.state_dict(), compute.rank))
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(meta["rng_state"]["cpu"])), dtype=torch.uint8))
+    rng_state = bytearray(base64.b64decode(meta["rng_state"]["cpu"]))
+    torch.set_rng_state(torch.frombuffer(rng_state, dtype=torch.uint8))
     if changed := differences(before, now, ignored=("resume_from_step", "run", "device_batch_size", "examples")):
         print0(f"flags that differ from the saved run: {changed}")
     print0(f"resumed from {place}")
@@ -370,7 +381,8 @@ def resume_training(saver: Saver, settings: Namespace, model, optimizer, tokeniz
 
 def differences(before: dict, now: dict, ignored: tuple = ()) -> str:
     """What differs between two configs: {"depth": 4} and {"depth": 6} -> "depth 4 -> 6"."""
-    return ", ".join(f"{k} {before.get(k)} -> {v}" for k, v in now.items() if k not in ignored and before.get(k) != v)
+    changed = [name for name, value in now.items() if name not in ignored and before.get(name) != value]
+    return ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
 
 
 def inherit(args: Namespace, origin: dict) -> Namespace:
