@@ -14,7 +14,6 @@ Nothing here executes what it reads: safetensors and JSON are data.
 
 from __future__ import annotations
 
-import base64
 import errno
 import hashlib
 import json
@@ -24,14 +23,14 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from nanochat.common import Compute, UserError, atomic, base_dir_path, flush_to_disk, print0
-from nanochat.tokenizer import VOCABULARY_FILE, RustBPETokenizer, get_tokenizer
+from nanochat.tokenizer import VOCABULARY_FILE, RustBPETokenizer
 
 STAGES = {  # stage -> (folder, the script that trains it)
     "base": ("base_checkpoints", "base_train"),
@@ -58,34 +57,25 @@ def step_folder(directory: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    directory: Path,
-    step: int,
-    model_state: State,
-    optimizer_state: State | None,
-    meta: dict,
-    tokenizer: RustBPETokenizer,
-    compute: Compute,
-    keep_last: int = -1,
-    group=None,
-) -> Path:
+    directory: Path, step: int, model_state: State, optimizer_state: State | None, meta: dict, tokenizer: RustBPETokenizer,
+    compute: Compute, keep_last: int = -1, group=None,
+) -> Path:  # fmt: skip
     """Write one checkpoint and return its folder. Every rank calls this, each with its shard of the optimizer state.
 
     `model_state`, `meta` (what JSON can hold) and the tokenizer are the main rank's. Step, time, world size and the list
-    of files are added to `meta`. `keep_last` removes all but that many complete checkpoints of the highest steps (-1:
-    keeps all). `group` is the process group to synchronise in (None: the default one).
+    of files are added to `meta`. Only the `keep_last` complete checkpoints of the highest steps are kept (-1: all).
+    `group` is the process group to synchronise in. One run at a time may write into `directory`; `Saver` ensures that.
 
     Raises OSError on every rank if writing fails on any; then nothing is left behind and older checkpoints stand.
-    Two runs must not write into one directory at a time; `Saver` ensures that.
     """
     target = step_folder(directory, step)
 
-    def prepare() -> Path | None:
-        if compute.is_main:
-            for leftover in directory.glob(".step_*"):  # of a process that was killed while saving
-                shutil.rmtree(leftover, ignore_errors=True)
-            tmp = _hidden(target)
-            tmp.mkdir(parents=True)
-            return tmp
+    def prepare() -> Path:
+        for leftover in directory.glob(".step_*"):  # of a process that was killed while saving
+            shutil.rmtree(leftover, ignore_errors=True)
+        tmp = _hidden(target)
+        tmp.mkdir(parents=True)
+        return tmp
 
     def write() -> dict:
         files = {}
@@ -99,22 +89,20 @@ def save_checkpoint(
         return files
 
     def publish() -> None:
-        if compute.is_main:
-            files = {name: description for part in written for name, description in part.items()}
-            added = {"step": step, "saved_at": time.time(), "world_size": compute.world_size, "files": files}
-            _write_meta(tmp, {**meta, **added})
-            flush_to_disk(tmp)
-            if target.exists():  # the same step was saved before
-                _remove(target)
-            tmp.rename(target)
-            flush_to_disk(target.parent)
-            if keep_last > 0:
-                _remove_old(directory, keep_last, step)
+        files = {name: description for part in written for name, description in part.items()}
+        added = {"step": step, "saved_at": time.time(), "world_size": compute.world_size, "files": files}
+        _write_meta(tmp, {**meta, **added})
+        if target.exists():  # damaged, or saved by a run that resumed from an earlier step
+            _remove(target)
+        tmp.rename(target)
+        flush_to_disk(directory)
+        if keep_last > 0:
+            _remove_old(directory, keep_last, step)
 
-    tmp = _on_every_rank(prepare, compute, group)[0]
+    tmp = compute.on_main(prepare, group)
     try:
-        written = _on_every_rank(write, compute, group)
-        _on_every_rank(publish, compute, group)
+        written = compute.on_every_rank(write, group)
+        compute.on_main(publish, group)
     except BaseException:
         if compute.is_main:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -133,39 +121,27 @@ def set_aside(directory: Path, after: int | None = None) -> Path | None:
     With `after`, move only the checkpoints of later steps, and leave what else is in TAG.old. Returns TAG.old, or None if
     there was nothing to move.
     """
-    present = [path for path in directory.iterdir() if path.name != ".lock"] if directory.is_dir() else []
-    if after is not None:
-        present = [step_folder(directory, step) for step in list_steps(directory) if step > after]
-    if not present:
+    if not directory.is_dir():
         return None
     old = directory.with_name(f"{directory.name}.old")
-    if old.exists() and after is None:
-        _remove(old)
+    if after is None:
+        paths = [path for path in directory.iterdir() if path.name != ".lock"]
+        replaced = [old]
+    else:
+        paths = [step_folder(directory, step) for step in list_steps(directory) if step > after]
+        replaced = [old / path.name for path in paths]
+    if not paths:
+        return None
+    for path in filter(Path.exists, replaced):
+        _remove(path)
     old.mkdir(exist_ok=True)
-    for path in present:
-        if (old / path.name).exists():
-            _remove(old / path.name)
+    for path in paths:
         path.rename(old / path.name)
     return old
 
 
-def _on_every_rank(work: Callable, compute: Compute, group) -> list:
-    """The results of `work` on all ranks, in order. If it fails on any, every rank raises: its own error, or an OSError."""
-    result = error = failure = None
-    try:
-        result = work()
-    except Exception as caught:
-        number, text = getattr(caught, "errno", None) or errno.EIO, getattr(caught, "strerror", None) or repr(caught)
-        error, failure = caught, OSError(number, f"on rank {compute.rank}: {text}", getattr(caught, "filename", None))
-    outcomes = compute.gather((result, failure), group)
-    for error in [error] + [failure for _, failure in outcomes]:
-        if error is not None:
-            raise error
-    return [result for result, _ in outcomes]
-
-
 def _write_tensors(path: Path, state: State) -> dict:
-    """Write a safetensors file and flush it to the disk; returns its {"size", "sha256"}. Other threads run meanwhile."""
+    """Write a safetensors file and flush it to the disk; returns its {"size", "sha256"}."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -221,29 +197,22 @@ def verify(directory: Path, step: int, names: list[str] | None = None, sizes_onl
     """
     folder = step_folder(directory, step)
     if not folder.is_dir():
-        if (directory / f"model_{step:06d}.pt").exists():
-            raise UserError(f"{directory} holds checkpoints of another layout; import them: python -m scripts.export --from {directory}")
         raise UserError(f"no checkpoint of step {step} in {directory}; there are steps {list_steps(directory)}")
-    damaged = f"checkpoint {folder} is damaged"
+    name = "meta.json"
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{damaged}: meta.json cannot be read ({error})") from error
-    if not isinstance(meta, dict) or meta.get("sha256") != meta_digest(meta):
-        raise UserError(f"{damaged}: the checksum of meta.json does not match")
-    if meta["step"] != step:
-        raise UserError(f"{damaged}: its content was saved as step {meta['step']}")
-    for name in meta["files"] if names is None else names:
-        path, saved = folder / name, meta["files"][name]
-        try:
-            size = path.stat().st_size
-            same = size == saved["size"] and (sizes_only or file_digest(path) == saved["sha256"])
-        except OSError as error:
-            raise UserError(f"{damaged}: {name} cannot be read ({error.strerror})") from error
-        if size != saved["size"]:
-            raise UserError(f"{damaged}: {name} has {size} bytes, not {saved['size']}")
-        if not same:
-            raise UserError(f"{damaged}: the checksum of {name} does not match")
+        meta = json.loads((folder / name).read_text(encoding="utf-8"))
+        if meta.get("sha256") != meta_digest(meta):
+            raise ValueError("the checksum does not match")
+        if meta["step"] != step:
+            raise ValueError(f"its content was saved as step {meta['step']}")
+        for name in meta["files"] if names is None else names:
+            path, saved = folder / name, meta["files"][name]
+            if path.stat().st_size != saved["size"]:
+                raise ValueError(f"it has {path.stat().st_size} bytes, not {saved['size']}")
+            if not sizes_only and file_digest(path) != saved["sha256"]:
+                raise ValueError("the checksum does not match")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last three: not a meta.json of ours
+        raise UserError(f"checkpoint {folder} is damaged: {name}: {error}") from error
     return meta
 
 
@@ -270,79 +239,73 @@ def meta_digest(meta: dict) -> str:
 # Loading
 
 
-def load_checkpoint(
-    directory: Path, step: int, compute: Compute, optimizer_state: State | None = None
-) -> tuple[State, State | None, dict]:
-    """(model state on the device, optimizer state on the host or None, meta) of one step, verified.
+def load_checkpoint(directory: Path, step: int, compute: Compute) -> tuple[State, dict]:
+    """(model state on the device, meta) of one step, verified.
 
-    `optimizer_state` is the state of this rank's optimizer: its names and shapes say what to load, whatever number of
-    ranks saved it. `meta` is what was saved, with "model_tag" set to the name of the present folder. Raises UserError if
-    there is no such step, if anything that is read is damaged, or if the optimizer state is not complete.
+    `meta` is what was saved, with "model_tag" set to the name of the present folder. Raises UserError if there is no such
+    step, or if it is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     meta = verify(directory, step, ["model.safetensors"])
     try:
-        model_state = load_file(step_folder(directory, step) / "model.safetensors", device=str(compute.device))
-        loaded = None if optimizer_state is None else _load_optimizer(directory, step, meta, optimizer_state, compute.rank)
+        state = load_file(step_folder(directory, step) / "model.safetensors", device=str(compute.device))
     except (OSError, SafetensorError) as error:
-        verify(directory, step)  # its message names the damaged file
-        raise UserError(f"checkpoint {step_folder(directory, step)} cannot be read ({error})") from error
-    return model_state, loaded, {**meta, "model_tag": directory.name}
+        raise UserError(f"checkpoint {step_folder(directory, step)} is damaged: {error}") from error
+    return state, {**meta, "model_tag": directory.name}
 
 
-def _load_optimizer(directory: Path, step: int, meta: dict, like: State, rank: int) -> State:
-    """The saved optimizer state for the names and shapes of `like`, collected from the files of all ranks.
+def load_optimizer(directory: Path, step: int, like: State, rank: int) -> State:
+    """The saved optimizer state, on the host, for the names and shapes of `like`, whatever number of ranks saved it.
 
     A key is "lm_head.weight.exp_avg", or "lm_head.weight.exp_avg[100:200]" for these elements of the flattened tensor, of
-    which `like` has one range at most. This rank's own file is read first: with an unchanged world size it holds everything.
+    which `like` has one range at most. The files of all ranks are read until `like` is complete, this rank's own first:
+    with an unchanged world size it holds everything. Raises UserError if a file is damaged or something is missing.
     """
     from safetensors import safe_open
 
     folder, own = step_folder(directory, step), f"optimizer_rank{rank}.safetensors"
-    files = sorted((name for name in meta["files"] if name.startswith("optimizer_")), key=lambda name: name != own)
+    saved_files = verify(directory, step, names=[])["files"]
+    files = sorted((name for name in saved_files if name.startswith("optimizer_")), key=lambda name: name != own)
     if not files:
         raise UserError(f"checkpoint {folder} was saved without an optimizer state")
     state = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in like.items()}
     missing = {key: tensor.numel() for key, tensor in state.items()}  # elements still to be loaded
-    ranges = {}  # name of a tensor -> (key, first element, end)
+    needed = {}  # name of a tensor -> (key, first element, end)
     for key, tensor in state.items():
         name, start, end = _range_of(key, tensor.shape)
-        ranges[name] = key, start, end
+        needed[name] = key, start, end
 
     loaded = set()  # several ranks may have saved the same tensor
     for file_name in files:
         if not any(missing.values()):
             break
+        verify(directory, step, [file_name])
         with safe_open(folder / file_name, "pt") as file:
-            # Which saved tensors overlap a range that is needed
-            overlaps = []
-            for saved_key in file.keys():
+            for saved_key in set(file.keys()) - loaded:
                 shape = file.get_slice(saved_key).get_shape()
                 name, first, last = _range_of(saved_key, shape)
-                key, start, end = ranges.get(name, (None, 0, 0))
-                a, b = max(start, first), min(end, last)
-                reshaped = saved_key == key and shape != list(state[key].shape)
-                if a < b and saved_key not in loaded and not reshaped:
-                    overlaps.append((saved_key, slice(a - first, b - first), key, slice(a - start, b - start)))
-            if overlaps:
-                verify(directory, step, [file_name])
-            for saved_key, source, key, target in overlaps:
-                state[key].view(-1)[target] = file.get_tensor(saved_key).view(-1)[source]
-                missing[key] -= target.stop - target.start
+                key, start, end = needed.get(name, (None, 0, 0))
+                a, b = max(start, first), min(end, last)  # the elements that are both saved here and needed
+                if a >= b or (saved_key == key and shape != list(state[key].shape)):
+                    continue
+                saved = file.get_tensor(saved_key).view(-1)
+                state[key].view(-1)[a - start : b - start] = saved[a - first : b - first]
+                missing[key] -= b - a
                 loaded.add(saved_key)
-    lacking = [key for key, count in missing.items() if count != 0]
-    if lacking:
-        verify(directory, step)  # if a file is damaged, say that instead
-        raise UserError(f"the optimizer state in {folder} is of another model: {lacking[0]} is missing or incomplete")
+    for key, count in missing.items():
+        if count != 0:
+            raise UserError(f"the optimizer state in {folder} is of another model: {key} is missing or incomplete")
     return state
 
 
 def _range_of(key: str, shape) -> tuple[str, int, int]:
     """(name, first element, end): "w.step[3:5]" -> ("w.step", 3, 5), and "w.step" of shape (2, 3) -> ("w.step", 0, 6)."""
     match = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", key)
-    return (match[1], int(match[2]), int(match[3])) if match else (key, 0, math.prod(shape))
+    if match is None:
+        return key, 0, math.prod(shape)
+    return match[1], int(match[2]), int(match[3])
 
 
 # -----------------------------------------------------------------------------
@@ -351,8 +314,10 @@ def _range_of(key: str, shape) -> tuple[str, int, int]:
 
 def list_steps(directory: Path) -> list[int]:
     """The steps saved in a folder, ascending; [] if there are none."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d+)", name)))
+    if not directory.is_dir():
+        return []
+    matches = [re.fullmatch(r"step_(\d+)", path.name) for path in directory.iterdir()]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def find_last_step(directory: Path, weights_only: bool = False) -> int:
@@ -371,18 +336,20 @@ def find_last_step(directory: Path, weights_only: bool = False) -> int:
 
 def _saved_at(directory: Path) -> float:
     """When the newest readable checkpoint of a run was saved, in seconds since the epoch; 0 if none can be read."""
-    times = [0.0]
-    for step in list_steps(directory):
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            times.append(float(json.loads((step_folder(directory, step) / "meta.json").read_text(encoding="utf-8"))["saved_at"]))
-    return max(times)
+    for step in reversed(list_steps(directory)):
+        with suppress(UserError, KeyError, TypeError, ValueError):
+            return float(verify(directory, step, names=[])["saved_at"])
+    return 0.0
 
 
 def find_tags(stage: str) -> list[str]:
     """Tags of a stage that have a checkpoint, the most recently saved one first."""
     root = base_dir_path() / STAGES[stage][0]
-    runs = [path for path in root.iterdir() if os.access(path, os.R_OK) and list_steps(path)] if root.is_dir() else []
-    return [path.name for path in sorted(runs, key=lambda path: (-_saved_at(path), path.name))]
+    if not root.is_dir():
+        return []
+    runs = [path for path in root.iterdir() if os.access(path, os.R_OK) and list_steps(path)]
+    runs.sort(key=lambda path: (-_saved_at(path), path.name))
+    return [path.name for path in runs]
 
 
 def resolve_checkpoint(stage: str, tag: str | None = None, step: int | None = None) -> tuple[Path, int]:
@@ -390,47 +357,25 @@ def resolve_checkpoint(stage: str, tag: str | None = None, step: int | None = No
     tags = find_tags(stage)
     if not tags:
         folder, script = STAGES[stage]
-        root = base_dir_path() / folder
-        raise UserError(f"no {stage} checkpoint in {root} yet; run `python -m scripts.{script}` first")
+        raise UserError(f"no {stage} checkpoint in {base_dir_path() / folder} yet; run `python -m scripts.{script}` first")
     if tag is not None and tag not in tags:
         raise UserError(f"no {stage} checkpoint has the tag {tag!r}; there are {', '.join(tags)}")
     directory = checkpoint_dir(stage, tag or tags[0])
     return directory, find_last_step(directory, weights_only=True) if step is None else step
 
 
-def load_tokenizer(directory: Path, step: int, meta: dict) -> RustBPETokenizer:
-    """The tokenizer of a checkpoint. One saved without uses the base folder's, if that is the one it was trained with."""
-    if VOCABULARY_FILE in meta["files"]:
-        verify(directory, step, [VOCABULARY_FILE])
-        return RustBPETokenizer.from_directory(step_folder(directory, step))
-    tokenizer = get_tokenizer()
-    if meta.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
-        raise UserError(
-            f"model {directory.name} (step {step}) was trained with another tokenizer than the one in the base folder; "
-            "restore that one, or train the model again"
-        )
-    return tokenizer
-
-
 def load_model(stage: str, compute: Compute, model_tag: str | None = None, step: int | None = None):
-    """(model in eval mode on the device, tokenizer, meta) of a stage's checkpoint; see `resolve_checkpoint`."""
+    """(model in eval mode on the device, its tokenizer, meta) of a stage's checkpoint; see `resolve_checkpoint`."""
     # One rank decides, since another run may be saving meanwhile
     directory, step = compute.on_main(lambda: resolve_checkpoint(stage, model_tag, step))
-    state, _, meta = load_checkpoint(directory, step, compute)
+    verify(directory, step, [VOCABULARY_FILE])
+    state, meta = load_checkpoint(directory, step, compute)
     model = build_model(state, meta["model_config"], compute)
-    tokenizer = load_tokenizer(directory, step, meta)
-    if model.config.vocab_size != tokenizer.get_vocab_size():
-        raise UserError(
-            f"model {directory.name} (step {step}) has a vocabulary of {model.config.vocab_size}, its tokenizer of "
-            f"{tokenizer.get_vocab_size()}; restore the tokenizer it was trained with"
-        )
-    return model.eval(), tokenizer, meta
+    return model.eval(), RustBPETokenizer.from_directory(step_folder(directory, step)), meta
 
 
 def build_model(state: State, config: dict, compute: Compute):
     """The GPT of a config, on the device, with the weights of `state`; extras that an older model lacks get neutral values."""
-    from dataclasses import fields
-
     from nanochat.gpt import GPT, GPTConfig, add_missing_weights
 
     unknown = set(config) - {field.name for field in fields(GPTConfig)}
@@ -444,29 +389,5 @@ def build_model(state: State, config: dict, compute: Compute):
     try:
         model.load_state_dict(add_missing_weights(state, config))
     except RuntimeError as error:
-        message = " ".join(str(error).split())[:200]
-        raise UserError(f"the checkpoint's weights do not fit its config: {message}") from error
+        raise UserError(f"the checkpoint's weights do not fit its config: {' '.join(str(error).split())[:200]}") from error
     return model
-
-
-# -----------------------------------------------------------------------------
-# Random generators, for an exact resume
-
-
-def rng_state() -> dict[str, str]:
-    """The state of torch's generators as text that JSON can hold."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
-
-
-def set_rng_state(states: dict[str, str]) -> None:
-    """Restore what `rng_state` returned. A device that is not present is skipped."""
-
-    def decode(text):
-        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-    torch.set_rng_state(decode(states["cpu"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(decode(states["cuda"]))

@@ -1,8 +1,7 @@
 """What every other file builds on: the device and our place among the ranks, folders, errors.
 
-Nothing here imports a sibling, and torch is imported only inside functions, so that
-`python -m scripts.X --help` answers at once. This is the only file that reads the
-environment; everything else receives device, rank and dtype as arguments.
+This is the only file that reads the environment. torch is imported inside functions only, so that
+`python -m scripts.X --help` answers at once.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import ctypes
 import errno
 import faulthandler
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -39,10 +39,7 @@ class Unreachable(UserError):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a user's mistake is shown as one line, with exit code 1.
-
-    Under torchrun an error is also recorded where torchrun looks for it, so that its report shows the rank that failed.
-    """
+    """Run a script's `main`; a user's mistake is shown as one line, with exit code 1."""
     try:
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             _run_under_torchrun(main)
@@ -53,20 +50,25 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
-        line = _user_error_line(error)
-        if line is None:
-            raise
-        if ranks()[0] > 0:
+    except (UserError, OSError) as error:
+        line = f"error: {error}"
+        if isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise
+            line += f"; free some space, or set NANOCHAT_BASE_DIR (now {base_dir_path()}) to a writable folder"
+        rank = ranks()[0]
+        if rank > 0:
             time.sleep(2)  # an error of all ranks is printed by rank 0 only, since torchrun then ends the others
-            line = f"rank {ranks()[0]}: {line}"
+            line = f"rank {rank}: {line}"
         sys.exit(line)
 
 
 def _run_under_torchrun(main: Callable[[], None]) -> None:
+    """Record an error where torchrun looks for it, so that its report shows the rank that failed first."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # if torchrun is killed, its ranks stop, too
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import record
 
     @record
@@ -75,32 +77,11 @@ def _run_under_torchrun(main: Callable[[], None]) -> None:
             main()
         except Exception as error:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on torchrun may end this process at any time
-            if _is_lost_connection(error):
-                time.sleep(15)  # torchrun shows the first error; let it be that of the rank that is gone
+            if isinstance(error, DistError) or re.search("gloo/transport|NCCL", str(error)):
+                time.sleep(15)  # another rank is gone; let torchrun see that rank's error first
             raise
 
     recorded()
-
-
-def _is_lost_connection(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    dist = sys.modules.get("torch.distributed")
-    if dist is None or not isinstance(error, RuntimeError):
-        return False
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "NCCL" in str(error)
-
-
-def _user_error_line(error: Exception) -> str | None:
-    """The line to show for an error that the user can correct; None for a fault of the program."""
-    if isinstance(error, UserError):
-        return f"error: {error}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        where = f": {error.filename}" if error.filename else ""
-        return (
-            f"error: {error.strerror}{where}. Free some space or set NANOCHAT_BASE_DIR "
-            f"(now {base_dir_path()}) to a writable folder, then run this again."
-        )
-    return None
 
 
 # -----------------------------------------------------------------------------
@@ -113,7 +94,7 @@ def base_dir_path() -> Path:
     try:
         return path.expanduser()
     except RuntimeError as error:  # `~name` of no user
-        raise UserError(f"NANOCHAT_BASE_DIR {path}: {error}; set it to the path of a folder") from error
+        raise UserError(f"NANOCHAT_BASE_DIR {path}: {error}") from error
 
 
 def get_base_dir() -> Path:
@@ -121,17 +102,16 @@ def get_base_dir() -> Path:
     path = base_dir_path()
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # it is a file, or its parent cannot be written
-        reason = "it is not a folder" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
-        raise UserError(f"cannot create the folder {path}: {reason}; set NANOCHAT_BASE_DIR to a writable one") from error
+    except OSError as error:
+        raise UserError(f"cannot create {path} ({error.strerror}); set NANOCHAT_BASE_DIR to a writable folder") from error
     return path
 
 
 @contextmanager
 def atomic(path: str | os.PathLike):
-    """Yield a temporary path beside `path` for a file or folder; what was written there replaces `path` as a whole.
+    """Yield a temporary path beside `path` for a file or folder, renamed to `path` when the block ends without an error.
 
-    It is flushed to the disk and renamed only when the block ends without an exception, else it is removed.
+    A file may replace another one; a folder cannot.
 
     >>> with atomic("a.txt") as tmp:
     ...     tmp.write_text("complete or absent")
@@ -139,25 +119,20 @@ def atomic(path: str | os.PathLike):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    replaced = tmp.with_name(f"{tmp.name}.replaced")
     try:
         yield tmp
-        for written in [*tmp.rglob("*"), tmp] if tmp.is_dir() else [tmp]:
+        for written in [*tmp.rglob("*"), tmp]:
             flush_to_disk(written)
-        if path.is_dir():  # a folder that is not empty cannot be replaced by one rename
-            path.rename(replaced)
         tmp.replace(path)
         flush_to_disk(path.parent)
     finally:
-        for leftover in (tmp, replaced):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+        if tmp.is_dir():
+            shutil.rmtree(tmp, ignore_errors=True)
+        else:
+            tmp.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until the file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -171,11 +146,7 @@ def hub_endpoint() -> str:
 
 
 def file_url(public_url: str) -> str:
-    """The address of a file that is not on the hub.
-
-    If NANOCHAT_FILES_URL is set, `$NANOCHAT_FILES_URL/NAME` replaces the public address:
-    with `NANOCHAT_FILES_URL=http://mirror`, `https://a.b/c/words.txt` -> `http://mirror/words.txt`.
-    """
+    """The address of a file that is not on the hub: `$NANOCHAT_FILES_URL/NAME` where that is set, else `public_url`."""
     mirror = os.environ.get("NANOCHAT_FILES_URL")
     return f"{mirror.rstrip('/')}/{public_url.rsplit('/', 1)[-1]}" if mirror else public_url
 
@@ -191,7 +162,7 @@ def ranks() -> tuple[int, int, int]:
 
 
 def cores_per_rank() -> int:
-    """The number of this machine's cores per rank on it, at least one."""
+    """This machine's cores per rank on it, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -238,10 +209,6 @@ class Compute:
         dist.all_reduce(x)
         return x
 
-    def mean(self, x: torch.Tensor) -> torch.Tensor:
-        """The mean of `x` over all ranks, on every rank."""
-        return self.sum(x) / self.world_size
-
     def gather(self, value, group=None) -> list:
         """Every rank's `value` (anything that pickle can hold), in order of rank, on every rank.
 
@@ -255,53 +222,51 @@ class Compute:
         dist.all_gather_object(values, value, group=group)
         return values
 
-    def on_main(self, work: Callable[[], Any]) -> Any:
-        """Call `work` on the main rank; every rank returns its result or raises its UserError or OSError.
+    def barrier(self) -> None:
+        self.gather(None)
+
+    def on_every_rank(self, work: Callable[[], Any], group=None) -> list:
+        """The results of `work` on all ranks. An error on any rank is raised on every rank: a UserError or an OSError."""
+        result = error = shared = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = shared = caught
+            if not isinstance(caught, UserError):  # others may not be pickled
+                number = getattr(caught, "errno", None) or errno.EIO
+                shared = OSError(number, f"on rank {self.rank}: {type(caught).__name__}: {caught}")
+        outcomes = self.gather((result, shared), group)
+        for failure in [error] + [failure for _, failure in outcomes]:
+            if failure is not None:
+                raise failure
+        return [result for result, _ in outcomes]
+
+    def on_main(self, work: Callable[[], Any], group=None) -> Any:
+        """Call `work` on the main rank; every rank returns its result or raises its error.
 
         For what only one rank may do (create a folder) or must decide (which checkpoint is the newest).
         """
-        result, failure = None, None
-        if self.is_main:
-            try:
-                result = work()
-            except (UserError, OSError) as error:
-                failure = error
-        result, failure = self.gather((result, failure))[0]
-        if failure is not None:
-            raise failure
-        return result
+        return self.on_every_rank(lambda: work() if self.is_main else None, group)[0]
 
     def main_first(self, work: Callable[[], Any]) -> Any:
         """Call `work` on the main rank, which downloads what it needs, then on the others, which find it on disk.
 
-        A UserError or OSError on any rank is raised on every rank.
+        An error on any rank is raised on every rank.
         """
-        result, failure = None, None
+        results = []  # of this rank, since a data set is too large to be sent
         for my_turn in (self.is_main, not self.is_main):
-            if my_turn:
-                try:
-                    result = work()
-                except (UserError, OSError) as error:
-                    failure = error
-            failures = [failure for failure in self.gather(failure) if failure is not None]
-            if failures:
-                raise failures[0]
-        return result
-
-    def barrier(self) -> None:
-        self.gather(None)
+            self.on_every_rank(lambda: results.append(work()) if my_turn else None)
+        return results[0]
 
 
 def compute_dtype(device_type: str) -> torch.dtype:
     """bfloat16 on CUDA from sm80 on, float32 elsewhere; `NANOCHAT_DTYPE` overrides."""
     import torch
 
-    names = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    name = os.environ.get("NANOCHAT_DTYPE")
-    if name:
-        if name not in names:
-            raise UserError(f"NANOCHAT_DTYPE={name!r} is not supported; use one of {', '.join(names)}")
-        return names[name]
+    if name := os.environ.get("NANOCHAT_DTYPE"):
+        if name not in ("bfloat16", "float16", "float32"):
+            raise UserError(f"NANOCHAT_DTYPE={name!r} is not supported; use bfloat16, float16 or float32")
+        return getattr(torch, name)
     if device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
         return torch.bfloat16
     return torch.float32
@@ -311,25 +276,21 @@ def compute_init(device_type: str = "") -> Compute:
     """Choose the device (cuda, then mps, then cpu, unless named) and join the other ranks, if any."""
     import torch
 
-    if device_type not in ("", "cuda", "mps", "cpu"):
-        raise UserError(f"--device-type {device_type!r} is not supported; use cuda, mps or cpu")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device_type = device_type or next(name for name, present in available.items() if present)
-    if not available[device_type]:
-        raise UserError(f"--device-type {device_type} was requested, but PyTorch {torch.__version__} finds no such device")
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [name for name in present if present[name]]
+    device_type = device_type or available[0]
+    if device_type not in available:
+        raise UserError(f"there is no device {device_type!r} here; use --device-type {' or '.join(available)}")
     rank, local_rank, world_size = ranks()
     torch.manual_seed(42)
+    device = torch.device(device_type)
     if device_type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
-                f"use torchrun --nproc-per-node={torch.cuda.device_count()}"
-            )
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(f"local rank {local_rank} has no GPU: there are {count}; use torchrun --nproc-per-node={count}")
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
         device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device(device_type)
     compute = Compute(device, compute_dtype(device_type), rank, local_rank, world_size)
     if world_size > 1:
         _join_ranks(compute)
@@ -351,8 +312,8 @@ def _join_ranks(compute: Compute) -> None:
 
     if not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         raise UserError(f"WORLD_SIZE is {compute.world_size} but MASTER_ADDR is not set; start the ranks with torchrun")
-    several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
-    if compute.device.type == "cpu" and several and os.environ.get("OMP_NUM_THREADS") == "1":
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if compute.device.type == "cpu" and ranks_here > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(cores_per_rank())  # torchrun sets OMP_NUM_THREADS to 1 if it is not set
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
@@ -360,7 +321,7 @@ def _join_ranks(compute: Compute) -> None:
     # GPU tensors use NCCL; objects and CPU tensors use gloo
     backend = "cpu:gloo,cuda:nccl" if compute.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < world_size:
+    if ranks_here < world_size:
         _check_base_dir_is_shared(compute)
 
 
@@ -396,8 +357,7 @@ def _check_base_dir_is_shared(compute: Compute) -> None:
     compute.on_main(file.touch)
     seen = any(file.exists() or time.sleep(0.5) for _ in range(20))  # network file systems take seconds
     others = {host for host in compute.gather(None if seen else socket.gethostname()) if host}
-    if compute.is_main:
-        file.unlink(missing_ok=True)
+    compute.on_main(file.unlink)
     if others:
         raise UserError(
             f"{', '.join(sorted(others))} cannot see the base folder of rank 0: NANOCHAT_BASE_DIR "
@@ -432,10 +392,7 @@ def check_wandb(run: str) -> None:
 
 
 def wandb_run(project: str, run: str, config: dict, id: str | None = None):
-    """A Weights & Biases run on the main rank if `--run` names one, else None. Pass a saved run's `.id` to continue it.
-
-    Raises UserError if wandb cannot start.
-    """
+    """A Weights & Biases run on the main rank if `--run` names one, else None. Pass a saved run's `.id` to continue it."""
     if run == "dummy" or ranks()[0] != 0:
         return None
     import wandb

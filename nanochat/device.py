@@ -65,15 +65,15 @@ def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.
             # The wrapper warns about in-place operations; blocks have none.
             logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
             print0(f"recomputing cheap activations: all of them take {needed / 1e9:.0f} GB and {free / 1e9:.0f} GB are free")
-    if compute.device.type == "mps":
-        return model
-    if compute.device.type == "cpu":
+    elif compute.device.type == "cpu":
         headers = Path(sysconfig.get_path("include")) / "Python.h"
         if not shutil.which("g++") and not shutil.which("clang++") or not headers.exists():
             print0("training uncompiled, about a quarter slower: no C++ compiler or no Python headers found")
             return model
         cpu.keep_freed_memory()
         cpu.deterministic()
+    else:
+        return model
     return torch.compile(model, dynamic=False)
 
 
@@ -97,15 +97,15 @@ def choose_attention(model: torch.nn.Module, compute: Compute) -> None:
         choose(compute.device, compute.dtype, config.n_head, config.n_kv_head, config.n_embd // config.n_head, window)
 
 
-def fit_device_batch(model, compute: Compute, total_batch_size: int, limit: int = 32) -> int:
-    """Rows per micro-batch that fit every rank's device: a power of two up to `limit` that divides the rows of a step.
+def fit_device_batch(model, compute: Compute, total_batch_size: int) -> int:
+    """Rows per micro-batch: a power of two that divides the rows of a step, at most 8 on a CPU.
 
-    On a GPU one uncompiled pass is tried with cheap activations recomputed, beside as much memory as gradients and
-    optimizer state take. On a CPU it is 8 at most.
+    On a GPU at most 32, and as many as fit on every rank: one uncompiled pass is tried with cheap activations recomputed,
+    beside as much memory as gradients and optimizer state take.
     """
-    T = model.config.sequence_len
-    rows = largest_device_batch(total_batch_size, T, compute.world_size, limit if compute.device.type == "cuda" else min(8, limit))
-    if compute.device.type != "cuda":
+    T, on_gpu = model.config.sequence_len, compute.device.type == "cuda"
+    rows = largest_device_batch(total_batch_size, T, compute.world_size, limit=32 if on_gpu else 8)
+    if not on_gpu:
         return rows
 
     def attempt(rows: int) -> None:
@@ -125,10 +125,7 @@ def fit_device_batch(model, compute: Compute, total_batch_size: int, limit: int 
 
 
 def largest_batch(attempt: Callable[[int], object], rows: int) -> int:
-    """The most rows, halving from `rows`, for which `attempt(rows)` does not run out of GPU memory.
-
-    Raises UserError where even one row does not fit.
-    """
+    """The most rows, halving from `rows`, for which `attempt(rows)` does not run out of GPU memory."""
     while rows:
         try:
             attempt(rows)

@@ -1,13 +1,13 @@
 """Training on conversations: the loop that mid_train and chat_sft share.
 
-The two stages differ in their data mixture, in which tokens are supervised, and in the defaults of
-their flags; that is what their scripts hold.
+Their scripts hold the data mixture, the defaults of the flags, and which tokens are supervised.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 from nanochat import flags
 from nanochat.common import Compute, UserError, check_wandb, compute_cleanup, compute_init, print0, wandb_run
@@ -16,7 +16,10 @@ NAMES = {"mid": "Midtraining", "sft": "Supervised fine-tuning"}
 MEASURED = {"mid": "conversations", "sft": "replies"}  # what the bits per byte are of
 
 
-def add_flags(parser: argparse.ArgumentParser, stages: list[str], stage: str, tasks: str, others: str, init_lr_frac: float, warmdown: float) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, stages: list[str], stage: str, tasks: str, others: str,
+    init_lr_frac: float, warmdown: float,
+) -> None:  # fmt: skip
     """The flags of both stages. `stages` and `stage`: where the initial model may come from; `tasks`: the default mixture."""
     flags.add_run_flags(parser)
     flags.add_origin_flags(parser, stages, stage)
@@ -91,24 +94,15 @@ def finetune(
     # The data
     train_data, val_data = load_data(compute)
     settings.examples = list(train_data.examples)
-
-    def loader(conversations, rows_per_step, resume_state_dict=None, buffer_size=256):
-        return conversation_data_loader(
-            conversations, tokenizer, B, T, supervise=supervise, device=compute.device,
-            rows_per_step=rows_per_step, resume_state_dict=resume_state_dict, buffer_size=buffer_size,
-        )
-
+    loader = partial(conversation_data_loader, tokenizer=tokenizer, B=B, T=T, supervise=supervise, device=compute.device)
     loader_state = meta["loader_state"] if meta else None
-    batches = loader(train_data, settings.total_batch_size // T, loader_state)
+    batches = loader(train_data, rows_per_step=settings.total_batch_size // T, resume_state_dict=loader_state)
     token_bytes = tokenizer.token_bytes(compute.device)
     eval_rows, eval_steps = eval_batches(args.eval_tokens, B, T, compute)
 
     def measure_bpb():
-        val_batches = loader(val_data, eval_rows, buffer_size=32)
-        try:
-            return evaluate_bpb(model, val_batches, eval_steps, token_bytes, compute, stop.requested)
-        finally:
-            val_batches.close()
+        val_batches = loader(val_data, rows_per_step=eval_rows, buffer_size=32)
+        return evaluate_bpb(model, val_batches, eval_steps, token_bytes, compute, stop.requested)
 
     def progress_at(step, loader_state):
         """The share of the run that is done: of its steps where their number is given, else of its conversations."""
@@ -128,7 +122,7 @@ def finetune(
     while True:
         last = progress >= 1
         stopping = stop.requested()
-        if last or stopping or any(due(step, every) for every in (args.eval_every, args.save_every)):
+        if last or stopping or due(step, args.eval_every) or due(step, args.save_every):
             meter.flush()
 
         if step > saved_step and (due(step, args.save_every, last) or stopping):
@@ -152,7 +146,8 @@ def finetune(
         lrm = set_rates(optimizer, step, progress, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
         micro = [next(batches) for _ in compute.shard(micro_batches)]
         loader_state = micro[-1][2]
-        loss = train_step(compiled, optimizer, [(inputs, targets) for inputs, targets, _ in micro], compute, loss_scale)
+        pairs = [(inputs, targets) for inputs, targets, _ in micro]
+        loss = train_step(compiled, optimizer, pairs, compute, loss_scale)
         step += 1
         progress = progress_at(step, loader_state)
         meter.stop(step, min(progress, 1.0), loss, lrm, loader_state["epoch"])

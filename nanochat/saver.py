@@ -1,7 +1,4 @@
-"""Saves checkpoints in a background thread while training continues, and locks the folder of a run.
-
-The format is in checkpoint_manager.py.
-"""
+"""Saves checkpoints in a background thread while training continues, and locks the folder of a run."""
 
 from __future__ import annotations
 
@@ -25,8 +22,7 @@ class Saver:
     >>> saver.save(step, model.state_dict(), optimizer.state_dict(), meta, tokenizer)  # training may continue at once
     >>> saver.close()  # the last one is on the disk, or its error is raised
 
-    Every rank calls all of these. Raises UserError if another run still holds the folder after `timeout` seconds, which
-    a run that is being stopped needs to release it.
+    Every rank calls all of these. A run that is being stopped has `timeout` seconds to release the folder, then UserError.
     """
 
     def __init__(self, directory: Path, compute: Compute, keep_last: int = -1, timeout: float = 60):
@@ -50,7 +46,7 @@ class Saver:
                 f"If no such run exists any more, delete {self.lock.lock_file}"
             ) from None
         except (NotImplementedError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
                 raise
             print0(f"files cannot be locked in {self.directory}: make sure that no other run trains into it")
 

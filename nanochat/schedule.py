@@ -1,8 +1,7 @@
 """How long to train, in which batches, at which rates: plain arithmetic, no torch.
 
 The reference point is the model of depth 12, for which the base rates were tuned. `plan` derives the
-horizon, batch size and rates of a pretraining run of any other size from it; the functions at the
-end say how rates change during a run.
+horizon, batch size and rates of a pretraining run of any other size from it.
 """
 
 from __future__ import annotations
@@ -17,43 +16,21 @@ D12_TOKENS = 12 * D12_SCALING_PARAMS  # its horizon at 12 tokens per scaling par
 D12_BATCH = 2**19  # tokens per step at that horizon
 
 
-def horizon_tokens(target_flops: float, target_param_data_ratio: float, flops_per_token: int, scaling_params: int) -> int:
-    """Tokens to train on: from a budget of FLOPs where one is set, else from tokens per scaling parameter."""
-    if target_flops > 0:
-        return int(target_flops / flops_per_token)
-    if target_param_data_ratio > 0:
-        return int(target_param_data_ratio * scaling_params)
-    raise UserError("the length of training is not set: give --num-iterations, --target-flops or --target-param-data-ratio")
-
-
-def best_batch_size(tokens: int) -> int:
-    """Tokens per step for a horizon: 2^19 * (tokens / D12_TOKENS)^0.383, rounded to a power of two.
-
-    The exponent is from "Power Lines" (arXiv:2505.13738). `best_batch_size(D12_TOKENS)` -> 524288.
-    """
-    return 2 ** round(math.log2(D12_BATCH * (tokens / D12_TOKENS) ** 0.383))
-
-
 def check_batch(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
     """Micro-batches per step over all ranks. Rank r computes those numbered r, r + world_size, ...
 
-    Raises UserError, naming sizes that work, when the total batch is not a multiple of a micro-batch, or when
-    there is not one micro-batch for every rank. The ranks need not get equally many.
+    Raises UserError, naming sizes that work, unless the total batch is a multiple of a micro-batch with at least one
+    for every rank. The ranks need not get equally many.
     """
     unit = device_batch_size * sequence_len
-    if total_batch_size % unit or total_batch_size < unit:
-        lower, upper = total_batch_size // unit * unit, -(-total_batch_size // unit) * unit
-        nearest = " or ".join(str(size) for size in sorted({lower, upper}) if size)
+    least = unit * world_size
+    if total_batch_size % unit or total_batch_size < least:
+        below = total_batch_size // unit * unit
+        nearest = [size for size in (below, below + unit) if size >= least] or [least]
         raise UserError(
             f"--total-batch-size {total_batch_size} is not a multiple of the {unit} tokens of a micro-batch "
-            f"({device_batch_size} rows x {sequence_len} tokens); use {nearest}"
-        )
-    if total_batch_size < unit * world_size:
-        smaller = total_batch_size // sequence_len // world_size
-        raise UserError(
-            f"--total-batch-size {total_batch_size} is {total_batch_size // unit} micro-batch(es) of {device_batch_size} rows x "
-            f"{sequence_len} tokens, too few for {world_size} ranks; use --total-batch-size {unit * world_size}"
-            + (f" or --device-batch-size {smaller}" if smaller else "")
+            f"({device_batch_size} rows x {sequence_len} tokens), or holds less than one for each of {world_size} rank(s); "
+            f"use {' or '.join(map(str, nearest))}, or another --device-batch-size"
         )
     return total_batch_size // unit
 
@@ -69,20 +46,6 @@ def largest_device_batch(total_batch_size: int, sequence_len: int, world_size: i
 def batch_lr_scale(total_batch_size: int) -> float:
     """Learning rates scale with the square root of the batch size (arXiv:2205.10287 for Adam)."""
     return (total_batch_size / D12_BATCH) ** 0.5
-
-
-def short_run_lr_scale(tokens: int, scaling_params: int) -> float:
-    """A run shorter than 12 tokens per scaling parameter needs higher rates: (full horizon / tokens)^0.32.
-
-    The exponent is that of "Scaling Optimal LR Across Token Horizons" (arXiv:2409.19913); its effect on
-    runs of minutes is in dev/LOG.md. 1 for a full horizon and beyond.
-    """
-    return max(1.0, 12 * scaling_params / tokens) ** 0.32
-
-
-def weight_decay_scale(total_batch_size: int, tokens: int) -> float:
-    """Weight decay scales with sqrt(batch) / horizon, so that the total decay of a run stays the same."""
-    return batch_lr_scale(total_batch_size) * D12_TOKENS / tokens
 
 
 @dataclass(frozen=True)
@@ -109,23 +72,33 @@ def plan(
 
     Depends neither on the number of ranks nor on the device batch size.
     """
-    # The horizon sets the batch size and the number of steps, where these are not given
+    # The horizon in tokens sets the batch size and the number of steps, where these are not given
     if total_batch_size <= 0 or num_iterations <= 0:
-        horizon = horizon_tokens(target_flops, target_param_data_ratio, flops_per_token, scaling_params)
+        if target_flops > 0:
+            horizon = int(target_flops / flops_per_token)
+        elif target_param_data_ratio > 0:
+            horizon = int(target_param_data_ratio * scaling_params)
+        else:
+            raise UserError("no length of training: give --num-iterations, --target-flops or --target-param-data-ratio")
     if total_batch_size <= 0:
-        total_batch_size = max(1, round(best_batch_size(horizon) / sequence_len)) * sequence_len
+        # The exponent is from "Power Lines" (arXiv:2505.13738)
+        best = 2 ** round(math.log2(D12_BATCH * (horizon / D12_TOKENS) ** 0.383))
+        total_batch_size = max(1, round(best / sequence_len)) * sequence_len
     if num_iterations <= 0:
         num_iterations = max(1, round(horizon / total_batch_size))
     tokens = num_iterations * total_batch_size
 
-    # The rates for this batch size and horizon
-    short_run = short_run_lr_scale(tokens, scaling_params)
+    # A run of less than 12 tokens per scaling parameter needs higher rates. The exponent is that of "Scaling Optimal LR
+    # Across Token Horizons" (arXiv:2409.19913); its effect on runs of minutes is in dev/LOG.md.
+    short_run = max(1.0, 12 * scaling_params / tokens) ** 0.32
+    # Weight decay scales with sqrt(batch) / horizon, so that the total decay of a run stays the same
+    decay_scale = batch_lr_scale(total_batch_size) * D12_TOKENS / tokens
     return Plan(
         num_iterations=num_iterations,
         total_batch_size=total_batch_size,
         warmup_steps=min(warmup_steps, num_iterations // 20),
         lr_scale=batch_lr_scale(total_batch_size) * short_run,
-        weight_decay=weight_decay * weight_decay_scale(total_batch_size, tokens) / short_run,
+        weight_decay=weight_decay * decay_scale / short_run,
         short_run=short_run,
     )
 

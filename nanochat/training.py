@@ -6,6 +6,7 @@ that share it. There is no Trainer class.
 
 from __future__ import annotations
 
+import base64
 import gc
 import json
 import math
@@ -26,9 +27,8 @@ from nanochat.checkpoint_manager import (
     find_last_step,
     list_steps,
     load_checkpoint,
-    rng_state,
+    load_optimizer,
     set_aside,
-    set_rng_state,
     verify,
 )
 from nanochat.common import Compute, UserError, atomic, print0, restarts
@@ -36,6 +36,8 @@ from nanochat.device import peak_flops, peak_memory
 from nanochat.optim import MuonAdamW
 from nanochat.saver import Saver
 from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
+
+SMOOTHING = 0.9  # of the loss that is printed
 
 
 def make_optimizer(model, settings: Namespace, lr_scale: float, weight_decay: float) -> MuonAdamW:
@@ -91,10 +93,9 @@ def train_step(
 ) -> torch.Tensor:
     """One update from the micro-batches of a step; returns the mean loss over their targets, in nats.
 
-    `batches` are this rank's: a list of (inputs, targets), both (B, T), targets of -1 ignored. Every target
-    weighs the same, whichever micro-batch and rank it belongs to: losses are summed and divided by the number
-    of targets on all ranks. Without any target the step changes nothing and the loss is 0.
-    `count` is that number where the caller knows it; then nothing here synchronises with a GPU.
+    `batches` are this rank's (inputs, targets), both (B, T), targets of -1 ignored. Every target weighs the same, whichever
+    micro-batch and rank it belongs to. Without any target the step changes nothing and the loss is 0.
+    `count` is the number of targets on all ranks where the caller knows it; then nothing here synchronises with a GPU.
     """
     if count is None:
         count = int(compute.sum(sum((targets >= 0).sum() for _, targets in batches)))
@@ -131,8 +132,7 @@ def backward_and_step(
 def set_rates(optimizer, step: int, progress: float, warmup_steps: int, warmdown: float, final: float) -> float:
     """Set the rates of step `step` in the parameter groups; returns the learning-rate multiplier.
 
-    `progress` in [0, 1] is the share of the run that is done; `warmdown` the share of the run
-    over which the learning rate falls to `final` of its value.
+    `progress` in [0, 1] is the share of the run that is done; for the others see `lr_multiplier`.
     """
     lrm = lr_multiplier(step, progress, warmup_steps, warmdown, final)
     for group in optimizer.param_groups:
@@ -144,7 +144,7 @@ def set_rates(optimizer, step: int, progress: float, warmup_steps: int, warmdown
 
 
 def due(step: int, every: int, last: bool = False) -> bool:
-    """Whether something done every `every` steps, and at the end, is due now; -1: at the end only, 0: never."""
+    """Whether something done every `every` steps and at the end is due (-1: at the end only, 0: never)."""
     return every != 0 and (last or (every > 0 and step > 0 and step % every == 0))
 
 
@@ -196,8 +196,6 @@ class Meter:
     launched, so that the GPU never waits for its loss to be read; call `flush` before anything that is not training.
     """
 
-    SMOOTHING = 0.9
-
     def __init__(
         self, compute: Compute, directory: Path, tokens_per_step: int, flops_per_token: int | None,
         wandb_run=None, state: dict | None = None,
@@ -206,7 +204,9 @@ class Meter:
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak = peak_flops(compute.device)
         state = state or {"step": 0, "ema": 0.0, "weight": 0.0, "total_time": 0.0}
-        self.ema, self.weight, self.total_time = state["ema"], state["weight"], state["total_time"]
+        self.ema = state["ema"]
+        self.weight = state["weight"]
+        self.total_time = state["total_time"]
         self.recent: list[float] = []  # the last step times, for the ETA
         self.lags = compute.device.type == "cuda"
         self.pending: tuple | None = None  # the step that is not reported yet
@@ -216,8 +216,9 @@ class Meter:
 
     def _remove_lines_after(self, step: int) -> None:
         """Remove what was logged after the checkpoint at `step`. Evaluations at that step are repeated, so they go, too."""
+        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
         retained = []
-        for line in self.path.read_text().splitlines() if self.path.exists() and step else []:
+        for line in lines:
             with suppress(ValueError):  # the last line may be incomplete
                 values = json.loads(line)
                 if values["step"] < step or values["step"] == step and "loss" in values:
@@ -233,8 +234,9 @@ class Meter:
             self.started = time.perf_counter()
 
     def stop(
-        self, step: int, progress: float, loss: torch.Tensor, lrm: float, epoch: int, tokens: int | None = None, **values: float
-    ) -> None:
+        self, step: int, progress: float, loss: torch.Tensor, lrm: float, epoch: int,
+        tokens: int | None = None, **values: float,
+    ) -> None:  # fmt: skip
         """Report step number `step` and further `values`, at once or (on a GPU) when the next step has been launched.
 
         `tokens`: of this step, where their number varies. Raises UserError when a loss is not finite.
@@ -256,15 +258,15 @@ class Meter:
         dt, self.started = now - self.started, now
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss became {loss} at step {step} (learning-rate multiplier {lrm:.3f}); nothing was saved after the "
-                "last good checkpoint. Resume from it with --resume-from-step latest and a lower learning rate"
+                f"the loss became {loss} at step {step} (learning-rate multiplier {lrm:.3f}); "
+                "resume from the last good checkpoint with --resume-from-step latest and a lower learning rate"
             )
         self.total_time += dt
         self.recent = self.recent[-19:] + [dt]
 
         # Exponential moving average; `weight` tends to 1 and removes the bias towards the initial 0
-        self.ema = self.SMOOTHING * self.ema + (1 - self.SMOOTHING) * loss
-        self.weight = self.SMOOTHING * self.weight + (1 - self.SMOOTHING)
+        self.ema = SMOOTHING * self.ema + (1 - SMOOTHING) * loss
+        self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
         smooth = self.ema / self.weight
 
         tok_per_sec = (tokens or self.tokens_per_step) / dt
@@ -316,7 +318,7 @@ def save_training(saver: Saver, step, model, optimizer, tokenizer, settings, met
             "loss_scale": loss_scale.state_dict() if loss_scale else None,
             "wandb_id": meter.wandb_run.id if meter.wandb_run else None,
         },
-        "rng_state": rng_state(),
+        "rng_state": {"cpu": base64.b64encode(torch.get_rng_state().numpy()).decode()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     saver.save(step, model.state_dict(), optimizer.state_dict(), meta, tokenizer)
@@ -325,9 +327,9 @@ def save_training(saver: Saver, step, model, optimizer, tokenizer, settings, met
 def step_to_resume(directory: Path, requested: str, restarted: bool) -> int | None:
     """The step to resume from, or None for a new run. The only place that decides this.
 
-    `requested` is --resume-from-step. A job that torchrun or Slurm has restarted continues from the newest checkpoint.
-    A new run first moves what an earlier run under this tag left behind to TAG.old, and resuming from an explicit step
-    moves the later checkpoints there, so that "latest" always belongs to this run.
+    `requested` is --resume-from-step. A job that torchrun or Slurm has restarted resumes from its last checkpoint. A new
+    run first moves what an earlier one left under this tag to TAG.old, and resuming from an explicit step moves the later
+    checkpoints there, so that "latest" always belongs to this run.
     """
     if requested not in ("-1", "latest") and not requested.isdigit():
         raise UserError(f"--resume-from-step {requested!r} is neither a step nor 'latest'")
@@ -348,8 +350,7 @@ def step_to_resume(directory: Path, requested: str, restarted: bool) -> int | No
 def resume_training(saver: Saver, settings: Namespace, model, optimizer, tokenizer, compute: Compute) -> dict | None:
     """Load what `--resume-from-step` names into model and optimizer; returns its meta, or None for a new run.
 
-    Prints which flags differ from those of the saved run. Raises UserError when the model, the tokenizer, or what
-    determines the order of the data differs.
+    Raises UserError when the model, the tokenizer, or what determines the order of the data differs.
     """
     directory = saver.directory
     restarted = max(compute.gather(restarts())) > 0  # counted by node
@@ -357,30 +358,32 @@ def resume_training(saver: Saver, settings: Namespace, model, optimizer, tokeniz
     if step is None:
         return None
     saved = verify(directory, step, names=[])
-    model_config, user_config = asdict(model.config), saved["user_config"]
-    mismatches = [f"{k} {saved['model_config'].get(k)} -> {v}" for k, v in model_config.items() if saved["model_config"].get(k) != v]
-    if mismatches:
-        raise UserError(
-            f"step {step} in {directory} is of another model ({', '.join(mismatches)}); give the same flags, or another --model-tag"
-        )
+    before, now = saved["user_config"], vars(settings)
+    place = f"step {step} in {directory}"
+    if changed := differences(saved["model_config"], asdict(model.config)):
+        raise UserError(f"{place} is of another model ({changed}); give the same flags, or another --model-tag")
     if saved["tokenizer"] != tokenizer.fingerprint():
-        raise UserError(f"step {step} in {directory} was trained with another tokenizer; restore that one, or start a new run")
+        raise UserError(f"{place} was trained with another tokenizer; restore that one, or start a new run")
     for name in ("total_batch_size", "max_seq_len"):
-        before, now = user_config.get(name), getattr(settings, name)
-        if before != now:
-            flag = name.replace("_", "-")
-            raise UserError(f"step {step} in {directory} was trained with --{flag} {before}, not {now}; resume with the same value")
+        if before.get(name) != now[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{place} was trained with {flag} {before.get(name)}, not {now[name]}; give the same value")
 
-    model_state, optimizer_state, meta = load_checkpoint(directory, step, compute, optimizer.state_dict())
+    model_state, meta = load_checkpoint(directory, step, compute)
     model.load_state_dict(model_state)
-    optimizer.load_state_dict(optimizer_state)
-    set_rng_state(meta["rng_state"])
-    ignored = ("resume_from_step", "run", "device_batch_size")
-    changed = [f"{k} {user_config[k]} -> {v}" for k, v in vars(settings).items() if k not in ignored and user_config.get(k, v) != v]
-    if changed:
-        print0(f"flags that differ from the saved run: {', '.join(changed)}")
-    print0(f"resumed from step {step} in {directory}")
+    optimizer.load_state_dict(load_optimizer(directory, step, optimizer.state_dict(), compute.rank))
+    rng_state = bytearray(base64.b64decode(meta["rng_state"]["cpu"]))
+    torch.set_rng_state(torch.frombuffer(rng_state, dtype=torch.uint8))
+    if changed := differences(before, now, ignored=("resume_from_step", "run", "device_batch_size", "examples")):
+        print0(f"flags that differ from the saved run: {changed}")
+    print0(f"resumed from {place}")
     return meta
+
+
+def differences(before: dict, now: dict, ignored: tuple = ()) -> str:
+    """What differs between two configs: {"depth": 4} and {"depth": 6} -> "depth 4 -> 6"."""
+    changed = [name for name, value in now.items() if name not in ignored and before.get(name) != value]
+    return ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
 
 
 def inherit(args: Namespace, origin: dict) -> Namespace:
@@ -397,15 +400,14 @@ def inherit(args: Namespace, origin: dict) -> Namespace:
 
 def warm_start(optimizer, stage: str, origin: dict, compute: Compute) -> None:
     """Start with the optimizer state of the run that trained the model, where it was saved."""
-    state = error = None
+    directory, states = checkpoint_dir(stage, origin["model_tag"]), []
+
+    def load() -> None:
+        states.append(load_optimizer(directory, origin["step"], optimizer.state_dict(), compute.rank))
+
     try:
-        _, state, _ = load_checkpoint(
-            checkpoint_dir(stage, origin["model_tag"]), origin["step"], compute, optimizer.state_dict()
-        )
-    except UserError as caught:
-        error = caught
-    errors = [error for error in compute.gather(error) if error is not None]
-    if errors:  # on any rank: then all ranks start alike
-        print0(f"starting with a new optimizer state: {errors[0]}")
+        compute.on_every_rank(load)  # on all ranks, or on none
+    except UserError as error:
+        print0(f"starting with a new optimizer state: {error}")
     else:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(states[0])

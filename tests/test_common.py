@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -21,25 +22,21 @@ WORKER = """
 import os, signal, sys, time
 import torch
 from nanochat import common
-from nanochat.common import UserError
 
 case = sys.argv[1]
 
 def fail(compute):
     if case == "user error of all":
-        raise UserError("--depth must be positive")
-    if compute.rank != 1:
-        return
-    if case == "raise":
-        raise KeyError("own error")
-    if case == "user error of one":
-        raise UserError("no such file on this node")
-    if case == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if case == "freeze":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if case == "hang":
-        hang_here()
+        raise common.UserError("--depth must be positive")
+    if compute.rank == 1:
+        if case == "raise":
+            raise KeyError("own error")
+        if case == "user error of one":
+            raise common.UserError("no such file on this node")
+        if case in ("SIGKILL", "SIGSTOP"):
+            os.kill(os.getpid(), signal.Signals[case])
+        if case == "hang":
+            hang_here()
 
 def hang_here():
     time.sleep(1000)
@@ -47,7 +44,7 @@ def hang_here():
 def main():
     print(f"pid {os.getpid()}\\n", end="", flush=True)
     if case == "starting":
-        time.sleep(1000)
+        hang_here()
     compute = common.compute_init("cpu")
     print(f"training on {torch.get_num_threads()} threads\\n", end="", flush=True)
     for step in range(10**6):
@@ -63,7 +60,7 @@ if __name__ == "__main__":
 
 
 class Job:
-    """A torchrun of two ranks; `end` waits for it and returns its output."""
+    """A torchrun of two ranks."""
 
     def __init__(self, tmp_path, case, **variables):
         (tmp_path / "worker.py").write_text(WORKER)
@@ -74,31 +71,24 @@ class Job:
         with open(self.log, "w") as log:
             self.torchrun = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=tmp_path)
 
-    @property
-    def output(self) -> str:
-        return self.log.read_text()
-
-    @property
-    def pids(self) -> list[int]:
-        return [int(pid) for pid in re.findall(r"^pid (\d+)$", self.output, re.M)]
+    def running(self) -> list[int]:
+        """The ranks that run."""
+        pids = map(int, re.findall(r"^pid (\d+)$", self.log.read_text(), re.M))
+        return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
 
     def end(self) -> str:
         """The job's output. It must end by itself, with all its processes."""
         try:
             self.torchrun.wait(90)
             limit = time.monotonic() + 10
-            while (left := [pid for pid in self.pids if is_alive(pid)]) and time.monotonic() < limit:
+            while self.running():
+                assert time.monotonic() < limit, self.log.read_text()
                 time.sleep(0.1)
-            assert not left, self.output
         finally:
             self.torchrun.kill()
-            for pid in filter(is_alive, self.pids):
+            for pid in self.running():
                 os.kill(pid, signal.SIGKILL)
-        return self.output
-
-
-def is_alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"
+        return self.log.read_text()
 
 
 # -----------------------------------------------------------------------------
@@ -113,10 +103,10 @@ CAUSE = "Root Cause .first observed failure.:.*rank      : 1 .*"  # torchrun's r
         ("raise", {}, CAUSE + "KeyError: 'own error'"),
         ("user error of all", {}, "^error: --depth must be positive$"),
         pytest.param("user error of one", {}, "^rank 1: error: no such file on this node$.*" + CAUSE, marks=pytest.mark.slow),
-        pytest.param("kill", {}, CAUSE + "SIGKILL", marks=pytest.mark.slow),
+        pytest.param("SIGKILL", {}, CAUSE + "SIGKILL", marks=pytest.mark.slow),
         ("hang", {"NANOCHAT_HANG_TIMEOUT": "3"}, "Timeout.*in hang_here"),
         # A stopped process cannot time out itself; the rank that waits for it does
-        pytest.param("freeze", {"NANOCHAT_HANG_TIMEOUT": "3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}, "Timeout",
+        pytest.param("SIGSTOP", {"NANOCHAT_HANG_TIMEOUT": "3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}, "Timeout",
                      marks=pytest.mark.slow),
     ],
 )  # fmt: skip
@@ -131,7 +121,7 @@ def test_a_failing_rank_ends_the_job_which_reports_why(tmp_path, case, variables
 @pytest.mark.parametrize("moment", ["starting", "training"])
 def test_no_rank_outlives_torchrun(tmp_path, moment):
     job = Job(tmp_path, moment)
-    while job.output.count("pid" if moment == "starting" else "training") < 2 and job.torchrun.poll() is None:
+    while job.log.read_text().count("pid" if moment == "starting" else "training") < 2 and job.torchrun.poll() is None:
         time.sleep(0.1)
     job.torchrun.kill()
     output = job.end()
@@ -142,18 +132,18 @@ def test_no_rank_outlives_torchrun(tmp_path, moment):
 def test_on_main_and_main_first_raise_everywhere(run_ranks):
     def work(compute):
         order = []
+
+        def fail():
+            raise UserError(f"on rank {compute.rank}")
+
         assert compute.on_main(lambda: order.append(compute.rank) or "result") == "result"
         assert compute.main_first(lambda: order.append(compute.rank) or compute.rank) == compute.rank
         for call in (compute.on_main, compute.main_first):
             with pytest.raises(UserError, match="on rank 0"):
-                call(lambda: raise_user_error(f"on rank {compute.rank}"))
+                call(fail)
         return order
 
     assert run_ranks(3, work) == [[0, 0], [1], [2]]
-
-
-def raise_user_error(text):
-    raise UserError(text)
 
 
 # -----------------------------------------------------------------------------
@@ -167,7 +157,7 @@ def test_ranks_without_torchrun_or_a_gpu_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "5")
-    with pytest.raises(UserError, match="local rank 5 .* has 4; .*--nproc-per-node=4"):
+    with pytest.raises(UserError, match="local rank 5 has no GPU: there are 4; .*--nproc-per-node=4"):
         compute_init("cuda")
 
 
@@ -176,7 +166,7 @@ def test_ranks_without_torchrun_or_a_gpu_are_refused(monkeypatch):
     [
         (UserError("what to do"), "error: what to do"),
         (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"),
-         "error: No space left on device: model.safetensors. Free some space or set NANOCHAT_BASE_DIR"),
+         "error: [Errno 28] No space left on device: 'model.safetensors'; free some space, or set NANOCHAT_BASE_DIR"),
         (KeyboardInterrupt(), "130"),
     ],
 )  # fmt: skip
@@ -211,31 +201,31 @@ def test_the_base_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_atomic_replaces_a_file_or_folder_completely_or_not_at_all(tmp_path, folder):
+def test_atomic_writes_a_file_or_folder_completely_or_not_at_all(tmp_path, folder):
     target = tmp_path / "a" / "b"
+    for error in (KeyboardInterrupt, None):
+        with pytest.raises(error) if error else nullcontext(), atomic(target) as tmp:
+            if folder:
+                tmp.mkdir()
+            (tmp / "file" if folder else tmp).write_text("text")
+            if error:
+                raise error
+        assert list((tmp_path / "a").iterdir()) == ([] if error else [target]), "no temporary files are left"
+    assert (target / "file" if folder else target).read_text() == "text"
 
-    def write(tmp, text):
-        if folder:
-            tmp.mkdir()
-        (tmp / "file" if folder else tmp).write_text(text)
 
-    for text in ("first", "second"):
-        with atomic(target) as tmp:
-            write(tmp, text)
-            assert text == "first" or target.exists(), "the old one stays until the new one is complete"
-    with pytest.raises(KeyboardInterrupt), atomic(target) as tmp:
-        write(tmp, "third")
-        raise KeyboardInterrupt
-    assert (target / "file" if folder else target).read_text() == "second"
-    assert list((tmp_path / "a").iterdir()) == [target], "no temporary files are left"
+def test_atomic_keeps_the_old_file_until_the_new_one_is_complete(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with atomic(tmp_path / "a") as tmp:
+        tmp.write_text("new")
+        assert (tmp_path / "a").read_text() == "old"
+    assert (tmp_path / "a").read_text() == "new"
 
 
 def test_wandb_without_a_login_is_a_user_error(tmp_path):
     """In a process of its own, since the library reads its settings once."""
     code = "from nanochat.common import *; run_script(lambda: check_wandb('name'))"
-    env = {**os.environ, "HOME": str(tmp_path), "WANDB_MODE": "online"}
-    env.pop("WANDB_API_KEY", None)
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    env = {**os.environ, "HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_API_KEY": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and re.match("error: --run=name needs a login to wandb: .*wandb login.*WANDB_MODE=offline", line)

@@ -8,23 +8,26 @@ import pickle
 import pytest
 import tiktoken
 import torch
-from test_checkpoint_manager import BYTES, CPU, TINY, make_model
+from test_checkpoint_manager import BYTES, CPU
+from tiny import tiny_gpt
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError
 from scripts import export
 
 
-CONFIG = dataclasses.replace(TINY, vocab_size=BYTES.get_vocab_size())
+def make_model():
+    return tiny_gpt(vocab_size=BYTES.get_vocab_size(), window_pattern="SL")
 
 
 @pytest.fixture
 def folder(tmp_path, base_dir):
     """A model of step 7 in the reference's layout, compiled when it was saved."""
+    model = make_model()
     folder = tmp_path / "d2"
     folder.mkdir()
-    torch.save({f"_orig_mod.{name}": tensor for name, tensor in make_model(CONFIG).state_dict().items()}, folder / "model_000007.pt")
-    (folder / "meta_000007.json").write_text(json.dumps({"model_config": dataclasses.asdict(CONFIG), "val_bpb": 1.0}))
+    torch.save({f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}, folder / "model_000007.pt")
+    (folder / "meta_000007.json").write_text(json.dumps({"model_config": dataclasses.asdict(model.config), "val_bpb": 1.0}))
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(BYTES.encoding))
     return folder
 
@@ -34,7 +37,7 @@ def test_an_imported_model_is_the_same(folder, capsys):
     assert "scripts.chat_cli -i sft -g d2" in capsys.readouterr().out
     model, tokenizer, meta = load_model("sft", CPU)
     tokens = torch.randint(0, 256, (2, 16))
-    assert meta["step"] == 7 and torch.equal(model(tokens), make_model(CONFIG)(tokens))
+    assert meta["step"] == 7 and torch.equal(model(tokens), make_model()(tokens))
     assert tokenizer.fingerprint() == BYTES.fingerprint()
 
 

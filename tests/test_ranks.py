@@ -49,10 +49,9 @@ def metrics(base, tag, folder="base_checkpoints"):
     return [json.loads(line) for line in (base / folder / tag / "metrics.jsonl").read_text().splitlines()]
 
 
-def curve(base, tag, folder="base_checkpoints"):
+def curve(*run):
     """(step, name, value) of every training loss and every evaluation."""
-    lines = metrics(base, tag, folder)
-    return [(line["step"], name, line[name]) for line in lines for name in ("raw_loss", "val_bpb") if name in line]
+    return [(line["step"], name, line[name]) for line in metrics(*run) for name in ("raw_loss", "val_bpb") if name in line]
 
 
 def assert_same_curve(one, other):
@@ -184,12 +183,13 @@ def test_nodes_that_do_not_share_the_base_folder_are_a_user_error(trained_base, 
 def test_kills_lose_nothing(trained_base, rounds):
     """SIGKILL or SIGTERM to a rank, to torchrun or to all; at start, in a step or during a save."""
     rng, log = random.Random(0), trained_base / "log"
-    folders = [trained_base / "base_checkpoints" / f"{name}{rounds}" for name in ("reference", "killed")]
+    reference, killed = (trained_base / "base_checkpoints" / f"{name}{rounds}" for name in ("reference", "killed"))
     steps_per_round = 12  # at most, before the kill
+    last = 3 * steps_per_round * rounds
 
     def train(folder, resume="-1"):
-        flags = [f"--num-iterations={3 * steps_per_round * rounds}", "--save-every=2", "--keep-last=3", "--eval-every=0"]
-        command = base_train(trained_base, folder.name, *flags, f"--resume-from-step={resume}")
+        flags = [f"--num-iterations={last}", "--save-every=2", "--keep-last=3", "--eval-every=0", f"--resume-from-step={resume}"]
+        command = base_train(trained_base, folder.name, *flags)
         with open(log, "w") as stdout:
             return start(torchrun("--standalone", "--nproc-per-node=2"), trained_base, command, stdout=stdout)
 
@@ -198,10 +198,10 @@ def test_kills_lose_nothing(trained_base, rounds):
             return {child.environ()["RANK"]: child for child in psutil.Process(job.pid).children()}
         return {}
 
-    assert train(folders[0]).wait(600) == 0, log.read_text()
+    assert train(reference).wait(600) == 0, log.read_text()
     for number in range(rounds):
-        before = max(list_steps(folders[1]), default=0)
-        job = train(folders[1], "latest" if before else "-1")  # a kill may come before the first checkpoint
+        before = max(list_steps(killed), default=0)
+        job = train(killed, "latest" if before else "-1")  # a kill may come before the first checkpoint
         if number % 6 == 0:
             time.sleep(rng.uniform(0, 6))  # while it starts
         count = rng.randint(1, steps_per_round) if number % 6 else 0
@@ -220,10 +220,9 @@ def test_kills_lose_nothing(trained_base, rounds):
         while any(psutil.pid_exists(rank.pid) and rank.status() != "zombie" for rank in ranks.values()):
             assert time.monotonic() < deadline, f"round {number}: a rank outlives the job"
             time.sleep(0.1)
-        assert max(list_steps(folders[1]), default=0) >= before, f"round {number} lost step {before}"
-        for step in list_steps(folders[1]):
-            verify(folders[1], step)
-    assert train(folders[1], "latest").wait(600) == 0, log.read_text()
-    last = 3 * steps_per_round * rounds
-    reference, killed = ({name: file["sha256"] for name, file in verify(folder, last)["files"].items()} for folder in folders)
-    assert reference == killed and curve(trained_base, folders[0].name) == curve(trained_base, folders[1].name)
+        assert max(list_steps(killed), default=0) >= before, f"round {number} lost step {before}"
+        for step in list_steps(killed):
+            verify(killed, step)
+    assert train(killed, "latest").wait(600) == 0, log.read_text()
+    assert verify(reference, last)["files"] == verify(killed, last)["files"]
+    assert curve(trained_base, reference.name) == curve(trained_base, killed.name)

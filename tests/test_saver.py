@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import resource
-import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ import torch
 from test_checkpoint_manager import BYTES, CPU, OPTIMIZER, assert_same, names_in, some_state
 
 from nanochat import checkpoint_manager as cm
-from nanochat.checkpoint_manager import list_steps, load_checkpoint, verify
+from nanochat.checkpoint_manager import list_steps, load_checkpoint, load_optimizer, verify
 from nanochat.common import UserError
 from nanochat.saver import Saver
 
@@ -33,9 +32,8 @@ def test_a_save_has_the_state_at_its_call_and_only_the_next_save_waits_for_it(tm
     saver.save(2, model, None, {}, BYTES)
     assert 1 in list_steps(tmp_path)
     saver.close()
-    saved_model, saved_optimizer, _ = load_checkpoint(tmp_path, 1, CPU, OPTIMIZER)
-    assert_same(saved_model, some_state())
-    assert_same(saved_optimizer, OPTIMIZER)
+    assert_same(load_checkpoint(tmp_path, 1, CPU)[0], some_state())
+    assert_same(load_optimizer(tmp_path, 1, OPTIMIZER, rank=0), OPTIMIZER)
     assert capsys.readouterr().out == f"saved step 1 in {tmp_path}\nsaved step 2 in {tmp_path}\n"
 
 
@@ -66,17 +64,10 @@ def test_a_failed_save_is_printed_at_once_and_raised_at_the_end_only(tmp_path, c
 def test_saving_works_where_files_cannot_be_locked(tmp_path, monkeypatch, capsys, error):
     monkeypatch.setattr("nanochat.saver.FileLock.acquire", Mock(side_effect=error))
     saver = Saver(tmp_path, CPU)
+    assert capsys.readouterr().out.startswith(f"files cannot be locked in {tmp_path}: ")
     saver.save(1, some_state(), None, {}, BYTES)
     saver.close()
     assert list_steps(tmp_path) == [1]
-    assert capsys.readouterr().out.startswith(f"files cannot be locked in {tmp_path}: ")
-
-
-def start(code, *arguments):
-    """Start Python code in a process that imports what this one does."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
 HOLDER = """
@@ -97,26 +88,35 @@ time.sleep(600)
 """
 
 
-def test_one_run_at_a_time_and_a_killed_one_releases_the_folder(tmp_path):
-    holder = start(HOLDER, tmp_path, "saving")
-    try:
-        assert holder.stdout.readline() == "in the middle\n"
-        message = f"another run is training into {tmp_path}; .*--model-tag.*delete {tmp_path}/.lock"
-        with pytest.raises(UserError, match=message):
-            Saver(tmp_path, CPU, timeout=0.2)
-        threading.Timer(0.5, holder.send_signal, (signal.SIGKILL,)).start()
-        saver = Saver(tmp_path, CPU)  # waits for the run that is being killed
-    finally:
-        holder.kill()
-        holder.communicate()
+@pytest.fixture
+def start_holder(tmp_path):
+    """A process that holds the folder, with the imports of this one."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    started = []
+
+    def start(case):
+        command = [sys.executable, "-c", HOLDER, str(tmp_path), case]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env))
+        return started[0]
+
+    yield start
+    started[0].kill()
+    started[0].communicate()
+
+
+def test_one_run_at_a_time_and_a_killed_one_releases_the_folder(tmp_path, start_holder):
+    holder = start_holder("saving")
+    assert holder.stdout.readline() == "in the middle\n"
+    with pytest.raises(UserError, match=f"another run is training into {tmp_path}; .*--model-tag.*delete {tmp_path}/.lock"):
+        Saver(tmp_path, CPU, timeout=0.2)
+    threading.Timer(0.5, holder.kill).start()
+    saver = Saver(tmp_path, CPU)  # waits for the run that is being killed
     assert len([name for name in names_in(tmp_path) if name.startswith(".step_000001")]) == 1
     saver.save(2, some_state(), None, {}, BYTES)
     saver.close()
     assert names_in(tmp_path) == [".lock", "step_000002"]
 
 
-def test_a_process_that_exits_early_finishes_its_save(tmp_path):
-    holder = start(HOLDER, tmp_path, "ending")
-    holder.communicate(timeout=60)
-    assert holder.returncode == 1
+def test_a_process_that_exits_early_finishes_its_save(tmp_path, start_holder):
+    assert start_holder("ending").wait(60) == 1
     verify(tmp_path, 1)

@@ -4,66 +4,56 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import schedule
 from nanochat.common import UserError
-
-
-def test_rates_are_scaled_from_depth_12():
-    assert schedule.D12_SCALING_PARAMS == 84_934_656 + 25_165_824
-    assert schedule.best_batch_size(schedule.D12_TOKENS) == 2**19
-    assert schedule.batch_lr_scale(2**19) == 1.0
-    assert schedule.weight_decay_scale(2**19, schedule.D12_TOKENS) == 1.0
-    # The batch grows with the horizon
-    assert schedule.best_batch_size(schedule.D12_TOKENS * 6) == 2**20  # 6^0.383 = 1.99
-    assert schedule.best_batch_size(schedule.D12_TOKENS // 6) == 2**18
-    assert schedule.batch_lr_scale(2**17) == 0.5
-    assert schedule.weight_decay_scale(2**17, 2 * schedule.D12_TOKENS) == 0.25
-
-
-def test_short_runs_get_higher_rates():
-    assert schedule.short_run_lr_scale(50 * 1000, scaling_params=1000) == 1.0
-    assert schedule.short_run_lr_scale(12, scaling_params=1000) == pytest.approx(1000**0.32)
-
-
-def test_horizon_is_the_first_that_is_set():
-    assert schedule.horizon_tokens(6e9, 12, flops_per_token=6000, scaling_params=10) == 1_000_000
-    assert schedule.horizon_tokens(-1, 12, flops_per_token=6000, scaling_params=10) == 120
-    with pytest.raises(UserError, match="--num-iterations"):
-        schedule.horizon_tokens(-1, -1, 1, 1)
+from nanochat.schedule import D12_SCALING_PARAMS, D12_TOKENS, batch_lr_scale, check_batch, largest_device_batch, plan
+from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
 
 
 def test_a_batch_that_does_not_divide_names_sizes_that_do():
-    assert schedule.check_batch(4096, 8, 512, 1) == 1
-    assert schedule.check_batch(16384, 8, 512, 3) == 4, "ranks need not get equally many"
-    with pytest.raises(UserError, match="use 4096 or 8192"):
-        schedule.check_batch(5000, 8, 512, 1)
-    with pytest.raises(UserError, match="use 4096$"):
-        schedule.check_batch(100, 8, 512, 1)
-    with pytest.raises(UserError, match="too few for 4 ranks; use --total-batch-size 16384 or --device-batch-size 4"):
-        schedule.check_batch(8192, 8, 512, 4)
+    assert check_batch(4096, 8, 512, 1) == 1
+    assert check_batch(16384, 8, 512, 3) == 4, "ranks need not get equally many"
+    for size, world_size, nearest in ((5000, 1, "4096 or 8192"), (100, 1, "4096"), (8192, 4, "16384"), (17000, 4, "16384 or 20480")):
+        with pytest.raises(UserError, match=f"; use {nearest}, or another --device-batch-size"):
+            check_batch(size, 8, 512, world_size)
 
 
 @given(rows=st.integers(1, 500), world_size=st.integers(1, 9), limit=st.integers(1, 40))
 def test_the_automatic_device_batch_divides_the_step(rows, world_size, limit):
-    size = schedule.largest_device_batch(rows * 64, 64, world_size, limit)
+    size = largest_device_batch(rows * 64, 64, world_size, limit)
     assert size <= limit and rows % size == 0 and (rows // size >= world_size or size == 1)
 
 
-def test_plan():
-    """Depth 12 gives the reference run; given numbers are taken as they are; neither ranks nor micro-batches matter."""
-    run = schedule.plan(6 * schedule.D12_SCALING_PARAMS, schedule.D12_SCALING_PARAMS, 2048)
+def test_depth_12_is_the_reference_run():
+    assert D12_SCALING_PARAMS == 84_934_656 + 25_165_824
+    run = plan(6 * D12_SCALING_PARAMS, D12_SCALING_PARAMS, 2048)
     assert (run.total_batch_size, run.lr_scale, run.weight_decay, run.short_run) == (2**19, 1.0, pytest.approx(0.28, rel=1e-3), 1.0)
-    assert run.num_iterations == round(schedule.D12_TOKENS / 2**19) and run.warmup_steps == 40
-    short = schedule.plan(1, 1000, 64, num_iterations=20, total_batch_size=640)
-    assert (short.tokens, short.warmup_steps, short.short_run) == (12800, 1, 1.0)
-    tiny = schedule.plan(1, schedule.D12_SCALING_PARAMS, 96, num_iterations=20)
-    assert tiny.total_batch_size % 96 == 0 and tiny.short_run > 1
-    assert schedule.plan(100, 1000, 64, target_flops=6.4e5, total_batch_size=64).num_iterations == 100
+    assert run.num_iterations == round(D12_TOKENS / 2**19) and run.warmup_steps == 40
+
+
+def test_batch_and_rates_are_scaled_from_depth_12():
+    def batch(horizon):  # in tokens, at one FLOP per token
+        return plan(1, D12_SCALING_PARAMS, 2048, target_flops=horizon).total_batch_size
+
+    assert batch(D12_TOKENS * 6) == 2**20 and batch(D12_TOKENS // 6) == 2**18  # 6^0.383 = 1.99
+    assert batch_lr_scale(2**17) == 0.5
+    half = plan(1, D12_SCALING_PARAMS, 2048, total_batch_size=2**17, target_flops=2 * D12_TOKENS)
+    assert (half.lr_scale, half.weight_decay) == (0.5, pytest.approx(0.28 / 4, rel=1e-3))
+    short = plan(1, scaling_params=1000, sequence_len=1, num_iterations=1, total_batch_size=12)
+    assert short.short_run == pytest.approx(1000**0.32)
+
+
+def test_the_horizon_is_the_first_that_is_set():
+    assert plan(1, 1000, 64, num_iterations=20, total_batch_size=640).tokens == 12800
+    assert plan(100, 1000, 64, target_flops=6.4e5, total_batch_size=64).num_iterations == 100
+    assert plan(100, 1000, 64, total_batch_size=64).num_iterations == 12 * 1000 // 64 + 1
+    assert plan(1, D12_SCALING_PARAMS, 96, num_iterations=20).total_batch_size % 96 == 0
+    with pytest.raises(UserError, match="--num-iterations"):
+        plan(1, 1, 1, target_param_data_ratio=-1)
 
 
 def test_learning_rate_is_a_trapezoid():
     def lr(step):
-        return schedule.lr_multiplier(step, step / 100, warmup_steps=3, warmdown=0.5, final=0.1)
+        return lr_multiplier(step, step / 100, warmup_steps=3, warmdown=0.5, final=0.1)
 
     assert [lr(s) for s in (0, 1, 2, 3, 50)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert lr(75) == pytest.approx(0.55) and lr(100) == pytest.approx(0.1)
@@ -71,8 +61,6 @@ def test_learning_rate_is_a_trapezoid():
 
 
 def test_momentum_and_decay():
-    assert schedule.muon_momentum(0, 0.0, 0.5) == pytest.approx(0.85)
-    assert schedule.muon_momentum(400, 0.3, 0.5) == pytest.approx(0.97)
-    assert schedule.muon_momentum(1000, 1.0, 0.5) == pytest.approx(0.90)
-    assert schedule.weight_decay_multiplier(0) == 1 and schedule.weight_decay_multiplier(1) == pytest.approx(0)
-    assert schedule.weight_decay_multiplier(0.5) == pytest.approx(0.5)
+    momenta = [muon_momentum(0, 0.0, 0.5), muon_momentum(400, 0.3, 0.5), muon_momentum(1000, 1.0, 0.5)]
+    assert momenta == pytest.approx([0.85, 0.97, 0.90])
+    assert [weight_decay_multiplier(x) for x in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_checkpoint_manager import CPU, save
+from tiny import tiny_gpt
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.common import UserError
 from nanochat.device import largest_batch
@@ -56,9 +58,6 @@ def batch(B, T, supervised, seed):
 
 def test_a_step_never_synchronises_and_compiles_once():
     """No value of a tensor is read, which would wait for a GPU, and new rates do not recompile."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    from nanochat.gpt import GPT, GPTConfig
 
     class NoReading(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -66,10 +65,7 @@ def test_a_step_never_synchronises_and_compiles_once():
             assert function not in synchronising, "this synchronises"
             return function(*args, **(kwargs or {}))
 
-    with torch.device("meta"):
-        model = GPT(GPTConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=1, n_kv_head=1, n_embd=64))
-    model.to_empty(device="cpu")
-    model.init_weights(torch.float32)
+    model = tiny_gpt()
     optimizer = MuonAdamW(model.param_groups())
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     tokens = torch.randint(0, 64, (2, 32), dtype=torch.int32)
@@ -122,8 +118,7 @@ def test_a_step_without_any_target_changes_nothing():
     before = model.table.clone()
     rates = {"lr": 1.0, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0.5}
     optimizer = MuonAdamW([{"kind": "adamw", "params": [("table", model.table)], **rates}])
-    loss = train_step(model, optimizer, [batch(2, 6, 0, seed=0)], CPU)
-    assert loss == 0 and torch.equal(model.table, before)
+    assert train_step(model, optimizer, [batch(2, 6, 0, seed=0)], CPU) == 0 and torch.equal(model.table, before)
     assert not any(state.any() for state in optimizer.state_dict().values())
 
 
@@ -176,13 +171,14 @@ def test_the_smoothed_loss_is_debiased_and_resumes_and_memory_is_measured(tmp_pa
     assert lines[2]["peak_memory"] == pytest.approx(peak, rel=0.05)
 
     m.log(2, val_bpb=1.5)  # an evaluation at the saved step is repeated after a resume
+    m.path.write_text(m.path.read_text() + '{"step": 4, "lo')  # killed in the middle of a line
     resumed = meter(tmp_path, state=saved)
     assert [line["step"] for line in logged(tmp_path)] == [1, 2]
     stop_step(resumed, 3, 3.0)
     assert [line["loss"] for line in logged(tmp_path)] == [line["loss"] for line in lines]
 
 
-def test_on_a_gpu_a_step_is_reported_after_the_next_is_launched(tmp_path):
+def test_on_a_gpu_a_step_is_reported_after_the_next_is_launched_and_nan_stops_the_run(tmp_path):
     read = []
 
     class Loss(float):
@@ -200,7 +196,7 @@ def test_on_a_gpu_a_step_is_reported_after_the_next_is_launched(tmp_path):
     assert read == [1, 2, 3] and m.state(3)["step"] == 3
     time.sleep(0.2)
     stop_step(m, 4, Loss(math.nan))
-    with pytest.raises(UserError, match="step 4"):
+    with pytest.raises(UserError, match="became nan at step 4 .*--resume-from-step latest"):
         m.flush()
     assert [line["raw_loss"] for line in logged(tmp_path)] == [1, 2, 3] and m.total_time < 0.2
 
@@ -220,12 +216,6 @@ def test_largest_batch_halves_until_memory_suffices():
         largest_batch(lambda rows: 1 / 0, 8)
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_non_finite_loss_stops_the_run(tmp_path, loss):
-    with pytest.raises(UserError, match=r"step 7 .*--resume-from-step latest"):
-        stop_step(meter(tmp_path), 7, loss)
-
-
 def test_the_second_sigint_stops_at_once(restored_signals):
     stop = StopSignal(CPU)
     assert not stop.requested()
@@ -235,38 +225,39 @@ def test_the_second_sigint_stops_at_once(restored_signals):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_all_ranks_stop_when_one_is_signalled(run_ranks, restored_signals):
-    stops = [StopSignal(CPU) for _ in range(3)]  # in the main thread, as signals require
-    stops[2].received = True
+def test_all_ranks_stop_when_one_is_signalled(run_ranks, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # the ranks are threads
 
     def requested(compute):
-        stops[compute.rank].compute = compute
-        return stops[compute.rank].requested()
+        stop = StopSignal(compute)
+        stop.received = compute.rank == 2
+        return stop.requested()
 
     assert run_ranks(3, requested) == [True] * 3
 
 
 def test_where_to_resume(tmp_path, capsys):
-    directory = tmp_path / "d4"
+    directory, old = tmp_path / "d4", tmp_path / "d4.old"
+
+    def steps_in(folder):
+        return sorted(path.name for path in folder.glob("step_*"))
+
     assert step_to_resume(directory, "-1", restarted=False) is None
     save(directory, 20)
     save(directory, 10)
     (directory / ".lock").touch()
-    assert step_to_resume(directory, "latest", restarted=False) == 20
+    assert step_to_resume(directory, "latest", restarted=False) == 20, "by step, not by time"
     assert [step_to_resume(directory, wanted, restarted=True) for wanted in ("-1", "latest", "10")] == [20] * 3
-    with pytest.raises(UserError, match="neither a step nor"):
-        step_to_resume(directory, "newest", restarted=False)
     # Resuming from an explicit step sets later ones aside, which belong to another course of the run
     assert step_to_resume(directory, "10", restarted=False) == 10
     assert "later steps to" in capsys.readouterr().out and step_to_resume(directory, "latest", restarted=False) == 10
     # A new run never mixes with what an earlier one left under its tag
-    assert step_to_resume(directory, "-1", restarted=False) is None
-    assert "d4.old" in capsys.readouterr().out and [path.name for path in directory.iterdir()] == [".lock"]
-    assert [path.name for path in (tmp_path / "d4.old").glob("step_*")] == ["step_000010"]
-    assert step_to_resume(directory, "-1", restarted=True) is None
-    save(directory, 30)  # of a third run
-    assert step_to_resume(directory, "-1", restarted=False) is None
-    assert [path.name for path in (tmp_path / "d4.old").glob("step_*")] == ["step_000030"]
+    for step in (10, 30):
+        assert step_to_resume(directory, "-1", restarted=False) is None
+        assert f"{old}" in capsys.readouterr().out and [path.name for path in directory.iterdir()] == [".lock"]
+        assert steps_in(old) == [f"step_0000{step}"]
+        assert step_to_resume(directory, "-1", restarted=True) is None
+        save(directory, 30)
 
 
 def test_inherit_takes_flags_that_were_not_given_from_the_initial_model():
