@@ -55,7 +55,7 @@ def model():
 
 
 def measure(task, model, compute=CPU, **options):
-    return run_task(task, model, TOKENIZER, Engine(model, TOKENIZER), compute, progress=False, **options)
+    return run_task(task, model, TOKENIZER, Engine(model, TOKENIZER), compute, **options)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
@@ -113,7 +113,7 @@ def test_a_limit_asks_the_first_problems_with_the_same_answers(model, kind):
 @pytest.mark.parametrize("world_size", [1, 3, 7])
 def test_right_answers_are_counted_problem_by_problem_on_any_number_of_ranks(model, kind, world_size, run_ranks):
     task = kind(5)
-    options = {"num_samples": 4, "max_new_tokens": 4, "temperature": 1.0, "progress": False}
+    options = {"num_samples": 4, "max_new_tokens": 4, "temperature": 1.0}
 
     def count(compute):
         return count_right(task, model, TOKENIZER, Engine(model, TOKENIZER), compute, **options).tolist()
@@ -128,7 +128,7 @@ def test_right_answers_are_counted_problem_by_problem_on_any_number_of_ranks(mod
 
 def test_a_stop_on_any_rank_ends_the_evaluation_on_all(model, run_ranks):
     def count(compute):
-        options = {"batch_size": 1, "progress": False, "stop": lambda: compute.rank == 1}
+        options = {"batch_size": 1, "stop": lambda: compute.rank == 1}
         return count_right(Letters(5), model, TOKENIZER, Engine(model, TOKENIZER), compute, **options)
 
     assert run_ranks(2, count) == [None, None]
@@ -177,7 +177,7 @@ def test_answers_are_graded_while_others_are_generated(model):
         def evaluate(self, conversation, completion):
             return any(engine.generated_tokens > 3 or time.sleep(0.01) for _ in range(2000))
 
-    accuracy, n = run_task(Patient(2), model, TOKENIZER, engine, CPU, max_new_tokens=3, progress=False)
+    accuracy, n = run_task(Patient(2), model, TOKENIZER, engine, CPU, max_new_tokens=3)
     assert (accuracy, n) == (1.0, 2)
 
 
