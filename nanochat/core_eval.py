@@ -54,7 +54,7 @@ class CoreTask:
 
 
 def fetch_bundle(compute: Compute) -> Path:
-    """The unpacked evaluation bundle, downloaded once by the main rank. UserError on all ranks if that fails."""
+    """The unpacked bundle, downloaded once by the main rank. Raises UserError on all ranks if that fails."""
     folder = get_base_dir() / "eval_bundle"
 
     def fetch() -> None:
@@ -140,10 +140,7 @@ def row_options(row: dict, kind: str) -> list[tuple[str, str]]:
 
 
 def fewshot_text(rows: list[dict], i: int, task: CoreTask) -> str:
-    """The solved examples that precede row i, each followed by a blank line.
-
-    They are sampled from all other rows, or are all of them if the task has too few.
-    """
+    """The solved examples that precede row i, sampled from all other rows, each followed by a blank line."""
     others = [j for j in range(len(rows)) if j != i]
     shots = random.Random(1234 + i).sample(others, min(task.num_fewshot, len(others)))
     solved = [row_options(rows[j], task.kind)[rows[j].get("gold", 0)] for j in shots]
@@ -251,10 +248,12 @@ def score_positions(model, hidden: torch.Tensor, positions: torch.Tensor, target
 def answer_rows(model, tokenizer, task: CoreTask, rows: list[dict], which: range, batch_tokens: int) -> list[tuple]:
     """(answer, whether it is right) for the rows of `which`; an answer is the chosen option, or the greedy tokens."""
     prompts = [render_prompts(rows, i, task) for i in which]
-    encoded = iter(tokenizer.encode([text for texts in prompts for text in texts], prepend=tokenizer.get_bos_token_id()))
+    all_texts = [text for texts in prompts for text in texts]
+    encoded = iter(tokenizer.encode(all_texts, prepend=tokenizer.get_bos_token_id()))
     context = model.config.sequence_len
     questions = [mark_options([next(encoded) for _ in texts], task.kind, context) for texts in prompts]
-    scores = iter(score_options(model, [option for options in questions for option in options], batch_tokens))
+    all_options = [option for options in questions for option in options]
+    scores = iter(score_options(model, all_options, batch_tokens))
     answers = []
     for i, options in zip(which, questions):
         losses, greedy = zip(*(next(scores) for _ in options))
@@ -268,9 +267,15 @@ def answer_rows(model, tokenizer, task: CoreTask, rows: list[dict], which: range
 
 
 def evaluate_core(
-    model, tokenizer, compute: Compute, bundle: Path, max_per_task: int = -1, batch_tokens: int | None = None,
-    say: Callable[[str], None] = lambda line: None, stop: Callable[[], bool] | None = None,
-) -> dict | None:  # fmt: skip
+    model,
+    tokenizer,
+    compute: Compute,
+    bundle: Path,
+    max_per_task: int = -1,
+    batch_tokens: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    stop: Callable[[], bool] | None = None,
+) -> dict | None:
     """CORE and its tasks: {"core", "stderr", "tasks": {label: {"accuracy", "centered", "stderr", "examples"}}}.
 
     `model` has `hidden`, `logits`, `get_device` and `config.sequence_len`. Chunks of questions are assigned to the ranks
@@ -291,7 +296,8 @@ def evaluate_core(
             if turn % compute.world_size == compute.rank:
                 which = range(first, min(first + CHUNK, len(rows)))
                 answers = answer_rows(model, tokenizer, task, rows, which, batch_tokens)
-                counts[t] += torch.tensor([sum(right for _, right in answers), len(answers)])
+                right = sum(right for _, right in answers)
+                counts[t] += torch.tensor([right, len(answers)])
                 compute.heartbeat()
             turn += 1
         say(f"{t + 1:2d}/{len(tasks)} {task.label}: {len(rows)} questions, {time.monotonic() - began:.1f} s")

@@ -177,6 +177,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
+        """Whether any sequence is unfinished."""
         return self.scheduler.busy
 
     @property
@@ -252,7 +253,8 @@ class Engine:
                 if all(column >= len(seq.masks) for seq in seqs):
                     return [seq.finish_reason for seq in seqs]
                 tokens = [seq.tokens[min(seq.prompt_length + column, len(seq.tokens) - 1)] for seq in seqs]
-                yield tokens, [seq.masks[column] if column < len(seq.masks) else 0 for seq in seqs]
+                masks = [seq.masks[column] if column < len(seq.masks) else 0 for seq in seqs]
+                yield tokens, masks
         finally:
             for seq in seqs:
                 self.cancel(seq)
@@ -263,7 +265,7 @@ class Engine:
             (tokens, "The prompt is empty; it must contain at least bos"),
             (room > 0, f"The prompt has {len(tokens)} tokens and the model's context is {self.context}, "
                        "which leaves no room for a reply; shorten the prompt"),
-            (max_tokens is None or max_tokens > 0, f"max_tokens is {max_tokens}; it must be 1 or more, or None for as many as fit"),
+            (max_tokens is None or max_tokens > 0, f"max_tokens is {max_tokens}; it must be 1 or more, or None (no limit)"),
             (0 <= temperature < float("inf"), f"temperature is {temperature}; it must be 0 (greedy) or more"),
             (top_k is None or top_k > 0, f"top_k is {top_k}; it must be 1 or more, or None for all tokens"),
             (0 < top_p <= 1, f"top_p is {top_p}; it must be above 0 and at most 1 (all tokens)"),

@@ -85,7 +85,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.prefilling: Sequence | None = None  # at most one prompt is partly prefilled
         self.running: list[Sequence] = []
-        # The newest sequence of each slot, finished or not. Grows up to max_sequences, so that the cache is not larger than needed
+        # The newest sequence of each slot, finished or not; grows up to max_sequences, so that the cache is small
         self.slots: list[Sequence] = []
         self.free: list[int] = []  # slots whose sequence has finished, in the order in which they finished
 

@@ -49,10 +49,20 @@ def run_task(*args, **options) -> tuple[float, int]:
 
 
 def count_right(
-    task, model, tokenizer, engine, compute: Compute, max_problems: int | None = None, batch_size: int = 8,
-    num_samples: int = 1, max_new_tokens: int = 512, temperature: float = 0.0, top_k: int | None = 50,
-    name: str | None = None, stop: Callable[[], bool] | None = None,
-) -> torch.Tensor | None:  # fmt: skip
+    task,
+    model,
+    tokenizer,
+    engine,
+    compute: Compute,
+    max_problems: int | None = None,
+    batch_size: int = 8,
+    num_samples: int = 1,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_k: int | None = 50,
+    name: str | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> torch.Tensor | None:
     """Evaluate `model` on the first `max_problems` problems of `task` (None: all of them). Every rank must call this.
 
     Returns the number of right answers to each problem, (n,) int64, the same on every rank. `batch_size` problems share
@@ -140,7 +150,8 @@ def _generative(task, tokenizer, engine, compute, indices, num_samples, settings
     """
     # At least a quarter of the context is left for the reply
     room = engine.context - min(settings["max_tokens"], engine.context // 4)
-    problem_of, grades = {}, {index: [] for index in indices}  # of a sequence; of a problem
+    problem_of = {}  # sequence -> what `render_prompts` yielded
+    grades = {index: [] for index in indices}
     for problem in render_prompts(task, tokenizer, indices, room):
         index, _, ids, _ = problem
         for i in range(num_samples):
