@@ -152,7 +152,7 @@ class Engine:
         weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
         self.dtype = min((weight.dtype for weight in weights), key=lambda dtype: dtype.itemsize, default=torch.float32)
         self.max_sequences = min(max_sequences, self._sequences_that_fit())
-        self.prefill_tokens = 0  # in total, without those that the prefix cache had
+        self.prefill_tokens = self.cached_tokens = self.generated_tokens = 0  # totals, shown by the server's /stats
         self.cache: KVCache | None = None
         self.graphs: dict[int, DecodingGraph] = {}
         self._new_scheduler()
@@ -296,6 +296,7 @@ class Engine:
             if isinstance(item, Copy):
                 for memory in (self.cache.k_cache, self.cache.v_cache):
                     memory[:, item.target, : item.length] = memory[:, item.source, : item.length]
+                self.cached_tokens += item.length
             else:
                 self._prefill(item.seq, item.start, item.end)
         # In order of their slots, so that attention reads neighbouring rows of the cache
@@ -304,6 +305,7 @@ class Engine:
             return []
         settings = [(seq.temperature, seq.top_k, seq.top_p) for seq in seqs]
         tokens, log_probs = sample(self._logits(seqs), settings, [uniform_sample(seq.rng) for seq in seqs])
+        self.generated_tokens += len(seqs)
         sampled = torch.stack([tokens.float(), log_probs], dim=1).tolist()  # one transfer; ids below 2^24 are exact in float32
         return [(seq, *self._accept(seq, int(token), log_prob)) for seq, (token, log_prob) in zip(seqs, sampled)]
 

@@ -140,6 +140,7 @@ def test_greedy_output_equals_naive_generate(changes, prompt_length):
     assert reasons == (["stop"] * 3 if expected[-1] in (BOS, END) else ["length"] * 3)
     assert all(mask == [1, 1, 1] for mask in masks)
     assert engine.prefill_tokens == prompt_length - 1, "samples of one prompt prefill it once"
+    assert engine.cached_tokens == 2 * (prompt_length - 1)
 
 
 # -----------------------------------------------------------------------------
@@ -335,6 +336,7 @@ def test_a_sequence_is_the_same_alone_and_among_19_others(monkeypatch, max_seque
         if request["temperature"] == 0:
             assert seq.generated == naive(model, request["tokens"], request["max_tokens"])
     assert not engine.busy and engine.num_running == engine.num_waiting == 0
+    assert engine.generated_tokens == sum(len(seq.generated) for seq in seqs)
 
 
 def test_the_next_turn_prefills_only_new_tokens_and_is_the_same():
