@@ -6,14 +6,14 @@ What belongs to a sequence (its rng, its settings, its tool call) is kept with i
 other sequences, up to the rounding of sums.
 
 The engine knows a model only by calling it: `model.hidden(ids, kv_cache=...)` advances a cache and `model.logits`
-computes logits. It knows nothing about conversations, files, or text beyond tool calls and stop strings.
-An engine must be used by one thread at a time.
+computes logits. It knows nothing about conversations. An engine must be used by one thread at a time.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from copy import copy
 from itertools import count
 
 import torch
@@ -70,16 +70,9 @@ class KVCache:
 
     def select(self, slots: torch.Tensor, seqlens: torch.Tensor, last_tokens: torch.Tensor) -> KVCache:
         """A view of the given slots as a batch, with the filled positions and last tokens given."""
-        selection = object.__new__(KVCache)
-        selection.k_cache, selection.v_cache = self.k_cache, self.v_cache
+        selection = copy(self)  # shares the tensors
         selection.slots, selection.cache_seqlens, selection.last_tokens = slots, seqlens, last_tokens
         return selection
-
-
-def cache_dtype(model) -> torch.dtype:
-    """The dtype of the model's keys and values: that of its embeddings, the narrowest of its weights."""
-    weights = model.parameters() if isinstance(model, torch.nn.Module) else ()  # a fake model may have none
-    return min((weight.dtype for weight in weights), key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
 # -----------------------------------------------------------------------------
@@ -87,51 +80,48 @@ def cache_dtype(model) -> torch.dtype:
 
 
 def sample(
-    logits: torch.Tensor, temperatures: list[float], top_ks: list[int | None], top_ps: list[float], uniform_samples: list[float]
+    logits: torch.Tensor, settings: list[tuple[float, int | None, float]], uniform_samples: list[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per sequence from logits (B, V), with settings and a uniform sample in [0, 1) for each.
+    """One token per sequence from logits (B, V), with (temperature, top_k, top_p) and a uniform sample in [0, 1) for each.
 
-    Returns (tokens (B,) int64, log-probabilities (B,) float32 under the settings). A uniform sample selects the
-    token by inverting the cumulative distribution, so a sequence needs one random number and all are sampled
-    together. Temperature 0 is greedy. `top_k` keeps the k most likely tokens; `top_p` keeps the fewest of these
-    that have that share of the probability (nucleus sampling, arXiv:1904.09751).
+    Returns (tokens (B,) int64, log-probabilities (B,) float32 under the settings). The uniform sample selects the token
+    by inverting the cumulative distribution. Temperature 0 is greedy. `top_k` keeps the k most likely tokens; `top_p`
+    keeps the fewest of these that have that share of the probability (nucleus sampling, arXiv:1904.09751).
     """
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     log_probs = torch.zeros(len(logits), device=logits.device)
+    u = torch.tensor(uniform_samples, device=logits.device)[:, None]  # (B, 1)
 
-    # Rows that need equally many candidates are sampled together: 1 if greedy, 0 for the whole vocabulary, unsorted
-    groups: dict[int, list[int]] = {}  # candidates -> rows of the logits
-    for row, temperature in enumerate(temperatures):
-        k = min(top_ks[row] or logits.size(-1), logits.size(-1))
-        ordered = k < logits.size(-1) or top_ps[row] < 1
-        width = 1 if temperature == 0 else 1 << (k - 1).bit_length() if ordered else 0
-        groups.setdefault(width, []).append(row)
+    rows_of: dict[tuple, list[int]] = {}  # settings -> the rows that share them, which are sampled together
+    for row, key in enumerate(settings):
+        rows_of.setdefault(key, []).append(row)
 
-    for width, rows in groups.items():
-
-        def column(values):
-            return torch.tensor([values[row] for row in rows], device=logits.device)[:, None]  # (R, 1)
-
+    for (temperature, top_k, top_p), rows in rows_of.items():
         scores = logits if len(rows) == len(logits) else logits[rows]  # (R, V)
-        if width == 1:
+        if temperature == 0:
             tokens[rows] = scores.argmax(dim=-1)
             continue
-        if width:
-            scores, candidates = scores.topk(min(width, logits.size(-1)), dim=-1)  # (R, width), most likely first
+        k = min(top_k or scores.size(-1), scores.size(-1))
+        ordered = k < scores.size(-1) or top_p < 1
+        if ordered:
+            scores, candidates = scores.topk(k, dim=-1)  # (R, k), most likely first
         scores = scores.float()
-        # Subtract the maximum first, so that a tiny temperature cannot give infinity minus infinity
-        weights = (scores - scores.amax(dim=-1, keepdim=True)).div_(column(temperatures)).exp_()
-        if width:
-            weights *= torch.arange(weights.size(-1), device=logits.device) < column([k or logits.size(-1) for k in top_ks])
+        # Subtract the maximum first, so that a tiny temperature cannot give infinity minus infinity; as float32 it may be 0
+        weights = (scores - scores.amax(dim=-1, keepdim=True)).div_(max(temperature, 1e-30)).exp_()
         cumulative = weights.cumsum(dim=-1)
         total = cumulative[:, -1:]
-        if width:
-            kept = (cumulative - weights < column(top_ps) * total).sum(dim=-1, keepdim=True)
-            total = torch.where(column(top_ps) < 1, cumulative.gather(1, kept.clamp(min=1) - 1), total)
-        choice = torch.searchsorted(cumulative, column(uniform_samples) * total, right=True)  # (R, 1)
-        tokens[rows] = (candidates.gather(1, choice) if width else choice)[:, 0]
+        if top_p < 1:
+            kept = (cumulative - weights < top_p * total).sum(dim=-1, keepdim=True)
+            total = cumulative.gather(1, kept.clamp(min=1) - 1)
+        choice = torch.searchsorted(cumulative, u[rows] * total, right=True)  # (R, 1)
+        tokens[rows] = (candidates.gather(1, choice) if ordered else choice)[:, 0]
         log_probs[rows] = (weights.gather(1, choice) / total).log()[:, 0]
     return tokens, log_probs
+
+
+def uniform_sample(rng: random.Random) -> float:
+    """Uniform in [0, 1), with 23 bits, so that its product with a total stays below the total in float32."""
+    return rng.getrandbits(23) / (1 << 23)
 
 
 # -----------------------------------------------------------------------------
@@ -158,14 +148,14 @@ class Engine:
         self.terminal_tokens = frozenset((assistant_end, tokenizer.get_bos_token_id()))
         self.context = min(context or model.config.sequence_len, model.config.sequence_len)
         self.device = model.get_device()
+        # Keys and values have the dtype of the embeddings, the narrowest of the weights; a fake model may have none
+        weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
+        self.dtype = min((weight.dtype for weight in weights), key=lambda dtype: dtype.itemsize, default=torch.float32)
         self.max_sequences = min(max_sequences, self._sequences_that_fit())
-        self.prefill_tokens = self.cached_tokens = self.generated_tokens = 0  # totals
+        self.prefill_tokens = self.cached_tokens = self.generated_tokens = 0  # totals, shown by the server's /stats
         self.cache: KVCache | None = None
         self.graphs: dict[int, DecodingGraph] = {}
-        self.scheduler = self._make_scheduler()
-
-    # -------------------------------------------------------------------------
-    # Sequences that join and leave
+        self._new_scheduler()
 
     def submit(
         self, tokens: list[int], max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
@@ -192,7 +182,7 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        return len(self.scheduler.slot_of)
+        return len(self.scheduler.slots) - len(self.scheduler.free)
 
     @property
     def num_waiting(self) -> int:
@@ -214,17 +204,14 @@ class Engine:
 
     def reset(self) -> None:
         """Cancel all sequences and empty the prefix cache, as after a change of the weights. Memory is kept."""
-        for seq in [*self.scheduler.waiting, *self.scheduler.slot_of]:
-            self.scheduler.end(seq, "cancelled")
-        self.scheduler = self._make_scheduler()
+        for seq in [*self.scheduler.waiting, *self.scheduler.slots]:
+            self.cancel(seq)
+        self._new_scheduler()
 
     def finish(self) -> Iterator[Sequence]:
         """Step until all sequences have finished, yielding each as it finishes."""
         while self.busy:
             yield from [seq for seq, _, _ in self.step() if seq.finish_reason]
-
-    # -------------------------------------------------------------------------
-    # One prompt
 
     def generate(
         self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
@@ -232,10 +219,9 @@ class Engine:
     ) -> Iterator[tuple[list[int], list[int]]]:  # fmt: skip
         """Continue one prompt `num_samples` times: yields (token_column, token_masks) with one entry per sample.
 
-        A mask is 1 if the token was sampled, 0 if a tool forced it. A sample ends with a terminal token (assistant_end
-        or bos), which is yielded, then repeated with mask 0 while others continue. Without `max_tokens` the context is
-        the limit. The generator returns the finish reasons ("stop", "length" or "context") of the samples.
-        Raises UserError for invalid arguments, at the call and not at the first step.
+        A mask is 1 if the token was sampled, 0 if a tool forced it. A sample ends with a terminal token, which is yielded,
+        then repeated with mask 0 while others continue. The generator returns the finish reasons ("stop", "length" or
+        "context") of the samples. Raises UserError for invalid arguments, at the call and not at the first step.
         """
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}; it must be 1 or more")
@@ -246,7 +232,7 @@ class Engine:
         self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
         top_k: int | None = None, seed: int = 42,
     ) -> tuple[list[list[int]], list[list[int]]]:  # fmt: skip
-        """Like `generate`, without streaming: (sequences, masks) with the prompt (mask 0) and without the terminal token."""
+        """As `generate`: whole (sequences, masks), with the prompt (mask 0) and without the terminal token."""
         sequences = [list(tokens) for _ in range(num_samples)]
         masks = [[0] * len(tokens) for _ in range(num_samples)]
         for column, column_masks in self.generate(tokens, num_samples, max_tokens, temperature, top_k, seed):
@@ -267,13 +253,11 @@ class Engine:
                 if all(column >= len(seq.masks) for seq in seqs):
                     return [seq.finish_reason for seq in seqs]
                 tokens = [seq.tokens[min(seq.prompt_length + column, len(seq.tokens) - 1)] for seq in seqs]
-                yield tokens, [seq.masks[column] if column < len(seq.masks) else 0 for seq in seqs]
+                masks = [seq.masks[column] if column < len(seq.masks) else 0 for seq in seqs]
+                yield tokens, masks
         finally:
             for seq in seqs:
                 self.cancel(seq)
-
-    # -------------------------------------------------------------------------
-    # Inside a step
 
     def _make_sequence(self, tokens, max_tokens, temperature, top_k, top_p, seed, sample_index) -> Sequence:
         room = self.context - len(tokens)
@@ -281,7 +265,7 @@ class Engine:
             (tokens, "The prompt is empty; it must contain at least bos"),
             (room > 0, f"The prompt has {len(tokens)} tokens and the model's context is {self.context}, "
                        "which leaves no room for a reply; shorten the prompt"),
-            (max_tokens is None or max_tokens > 0, f"max_tokens is {max_tokens}; it must be 1 or more, or None for as many as fit"),
+            (max_tokens is None or max_tokens > 0, f"max_tokens is {max_tokens}; it must be 1 or more, or None (no limit)"),
             (0 <= temperature < float("inf"), f"temperature is {temperature}; it must be 0 (greedy) or more"),
             (top_k is None or top_k > 0, f"top_k is {top_k}; it must be 1 or more, or None for all tokens"),
             (0 < top_p <= 1, f"top_p is {top_p}; it must be above 0 and at most 1 (all tokens)"),
@@ -300,8 +284,8 @@ class Engine:
             rng=random.Random(f"{seed}/{sample_index}"),  # unrelated streams for neighbouring seeds and samples
         )
 
-    def _make_scheduler(self) -> Scheduler:
-        return Scheduler(self.max_sequences, PREFILL_BUDGET.get(self.device.type, PREFILL_BUDGET["cpu"]))
+    def _new_scheduler(self) -> None:
+        self.scheduler = Scheduler(self.max_sequences, PREFILL_BUDGET.get(self.device.type, PREFILL_BUDGET["cpu"]))
 
     # Not around the generators, whose consumers the mode would affect
     @torch.inference_mode()
@@ -314,33 +298,28 @@ class Engine:
                     memory[:, item.target, : item.length] = memory[:, item.source, : item.length]
                 self.cached_tokens += item.length
             else:
-                self._prefill(item.seq.tokens, item.slot, item.start, item.end)
+                self._prefill(item.seq, item.start, item.end)
         # In order of their slots, so that attention reads neighbouring rows of the cache
-        seqs = sorted(self.scheduler.running, key=lambda seq: self.scheduler.slot_of[seq].index)
+        seqs = sorted(self.scheduler.running, key=lambda seq: seq.slot)
         if not seqs:
             return []
-        logits = self._logits(seqs)
-        tokens, log_probs = sample(
-            logits,
-            [seq.temperature for seq in seqs],
-            [seq.top_k for seq in seqs],
-            [seq.top_p for seq in seqs],
-            [uniform_sample(seq.rng) for seq in seqs],
-        )
+        settings = [(seq.temperature, seq.top_k, seq.top_p) for seq in seqs]
+        tokens, log_probs = sample(self._logits(seqs), settings, [uniform_sample(seq.rng) for seq in seqs])
         self.generated_tokens += len(seqs)
         sampled = torch.stack([tokens.float(), log_probs], dim=1).tolist()  # one transfer; ids below 2^24 are exact in float32
         return [(seq, *self._accept(seq, int(token), log_prob)) for seq, (token, log_prob) in zip(seqs, sampled)]
 
-    def _prefill(self, tokens: list[int], slot: int, start: int, end: int) -> None:
+    def _prefill(self, seq: Sequence, start: int, end: int) -> None:
         """Fill the cache with tokens start .. end of a prompt; no logits are needed."""
-        ids = torch.tensor([tokens[start:end]], device=self.device)
-        place = torch.tensor([[slot], [start], [tokens[start - 1] if start else -1]], dtype=torch.int32, device=self.device)
+        ids = torch.tensor([seq.tokens[start:end]], device=self.device)
+        before = seq.tokens[start - 1] if start else -1
+        place = torch.tensor([[seq.slot], [start], [before]], dtype=torch.int32, device=self.device)
         self.model.hidden(ids, kv_cache=self.cache.select(*place), last_only=True)
         self.prefill_tokens += end - start
 
     def _logits(self, seqs: list[Sequence]) -> torch.Tensor:
         """Logits (B, V) after the last token of each sequence."""
-        slots = [self.scheduler.slot_of[seq].index for seq in seqs]
+        slots = [seq.slot for seq in seqs]
         lengths = [len(seq.tokens) - 1 for seq in seqs]
         newest = [seq.tokens[-1] for seq in seqs]
         before = [seq.tokens[-2] if len(seq.tokens) > 1 else -1 for seq in seqs]
@@ -361,17 +340,16 @@ class Engine:
         seq.tokens.append(token)
         seq.masks.append(mask)
         seq.log_probs.append(log_prob * mask)
-        reason = seq.exhausted if len(seq.tokens) >= seq.limit else None
-        if mask and self._ends_with(seq, token):
-            reason = "stop"
-        if reason:
-            self.scheduler.end(seq, reason)
+        if mask:
+            self._track_call(seq, token)
+        if mask and token in self.terminal_tokens:
+            self.scheduler.end(seq, "stop")
+        elif len(seq.tokens) >= seq.limit:
+            self.scheduler.end(seq, seq.exhausted)
         return token, mask
 
-    def _ends_with(self, seq: Sequence, token: int) -> bool:
-        """Whether a sampled token ends its sequence. Also tracks tool calls and queues their output."""
-        if token in self.terminal_tokens:
-            return True
+    def _track_call(self, seq: Sequence, token: int) -> None:
+        """Collect the tokens of a tool call; at its end, queue the result."""
         if token == self.python_start:
             seq.call = []
         elif token == self.python_end and seq.call is not None:
@@ -381,10 +359,6 @@ class Engine:
                 seq.forced.extend([self.output_start, *self.tokenizer.encode(str(result)), self.output_end])
         elif seq.call is not None:
             seq.call.append(token)
-        return False
-
-    # -------------------------------------------------------------------------
-    # Memory
 
     def _sequences_that_fit(self) -> int:
         """The number of sequences that fit into half of the free memory, at least one."""
@@ -397,7 +371,7 @@ class Engine:
             free = psutil.virtual_memory().available
         config = self.model.config
         values = 2 * config.n_layer * config.n_kv_head * (config.n_embd // config.n_head) * self.context
-        return max(1, free // 2 // (values * cache_dtype(self.model).itemsize))
+        return max(1, free // 2 // (values * self.dtype.itemsize))
 
     def _make_room(self, num_sequences: int) -> None:
         """Grow the cache to at least `num_sequences` slots, with its content."""
@@ -405,19 +379,15 @@ class Engine:
         before = 0 if self.cache is None else self.cache.k_cache.size(1) - spare
         if num_sequences <= before:
             return
-        size, config = min(max(num_sequences, 2 * before), self.max_sequences) + spare, self.model.config
-        head_dim, dtype = config.n_embd // config.n_head, cache_dtype(self.model)
-        cache = KVCache(size, config.n_kv_head, self.context, head_dim, config.n_layer, self.device, dtype)
+        config = self.model.config
+        size = min(max(num_sequences, 2 * before), self.max_sequences) + spare
+        head_dim = config.n_embd // config.n_head
+        cache = KVCache(size, config.n_kv_head, self.context, head_dim, config.n_layer, self.device, self.dtype)
         if self.cache is not None:
             cache.k_cache[:, :before] = self.cache.k_cache[:, :before]
             cache.v_cache[:, :before] = self.cache.v_cache[:, :before]
         self.cache = cache
         self.graphs.clear()  # they hold the old cache's addresses
-
-
-def uniform_sample(rng: random.Random) -> float:
-    """Uniform in [0, 1), with 23 bits, so that its product with a total stays below the total in float32."""
-    return rng.getrandbits(23) / (1 << 23)
 
 
 def decode(model, cache: KVCache, batch: torch.Tensor) -> torch.Tensor:

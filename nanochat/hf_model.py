@@ -1,8 +1,7 @@
 """Any causal language model of the `transformers` library behind the few names that our evaluations use.
 
 CORE and bits per byte use only `hidden`, `logits`, the losses, `config.sequence_len` and the device of a model, and
-only `encode`, `encode_to_numpy`, `decode`, bos and the bytes per token of a tokenizer. The classes here provide these
-names for a foreign model. Nothing is trained, exported or converted.
+of a tokenizer what `HFTokenizer` has. Nothing is trained, exported or converted.
 """
 
 from __future__ import annotations
@@ -21,10 +20,7 @@ DEFAULT_CONTEXT = 2048  # if a model's configuration names no limit
 
 
 def load_hf_model(path: str, compute: Compute) -> tuple[HFModel, HFTokenizer]:
-    """A model and its tokenizer from a folder or a hub id such as "openai-community/gpt2".
-
-    Raises UserError when `transformers` is missing or `path` cannot be loaded.
-    """
+    """A model and its tokenizer from a folder or a hub id. Raises UserError if they cannot be loaded."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
@@ -34,8 +30,7 @@ def load_hf_model(path: str, compute: Compute) -> tuple[HFModel, HFTokenizer]:
         model = AutoModelForCausalLM.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        advice = "Give a folder, or an id that the hub has."
-        raise UserError(f"--hf-path {path} could not be loaded: {reason}\n{advice}") from None
+        raise UserError(f"--hf-path {path} could not be loaded (give a folder or a hub id): {reason}") from None
     return HFModel(model.to(device=compute.device, dtype=compute.dtype).eval()), HFTokenizer(tokenizer, path)
 
 
@@ -83,15 +78,12 @@ class HFModel:
             if token == bos:
                 break
             ids.append(token)
-        return tokenizer.decode(ids[1:])
+        return tokenizer.tokenizer.decode(ids[1:])
 
 
 class HFTokenizer:
     def __init__(self, tokenizer, name: str):
         self.tokenizer, self.name = tokenizer, name
-
-    def get_vocab_size(self) -> int:
-        return len(self.tokenizer)
 
     def fingerprint(self) -> str:
         """Identifies the tokenizer in a loader's state."""
@@ -104,11 +96,8 @@ class HFTokenizer:
                 return token
         raise UserError(f"the tokenizer of {self.name} has neither a bos nor an eos token to start a document with")
 
-    def encode(self, text: str | list[str], prepend: int | None = None, num_threads: int = 8) -> list:
-        """Ids of a text, or of each text of a list. Special tokens spelt out in a text are encoded as text.
-
-        `num_threads` is ignored: the library chooses its own.
-        """
+    def encode(self, text: str | list[str], prepend: int | None = None) -> list:
+        """Ids of a text, or of each text of a list. Special tokens spelt out in a text are encoded as text."""
         if isinstance(text, str):
             return self.encode([text], prepend)[0]
         if not text:
@@ -118,18 +107,15 @@ class HFTokenizer:
         return [first + ids for ids in many["input_ids"]]
 
     def encode_to_numpy(self, texts: list[str], num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
-        """Concatenated ids of all texts and their offsets, as our own tokenizer returns them."""
+        """Concatenated ids of all texts and their offsets. The library chooses its own number of threads."""
         return concatenate_ids(self.encode(texts), 2**32 - 1)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids)
 
     def token_bytes(self) -> torch.Tensor:
         """(vocab_size,) int32: bytes of text behind each id, 0 for special tokens.
 
-        Read off the vocabulary's own spelling, since decoding a lone id turns part of a character
-        into U+FFFD. Byte-level vocabularies write one character per byte; SentencePiece writes a
-        blank as "▁" and a byte as "<0x0A>". Raises UserError for any other kind.
+        Read off the vocabulary's own spelling, since decoding a lone id turns part of a character into U+FFFD.
+        Byte-level vocabularies write one character per byte; SentencePiece writes a blank as "▁" and a byte as "<0x0A>".
+        Raises UserError for any other kind.
         """
         vocab = self.tokenizer.get_vocab()
         byte_level = "Ġ" in vocab  # such vocabularies write a space like this

@@ -31,8 +31,9 @@ SAMPLE_PROMPTS = [
 def eval_batches(tokens: int, B: int, T: int, compute: Compute) -> tuple[int, int]:
     """How the ranks share a measurement over about `tokens` tokens: (rows in total, micro-batches of this rank).
 
-    -1 tokens stand for 20 * 2^20, on a CPU for 2^16. Pass the rows as the loader's `rows_per_step`. They depend neither on B nor on the ranks, so neither does the result.
-    With T = 2048, B = 8 and two ranks, 50,000 tokens are 24 rows in 3 micro-batches: 2 of rank 0 and 1 of rank 1.
+    -1 tokens stand for 20 * 2^20, on a CPU for 2^16. Pass the rows as the loader's `rows_per_step`: they depend neither
+    on B nor on the ranks, so neither does the result. With T = 2048, B = 8 and two ranks, 50,000 tokens are 24 rows in
+    3 micro-batches: 2 of rank 0 and 1 of rank 1.
     """
     if tokens == -1:
         tokens = 2**16 if compute.device.type == "cpu" else 20 * 2**20
@@ -47,16 +48,13 @@ def evaluate_bpb(
 ) -> float | None:  # fmt: skip
     """Bits per byte over the next `steps` batches of each rank: the same number on every rank.
 
-    Args:
-        batches: yields (inputs, targets, ...), both (B, T); targets of -1 are ignored.
-        steps: the number of batches of this rank, which may differ between ranks and be 0.
-        token_bytes: (vocab_size,) bytes of text behind each id, 0 for special tokens.
-        stop: called before each batch, equally often on all ranks, and must return the same on all of them.
-
-    Returns infinity if the targets hold no text at all, and None if `stop` returned True.
+    `batches` yields (inputs, targets, ...), both (B, T); targets of -1 are ignored. `steps` may differ between ranks and
+    be 0. `token_bytes` (vocab_size,) are the bytes of text behind each id, 0 for special tokens. `stop` is polled before
+    each batch and must return the same on all ranks; if it returns True, the result is None. It is infinity if the
+    targets hold no text at all.
     """
     token_bytes = token_bytes.to(compute.device)
-    # MPS has no float64; float32 is accurate to about 1e-6 here, since each addend is the sum of a whole batch.
+    # MPS has no float64; float32 is accurate to about 1e-6 here, since each addend is the sum of a whole batch
     exact = torch.float32 if compute.device.type == "mps" else torch.float64
     nats = torch.zeros((), dtype=exact, device=compute.device)
     n_bytes = torch.zeros((), dtype=torch.int64, device=compute.device)
@@ -81,6 +79,5 @@ def sample_texts(model, tokenizer, max_tokens: int = 16) -> list[str]:
     # A short context: during training there is little memory left for a KV cache.
     engine = Engine(model, tokenizer, context=max(map(len, prompts)) + max_tokens)
     sequences = [engine.submit(ids, max_tokens, temperature=0.0) for ids in prompts]
-    for _ in engine.finish():
-        pass
+    list(engine.finish())
     return [tokenizer.decode([id for id in seq.tokens[1:] if id not in engine.terminal_tokens]) for seq in sequences]

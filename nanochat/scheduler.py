@@ -36,7 +36,8 @@ class Sequence:
     log_probs: list[float] = field(default_factory=list)  # of the generated tokens under the settings; 0 if forced
     finish_reason: str | None = None  # "stop", "length", "context" or "cancelled" once finished
     prompt_length: int = 0
-    computed: int = 0  # number of tokens whose keys and values its slot holds
+    slot: int | None = None  # its place in the cache, once it has one
+    computed: int = 0  # number of tokens whose keys and values the slot holds
     reused: int = 0  # of which the prefix cache had so many
 
     def __post_init__(self):
@@ -46,24 +47,13 @@ class Sequence:
     def generated(self) -> list[int]:
         return self.tokens[self.prompt_length :]
 
-
-@dataclass(eq=False)
-class Slot:
-    """A place in the cache, which holds the keys and values of `tokens[:computed]`."""
-
-    index: int
-    seq: Sequence | None = None  # the sequence that uses it
-    tokens: list[int] = field(default_factory=list)
-    computed: int = 0
-    left_at: int = 0  # when its last sequence finished, in finished sequences
-
     def common_prefix(self, tokens: list[int]) -> int:
         """Length of the common prefix of the computed tokens and `tokens` without its last one.
 
-        >>> Slot(0, tokens=[1, 2, 3, 4], computed=3).common_prefix([1, 2, 3, 4, 5])
+        >>> Sequence([1, 2, 3, 4], limit=9, computed=3).common_prefix([1, 2, 3, 4, 5])
         3
         """
-        limit = min(self.seq.computed if self.seq else self.computed, len(tokens) - 1)
+        limit = min(self.computed, len(tokens) - 1)
         if self.tokens[:limit] == tokens[:limit]:  # nearly always, or they differ at the start
             return limit
         return next(i for i in range(limit) if self.tokens[i] != tokens[i])
@@ -83,7 +73,6 @@ class Prefill:
     """Compute tokens start .. end of a sequence's prompt."""
 
     seq: Sequence
-    slot: int
     start: int
     end: int
 
@@ -93,16 +82,16 @@ class Scheduler:
 
     def __init__(self, max_sequences: int, prefill_budget: int):
         self.max_sequences, self.prefill_budget = max_sequences, prefill_budget
-        self.slots: list[Slot] = []  # grows up to max_sequences, so that the cache is not larger than needed
         self.waiting: deque[Sequence] = deque()
         self.prefilling: Sequence | None = None  # at most one prompt is partly prefilled
         self.running: list[Sequence] = []
-        self.slot_of: dict[Sequence, Slot] = {}
-        self.ended = 0
+        # The newest sequence of each slot, finished or not; grows up to max_sequences, so that the cache is small
+        self.slots: list[Sequence] = []
+        self.free: list[int] = []  # slots whose sequence has finished, in the order in which they finished
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.slot_of)
+        return bool(self.waiting) or len(self.free) < len(self.slots)
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -110,61 +99,58 @@ class Scheduler:
     def plan(self) -> list[Copy | Prefill]:
         """The work before the next step, in order. Afterwards `running` holds the sequences of that step."""
         work, budget = [], self.prefill_budget
-        while True:
-            if self.prefilling is None:
-                slot = self._slot_for_next()
-                if slot is None:
-                    return work
-                self.prefilling = seq = self.waiting.popleft()
-                work += self._place(seq, slot)
-            seq, slot = self.prefilling, self.slot_of[self.prefilling]
+        while self.prefilling or self._start_next(work):
+            seq = self.prefilling
             end = min(len(seq.tokens) - 1, seq.computed + budget)
             if end > seq.computed:
-                work.append(Prefill(seq, slot.index, seq.computed, end))
+                work.append(Prefill(seq, seq.computed, end))
                 budget -= end - seq.computed
                 seq.computed = end
-            if seq.computed < len(seq.tokens) - 1:
-                return work
+            if end < len(seq.tokens) - 1:
+                break
             self.running.append(seq)
             self.prefilling = None
+        return work
 
     def end(self, seq: Sequence, reason: str) -> None:
         """Finish `seq` in any state. The content of its slot stays in the prefix cache until the slot is needed."""
         seq.finish_reason = reason
-        if seq in self.slot_of:
-            slot = self.slot_of.pop(seq)
-            self.ended += 1
-            slot.seq, slot.computed, slot.left_at = None, seq.computed, self.ended
-            if seq is self.prefilling:
-                self.prefilling = None
-            else:
-                self.running.remove(seq)
-        else:
+        if seq.slot is None:
             self.waiting.remove(seq)
+            return
+        self.free.append(seq.slot)
+        if seq is self.prefilling:
+            self.prefilling = None
+        else:
+            self.running.remove(seq)
 
-    def _slot_for_next(self) -> Slot | None:
-        """The slot for the first waiting sequence; None if none waits or no slot is free.
+    def _start_next(self, work: list[Copy | Prefill]) -> bool:
+        """Begin to prefill the first waiting sequence; False if none waits or no slot is free.
 
-        A free slot whose content it extends is taken over if the common prefix is at least half of that content.
-        Otherwise a new slot comes before the free slot that was left first, whose content may still be useful.
+        It takes over the free slot with the longest common prefix if that is at least half of the slot's content.
+        Otherwise it gets a new slot or, if there are enough, the slot that has been free for longest, and a copy of
+        the longest common prefix that any slot has.
         """
         if not self.waiting:
-            return None
-        tokens = self.waiting[0].tokens
-        free = [slot for slot in self.slots if slot.seq is None]
-        best = max(free, key=lambda slot: slot.common_prefix(tokens), default=None)
-        if best is not None and best.common_prefix(tokens) > 0 and 2 * best.common_prefix(tokens) >= best.computed:
-            return best
-        if len(self.slots) < self.max_sequences:
-            self.slots.append(Slot(len(self.slots)))
-            return self.slots[-1]
-        return min(free, key=lambda slot: slot.left_at, default=None)
-
-    def _place(self, seq: Sequence, slot: Slot) -> list[Copy]:
-        """Assign `slot` to `seq`, with the longest prefix that any slot has."""
-        source = max(self.slots, key=lambda other: other.common_prefix(seq.tokens))
-        seq.computed = seq.reused = source.common_prefix(seq.tokens)
-        copy = [Copy(source.index, slot.index, seq.reused)] if source is not slot and seq.reused else []
-        slot.seq, slot.tokens = seq, seq.tokens
-        self.slot_of[seq] = slot
-        return copy
+            return False
+        seq = self.waiting[0]
+        lengths = [other.common_prefix(seq.tokens) for other in self.slots]
+        best = max(self.free, key=lambda slot: lengths[slot], default=None)
+        if best is not None and lengths[best] > 0 and 2 * lengths[best] >= self.slots[best].computed:
+            seq.slot = best
+        elif len(self.slots) < self.max_sequences:
+            seq.slot = len(self.slots)
+        elif self.free:
+            seq.slot = self.free[0]
+        else:
+            return False
+        seq.computed = seq.reused = max(lengths, default=0)
+        if seq.reused and lengths.index(seq.reused) != seq.slot:
+            work.append(Copy(lengths.index(seq.reused), seq.slot, seq.reused))
+        if seq.slot in self.free:
+            self.free.remove(seq.slot)
+            self.slots[seq.slot] = seq
+        else:
+            self.slots.append(seq)
+        self.prefilling = self.waiting.popleft()
+        return True

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from nanochat.common import Compute, UserError, cores_per_rank, print0
 from nanochat.scheduler import Sequence
@@ -31,8 +32,8 @@ def pass_at_k(right: torch.Tensor, num_samples: int, k: int) -> tuple[float, flo
     """How often one of `k` answers is right, from `right` (n,), the right ones among `num_samples` to each of n problems.
 
     Returns (mean over the problems, half the width of its 95% confidence interval). The estimate for a problem with c
-    right answers, 1 - C(num_samples - c, k) / C(num_samples, k), is unbiased (Chen et al. 2021, arXiv:2107.03374, section 2.1).
-    The interval is computed as if two more problems had been solved and two more not, so that few problems which are
+    right answers, 1 - C(num_samples - c, k) / C(num_samples, k), is unbiased (Chen et al. 2021, arXiv:2107.03374).
+    The interval is computed as if two more problems had been solved and two more not, so that a few problems which are
     all solved, or all not, do not pass for certainty (Agresti and Coull 1998, for proportions).
     """
     assert 1 <= k <= num_samples, f"{k} of {num_samples} answers"
@@ -60,34 +61,43 @@ def count_right(
     temperature: float = 0.0,
     top_k: int | None = 50,
     name: str | None = None,
-    progress: bool = True,
     stop: Callable[[], bool] | None = None,
 ) -> torch.Tensor | None:
     """Evaluate `model` on the first `max_problems` problems of `task` (None: all of them). Every rank must call this.
 
     Returns the number of right answers to each problem, (n,) int64, the same on every rank. `batch_size` problems share
     a forward pass of a categorical task; a generative one gets `num_samples` samples. `name` is shown in the progress bar
-    and messages. A prompt that exceeds the context loses its beginning, and a line says how many did. `stop` is polled
-    between problems; if it returns True on any rank, the result is None. Raises UserError if the task has no problems or
-    cannot be evaluated.
+    and messages. `stop` is polled between problems; if it returns True on any rank, the result is None. Raises UserError
+    if the task has no problems or cannot be evaluated.
     """
     n = len(task) if max_problems is None else min(max_problems, len(task))
     name = name or type(task).__name__
     if n < 1:
         raise UserError(f"{name} has no problem to ask ({len(task)} in the task, limit {max_problems})")
-    if task.eval_type == "categorical":
-        blocks = _blocks(n, 4 * batch_size, compute)
-        outcomes = _categorical(task, model, tokenizer, blocks, batch_size)
-    elif task.eval_type == "generative":
-        blocks = _blocks(n, 1, compute)
-        indices = [index for block in blocks for index in block]
-        outcomes = _generative(
-            task, model, tokenizer, engine, compute, indices, num_samples, max_new_tokens, temperature, top_k
-        )
-    else:
+    if task.eval_type not in ("categorical", "generative"):
         raise UserError(f"{name} is for training only; it cannot grade answers")
-    mine = sum(len(block) for block in blocks)
-    counts = _tally(outcomes, n, mine, name, compute, progress and compute.is_main, stop)
+    categorical = task.eval_type == "categorical"
+    size = 4 * batch_size if categorical else 1  # of the blocks; problems of similar length in one share a batch
+    blocks = [range(first, min(first + size, n)) for first in range(0, n, size)]
+    mine = [blocks[i] for i in compute.shard(len(blocks))]
+    if categorical:
+        outcomes = _categorical(task, model, tokenizer, mine, batch_size)
+    else:
+        indices = [index for block in mine for index in block]
+        settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
+        outcomes = _generative(task, tokenizer, engine, compute, indices, num_samples, settings)
+
+    counts = torch.zeros(3, n, dtype=torch.long)  # right answers; 1 if evaluated on this rank; 1 if cropped
+    solved = 0
+    with tqdm(total=sum(map(len, mine)), desc=name, disable=None if compute.is_main else True, leave=False) as bar:
+        for done, (index, right, was_cropped) in enumerate(outcomes, 1):
+            counts[:, index] = torch.tensor([right, 1, was_cropped])
+            solved += right > 0
+            bar.update()
+            bar.set_postfix_str(f"{solved}/{done} = {100 * solved / done:.1f}%", refresh=False)
+            compute.heartbeat()
+            if stop and stop():
+                break
     if stop and compute.sum(torch.tensor(int(stop()))) > 0:
         return None
     right, evaluated, cropped = compute.sum(counts.to(compute.device)).cpu()
@@ -96,30 +106,6 @@ def count_right(
         context = model.config.sequence_len
         print0(f"{name}: {cropped.sum()} of {n} prompts exceeded the context of {context} tokens and lost their beginning")
     return right
-
-
-def _blocks(n: int, size: int, compute: Compute) -> list[range]:
-    """This rank's blocks of up to `size` of n problems."""
-    blocks = [range(first, min(first + size, n)) for first in range(0, n, size)]
-    return [blocks[i] for i in compute.shard(len(blocks))]
-
-
-def _tally(outcomes, n: int, mine: int, name: str, compute: Compute, show: bool, stop: Callable | None) -> torch.Tensor:
-    """(3, n) per problem: right answers, whether it was evaluated on this rank, whether its prompt was cropped."""
-    from tqdm import tqdm
-
-    counts = torch.zeros(3, n, dtype=torch.long)
-    done = solved = 0
-    with tqdm(total=mine, desc=name, disable=not show, leave=False) as bar:
-        for index, right, was_cropped in outcomes:
-            counts[:, index] = torch.tensor([right, 1, was_cropped])
-            done, solved = done + 1, solved + (right > 0)
-            bar.set_postfix_str(f"{solved}/{done} = {100 * solved / done:.1f}%", refresh=False)
-            bar.update()
-            compute.heartbeat()
-            if stop and stop():
-                break
-    return counts
 
 
 def render_prompts(task, tokenizer, indices, room: int):
@@ -140,14 +126,10 @@ def _categorical(task, model, tokenizer, blocks, batch_size):
             logits = _logits_at_end(model, [ids for _, _, ids, _ in batch], tokenizer.get_bos_token_id())  # (B, V)
             for (index, conversation, _, was_cropped), row in zip(batch, logits):
                 letters = conversation["letters"]
-                scores = row[[_letter_id(tokenizer, letter) for letter in letters]]
-                yield index, int(task.evaluate(conversation, letters[int(scores.argmax())])), was_cropped
-
-
-def _letter_id(tokenizer, letter: str) -> int:
-    ids = tokenizer.encode(letter)
-    assert len(ids) == 1, f"letter {letter!r} is {len(ids)} tokens; it must be one to be compared"
-    return ids[0]
+                choices = [tokenizer.encode(letter) for letter in letters]
+                assert all(len(ids) == 1 for ids in choices), f"letters {letters} must be one token each to be compared"
+                answer = letters[int(row[[ids[0] for ids in choices]].argmax())]
+                yield index, int(task.evaluate(conversation, answer)), was_cropped
 
 
 @torch.no_grad()
@@ -161,28 +143,29 @@ def _logits_at_end(model, prompts: list[list[int]], padding: int) -> torch.Tenso
     return model.logits(hidden[torch.arange(len(prompts), device=padded.device), ends]).cpu()
 
 
-def _generative(task, model, tokenizer, engine, compute, indices, num_samples, max_new_tokens, temperature, top_k):
+def _generative(task, tokenizer, engine, compute, indices, num_samples, settings):
     """Yield (index, right answers, was_cropped) for generative problems, each when its last sample is graded.
 
     All are submitted at once; the engine runs as many of them together as fit.
     """
-    context = model.config.sequence_len
-    room = context - min(max_new_tokens, context // 4)  # at least a quarter of the context is left for the reply
-    problems = {}  # sequence -> its problem, shared by the samples of one problem
-    for index, conversation, ids, was_cropped in render_prompts(task, tokenizer, indices, room):
-        graded: list = []
+    # At least a quarter of the context is left for the reply
+    room = engine.context - min(settings["max_tokens"], engine.context // 4)
+    problem_of = {}  # sequence -> what `render_prompts` yielded
+    grades = {index: [] for index in indices}
+    for problem in render_prompts(task, tokenizer, indices, room):
+        index, _, ids, _ = problem
         for i in range(num_samples):
-            seq = engine.submit(ids, max_new_tokens, temperature, top_k, seed=index, sample_index=i)
-            problems[seq] = index, conversation, was_cropped, graded
+            problem_of[engine.submit(ids, **settings, seed=index, sample_index=i)] = problem
 
     def grade(seq: Sequence) -> bool:
-        return task.evaluate(problems[seq][1], completion_text(tokenizer, engine, seq))
+        _, conversation, _, _ = problem_of[seq]
+        return task.evaluate(conversation, completion_text(tokenizer, engine, seq))
 
     for seq, passed in generate_and_grade(engine, grade, compute):
-        index, _, was_cropped, graded = problems.pop(seq)
-        graded.append(bool(passed))
-        if len(graded) == num_samples:
-            yield index, sum(graded), was_cropped
+        index, _, _, was_cropped = problem_of[seq]
+        grades[index].append(bool(passed))
+        if len(grades[index]) == num_samples:
+            yield index, sum(grades[index]), was_cropped
 
 
 def completion_text(tokenizer, engine, seq: Sequence) -> str:

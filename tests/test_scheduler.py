@@ -20,40 +20,35 @@ class Machine:
         self.cache = {}  # (slot, position) -> token
         self.prefilled, self.copied, self.started = [], [], []
 
-    def plan(self):
-        """Execute the scheduler's plan for the next step."""
-        before = set(self.scheduler.running)
-        work = self.scheduler.plan()
+    def holds(self, slot, tokens):
+        return [self.cache.get((slot, position)) for position in range(len(tokens))] == tokens
+
+    def step(self):
+        """Execute the plan, then generate a unique token for each running sequence."""
+        scheduler, before = self.scheduler, set(self.scheduler.running)
+        work = scheduler.plan()
         for item in work:
             if isinstance(item, Copy):
                 for position in range(item.length):
                     self.cache[item.target, position] = self.cache[item.source, position]
                 self.copied.append(item)
             else:
-                assert self.holds(item.slot, item.seq.tokens[: item.start]), "the tokens before it are cached"
+                assert self.holds(item.seq.slot, item.seq.tokens[: item.start]), "the tokens before it are cached"
                 for position in range(item.start, item.end):
-                    self.cache[item.slot, position] = item.seq.tokens[position]
-                self.prefilled.append(item)
-        self.started += [seq for seq in self.scheduler.running if seq not in before]
-        assert sum(item.end - item.start for item in work if isinstance(item, Prefill)) <= self.scheduler.prefill_budget
-        slots = [slot.index for slot in self.scheduler.slot_of.values()]
-        assert len(slots) == len(set(slots)) <= self.scheduler.max_sequences
-
-    def holds(self, slot, tokens):
-        return [self.cache.get((slot, position)) for position in range(len(tokens))] == tokens
-
-    def step(self):
-        """Plan, then generate a unique token for each running sequence."""
-        self.plan()
-        for seq in list(self.scheduler.running):
-            slot = self.scheduler.slot_of[seq].index
-            assert seq.computed == len(seq.tokens) - 1
-            assert self.holds(slot, seq.tokens[:-1])
-            self.cache[slot, seq.computed] = seq.tokens[-1]
+                    self.cache[item.seq.slot, position] = item.seq.tokens[position]
+                self.prefilled.append((item.seq, item.start, item.end))
+        assert sum(item.end - item.start for item in work if isinstance(item, Prefill)) <= scheduler.prefill_budget
+        self.started += [seq for seq in scheduler.running if seq not in before]
+        slots = [seq.slot for seq in scheduler.running]
+        assert len(slots) == len(set(slots)) and len(scheduler.slots) <= scheduler.max_sequences
+        assert not set(slots) & set(scheduler.free)
+        for seq in list(scheduler.running):
+            assert seq.computed == len(seq.tokens) - 1 and self.holds(seq.slot, seq.tokens[:-1])
+            self.cache[seq.slot, seq.computed] = seq.tokens[-1]
             seq.computed = len(seq.tokens)
             seq.tokens.append(hash((id(seq), len(seq.tokens))))
             if len(seq.tokens) == seq.limit:
-                self.scheduler.end(seq, "length")
+                scheduler.end(seq, "length")
 
     def finish(self, *seqs):
         """Add sequences and step until all have finished."""
@@ -90,8 +85,7 @@ def test_random_arrivals_and_cancellations(seed, max_sequences, budget):
     assert all(len(seq.tokens) == seq.limit for seq in seqs if seq not in cancelled)
     order = [seqs.index(seq) for seq in machine.started]
     assert order == sorted(order)
-    assert not machine.scheduler.slot_of and not machine.scheduler.running and machine.scheduler.prefilling is None
-    assert len(machine.scheduler.slots) <= max_sequences
+    assert sorted(machine.scheduler.free) == list(range(len(machine.scheduler.slots)))
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_while_others_generate():
@@ -104,40 +98,15 @@ def test_a_long_prompt_is_prefilled_in_chunks_while_others_generate():
     while long.finish_reason is None:
         machine.step()
         lengths.append(len(short.tokens))
-    assert [(item.start, item.end) for item in machine.prefilled if item.seq is long] == [(0, 4), (4, 8), (8, 12)]
+    assert machine.prefilled[1:] == [(long, 0, 4), (long, 4, 8), (long, 8, 12)]
     assert lengths == [4, 5, 6]  # one token per step throughout
 
 
-def test_samples_of_one_prompt_prefill_it_once():
-    machine = Machine(max_sequences=8, prefill_budget=100)
-    seqs = [make_sequence(range(50)) for _ in range(8)]
-    for seq in seqs:
-        machine.scheduler.add(seq)
-    machine.plan()
-    assert len(machine.scheduler.running) == 8
-    assert [(item.seq, item.start, item.end) for item in machine.prefilled] == [(seqs[0], 0, 49)]
-    assert {(item.source, item.length) for item in machine.copied} == {(0, 49)}
-    machine.finish(make_sequence([7]))
-    assert len(machine.prefilled) == 1, "a prompt of one token needs no prefill"
-
-
-def test_the_next_turn_of_a_conversation_prefills_only_new_tokens():
-    """In the slot of the turn before, also if other conversations came in between."""
-    machine = Machine(max_sequences=4, prefill_budget=100)
-    conversations = [make_sequence([0, 100 * i, *range(100 * i, 100 * i + 20)]) for i in range(4)]
-    machine.finish(*conversations)
-    for seq in reversed(conversations):
-        machine.finish(turn := make_sequence([*seq.tokens, 5, 6, 7]))
-        assert turn.reused == len(seq.tokens) - 1  # the last token has not been fed to the model
-        assert (machine.prefilled[-1].start, machine.prefilled[-1].end) == (len(seq.tokens) - 1, len(seq.tokens) + 2)
-    assert not [item for item in machine.copied if item.length > 1]
-
-
-def test_a_new_sequence_takes_an_empty_slot_then_the_least_recently_used():
+def test_a_new_sequence_takes_a_new_slot_then_that_which_was_left_first():
     machine = Machine(max_sequences=2, prefill_budget=100)
     for base in (100, 200, 300):
         machine.finish(make_sequence([base, base + 1, base + 2]))
-    assert [item.slot for item in machine.prefilled] == [0, 1, 0]
+    assert [seq.slot for seq, _, _ in machine.prefilled] == [0, 1, 0]
 
 
 def test_a_short_common_prefix_is_copied_and_its_slot_not_overwritten():
@@ -146,4 +115,4 @@ def test_a_short_common_prefix_is_copied_and_its_slot_not_overwritten():
     machine.finish(other := make_sequence([0, 1, *range(200, 230)]))
     assert other.reused == 2 and machine.copied == [Copy(0, 1, 2)]
     machine.finish(turn := make_sequence([*first.tokens, 9]))
-    assert turn.reused == len(first.tokens) - 1
+    assert turn.reused == len(first.tokens) - 1 and turn.slot == first.slot and len(machine.copied) == 1
