@@ -30,21 +30,9 @@ def render_conversation(tokenizer, conversation: dict, max_tokens: int | None = 
 
     Raises UserError (a ValueError) that names the malformed message.
     """
-    special = tokenizer.encode_special
-    ids, mask = [tokenizer.get_bos_token_id()], [0]
-
-    def add(tokens: list[int], supervised: int) -> None:
-        ids.extend(tokens)
-        mask.extend([supervised] * len(tokens))
-
-    for role, parts in checked_turns(conversation):
-        role_supervised = int(role == "assistant")
-        add([special(f"<|{role}_start|>")], 0)
-        for kind, text in parts:
-            start, end, supervised = PARTS[kind]
-            tokens = tokenizer.encode(text)
-            add([special(start), *tokens, special(end)] if start else tokens, supervised * role_supervised)
-        add([special(f"<|{role}_end|>")], role_supervised)
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens must be at least 1, not {max_tokens}")
+    ids, mask = _render(tokenizer, checked_turns(conversation))
     return ids[:max_tokens], mask[:max_tokens]
 
 
@@ -54,24 +42,30 @@ def render_for_completion(tokenizer, conversation: dict) -> list[int]:
     A last assistant message, the data set's own answer, is removed. Never truncated: what to do with a prompt that does
     not fit depends on the model.
     """
-    messages = checked_messages(conversation)
-    if len(messages) > 1 and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
-        messages = messages[:-1]
-    ids, _ = render_conversation(tokenizer, {"messages": messages}, max_tokens=None)
-    if ids[-1] != tokenizer.encode_special("<|user_end|>"):
-        raise UserError(f"the last message, messages[{len(messages) - 1}], must have the role 'user'")
+    turns = checked_turns(conversation)
+    if turns[-1][0] == "assistant":
+        turns.pop()
+    ids, _ = _render(tokenizer, turns)
     return [*ids, tokenizer.encode_special("<|assistant_start|>")]
 
 
-# -----------------------------------------------------------------------------
-# Validation
+def _render(tokenizer, turns: list[tuple[str, list[tuple[str, str]]]]) -> tuple[list[int], list[int]]:
+    special = tokenizer.encode_special
+    ids, mask = [tokenizer.get_bos_token_id()], [0]
 
+    def add(tokens: list[int], supervised: int) -> None:
+        ids.extend(tokens)
+        mask.extend([supervised] * len(tokens))
 
-def checked_messages(conversation: dict) -> list:
-    messages = conversation.get("messages") if isinstance(conversation, dict) else None
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise UserError('a conversation is {"messages": [...]} with at least one message')
-    return list(messages)
+    for role, parts in turns:
+        role_supervised = int(role == "assistant")
+        add([special(f"<|{role}_start|>")], 0)
+        for kind, text in parts:
+            start, end, supervised = PARTS[kind]
+            tokens = tokenizer.encode(text)
+            add([special(start), *tokens, special(end)] if start else tokens, supervised * role_supervised)
+        add([special(f"<|{role}_end|>")], role_supervised)
+    return ids, mask
 
 
 def checked_turns(conversation: dict) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -79,11 +73,14 @@ def checked_turns(conversation: dict) -> list[tuple[str, list[tuple[str, str]]]]
 
     A leading system message is merged into the first user message with a blank line, since the model has no system role.
     """
+    messages = conversation.get("messages") if isinstance(conversation, dict) else None
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise UserError('a conversation is {"messages": [...]} with at least one message')
     turns, system = [], ""
-    for i, message in enumerate(checked_messages(conversation)):
+    for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise UserError(f'{where} must be {{"role": ..., "content": ...}}, not {brief(message)}')
+            raise UserError(f'{where} must be {{"role": ..., "content": ...}}, not {message!r:.60}')
         role, content = message["role"], message["content"]
         if i == 0 and role == "system":
             system = checked_text(where, content) + "\n\n"
@@ -91,7 +88,7 @@ def checked_turns(conversation: dict) -> list[tuple[str, list[tuple[str, str]]]]
         expected = "assistant" if len(turns) % 2 else "user"
         if role != expected:
             raise UserError(
-                f"{where} has the role {brief(role)}, but {expected!r} is expected: after an optional system message "
+                f"{where} has the role {role!r:.60}, but {expected!r} is expected: after an optional system message "
                 "user and assistant must alternate"
             )
         if role == "assistant" and isinstance(content, (list, tuple)):
@@ -106,17 +103,12 @@ def checked_turns(conversation: dict) -> list[tuple[str, list[tuple[str, str]]]]
 
 def checked_text(where: str, content) -> str:
     if not isinstance(content, str):
-        raise UserError(f"{where} has the content {brief(content)}; it must be a string")
+        raise UserError(f"{where} has the content {content!r:.60}; it must be a string")
     return content
 
 
 def checked_part(where: str, part) -> tuple[str, str]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in list(PARTS):  # a list, since the type may be unhashable
-        raise UserError(f"{where} is {brief(part)}; its type must be one of {', '.join(PARTS)}")
+        raise UserError(f"{where} is {part!r:.60}; its type must be one of {', '.join(PARTS)}")
     return kind, checked_text(where, part.get("text"))
-
-
-def brief(value) -> str:
-    """A value as text, short enough for an error message."""
-    return f"{value!r:.60}"

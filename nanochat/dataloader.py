@@ -21,15 +21,11 @@ import torch
 
 from nanochat.common import UserError, ranks
 from nanochat.dataset import DEFAULT_SOURCE, count_rows, split_paths
-from nanochat.packing import ConversationPacker, DocumentPacker, Documents, Position, StreamPacker, split_conversation
+from nanochat.packing import ConversationPacker, DocumentPacker, Documents, StreamPacker, split_conversation
 
 AHEAD = 4  # batches made before they are needed
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor, dict]]
-
-
-# -----------------------------------------------------------------------------
-# Pretraining: documents
 
 
 def tokenizing_distributed_data_loader_with_state_bos_bestfit(
@@ -40,7 +36,6 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
     """Pretraining batches in which every row starts with bos and is packed by best fit, without padding or loss.
 
     Args:
-        B, T: rows of a micro-batch and tokens of a row.
         split: "train" or "val".
         rows_per_step: rows of one optimizer step over all ranks, by default B for each. If B does not divide it, the
             last micro-batch of a step is smaller.
@@ -49,9 +44,7 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
     Yields (inputs int32 (B, T), targets int64 (B, T), state) endlessly, epoch after epoch, in new tensors on the device.
     The state of a rank's last micro-batch of a step is the same on all ranks, and resumes at the next step on any number
     of ranks and with any B. The state of an earlier one resumes just after it on one rank. "epoch" counts from 1.
-
-    Raises:
-        UserError: no shards, only one shard for "train", no document in the split, or a state of other data.
+    Raises UserError if there is no such data, or if the state is of other data.
     """
     bos, state = tokenizer.get_bos_token_id(), resume_state_dict
     paths = split_paths(source, split)
@@ -63,13 +56,8 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
         ids, offsets = tokenizer.encode_to_numpy(texts, num_threads=tokenizer_threads)
         return [part.copy() for part in np.split(ids, offsets[1:-1])]  # copies, so that one does not keep all in memory
 
-    position = Position(*state["next"]) if state else Position(epoch=1, shard=0, group=0, row=0)
-    documents = Documents(paths, encode, tokenizer_batch_size, position)
-    waiting = state["buffer"] if state else []
-    if buffer_size:
-        packer = DocumentPacker(documents, T, bos, waiting, buffer_size)
-    else:
-        packer = StreamPacker(documents, T, bos, waiting)
+    documents = Documents(paths, encode, tokenizer_batch_size, state)
+    packer = DocumentPacker(documents, T, bos, buffer_size) if buffer_size else StreamPacker(documents, T, bos)
     return _batches(packer, data, B, rows_per_step, torch.device(device))
 
 
@@ -90,18 +78,13 @@ tokenizing_distributed_data_loader = _without_state(tokenizing_distributed_data_
 
 def _check_data_unchanged(state: dict, data: dict) -> None:
     """Raise UserError if `state` was saved with another tokenizer or other data than the current ones, `data`."""
-    remedy = "Restore what was there when the checkpoint was saved, or start this stage again."
+    remedy = "since the checkpoint was saved. Restore what was there, or start this stage again."
     if state["tokenizer"] != data["tokenizer"]:
-        raise UserError(f"the tokenizer is not the one that the checkpoint was made with. {remedy}")
+        raise UserError(f"the tokenizer has changed {remedy}")
     before, now = (x.get("shards") or {"the data set": x.get("num_conversations")} for x in (state, data))
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
-            raise UserError(f"the data has changed: {name} has {now.get(name, 'no')} rows now, {before.get(name, 'none')} when "
-                            f"the checkpoint was saved. {remedy}")
-
-
-# -----------------------------------------------------------------------------
-# Conversations
+            raise UserError(f"{name} has changed from {before.get(name, 'no')} to {now.get(name, 'no')} rows {remedy}")
 
 
 def conversation_data_loader(
@@ -111,19 +94,14 @@ def conversation_data_loader(
     """Batches of packed conversations in which every supervised token appears exactly once per epoch.
 
     Args:
-        dataset: anything with `len` whose items are conversations.
-        T: pairs of (input, target) per row. A longer conversation is split, never cropped.
+        dataset: anything with `len` whose items are conversations. Those of more than T + 1 tokens are split, not cropped.
         supervise: "assistant" trains on what the assistant says (mask 1), "all" on every token.
-        rows_per_step: as for documents.
         seed: determines the order of the conversations, which differs from epoch to epoch.
 
-    Yields (inputs int32 (B, T), targets int64 (B, T), state) endlessly. Targets that are not trained on and padding
-    (inputs bos) are -1; each row has a target that is trained on. The state resumes as for documents. It counts, over
-    all epochs, "finished": conversations that are packed completely, and "skipped": chunks left out because they have
-    no supervised token. finished / "num_conversations" is the number of completed epochs.
-
-    Raises:
-        UserError: no supervised token in a whole epoch, or a state of another data set or tokenizer.
+    Yields and resumes as for documents. Targets that are not trained on and padding (inputs bos) are -1; each row has a
+    target that is trained on. The state counts, over all epochs, "finished": conversations that are packed completely,
+    and "skipped": chunks left out because they have no supervised token. finished / "num_conversations" is the number of
+    completed epochs. Raises UserError if no token is supervised, or if the state is of another data set or tokenizer.
     """
     data = {"num_conversations": len(dataset), "tokenizer": tokenizer.fingerprint()}
     if resume_state_dict:

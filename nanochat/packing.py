@@ -11,10 +11,11 @@ from __future__ import annotations
 import random
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from itertools import groupby
+from functools import cache
+from itertools import repeat
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 
@@ -26,18 +27,16 @@ FEW = 32  # ... but at least this many, so that one enormous document does not f
 
 
 class BestFitBuffer:
-    """Items waiting for rows of `row` tokens, retrieved by age or by length.
+    """Items waiting for rows, retrieved by age or by length.
 
     If every row starts with the oldest item, an item that is added behind n others is packed within the next
     n + 1 rows. Otherwise items that are hard to place would slowly fill the buffer.
     """
 
-    def __init__(self, row: int) -> None:
-        self.row = row
+    def __init__(self) -> None:
         self.items: dict[int, tuple[int, Any]] = {}  # arrival number -> (length, item), oldest first
-        self.arrivals: dict[int, deque[int]] = {}  # length (row + 1 for all longer ones) -> arrival numbers, oldest first
+        self.arrivals: dict[int, deque[int]] = {}  # length -> arrival numbers, oldest first
         self.lengths: list[int] = []  # the keys of `arrivals`, sorted
-        self.total = 0  # sum of all lengths
         self.arrived = 0
 
     def __len__(self) -> int:
@@ -49,8 +48,6 @@ class BestFitBuffer:
 
     def add(self, length: int, item: Any) -> None:
         self.items[self.arrived] = (length, item)
-        self.total += length
-        length = min(length, self.row + 1)
         if length not in self.arrivals:
             self.arrivals[length] = deque()
             insort(self.lengths, length)
@@ -60,8 +57,7 @@ class BestFitBuffer:
     def _pop(self, length: int) -> Any:
         """Remove and return the oldest item of this length."""
         same = self.arrivals[length]
-        full_length, item = self.items.pop(same.popleft())
-        self.total -= full_length
+        _, item = self.items.pop(same.popleft())
         if not same:
             del self.arrivals[length]
             self.lengths.remove(length)
@@ -69,7 +65,7 @@ class BestFitBuffer:
 
     def pop_oldest(self) -> Any:
         length, _ = next(iter(self.items.values()))
-        return self._pop(min(length, self.row + 1))
+        return self._pop(length)
 
     def pop_shortest(self) -> Any:
         return self._pop(self.lengths[0])
@@ -83,14 +79,12 @@ class BestFitBuffer:
         fitting = self.lengths[: bisect_right(self.lengths, room)]
         if not fitting:
             return None
-        best = fitting[-1]
-        if best < room:
+        if fitting[-1] < room:
             for longer in fitting[bisect_left(fitting, room / 2) :]:
-                same_length = 2 * longer == room
-                if room - longer in self.arrivals and not (same_length and len(self.arrivals[longer]) == 1):
-                    best = longer
-                    break
-        return self._pop(best)
+                needed = 2 if 2 * longer == room else 1
+                if len(self.arrivals.get(room - longer, ())) >= needed:
+                    return self._pop(longer)
+        return self._pop(fitting[-1])
 
 
 # -----------------------------------------------------------------------------
@@ -109,13 +103,15 @@ class Position(NamedTuple):
 class Documents:
     """An endless walk over the documents of some shards, tokenized a chunk at a time.
 
-    A new walk from `position` continues exactly like this one.
+    `state` is a packer's; the walk continues where that packer's did.
     """
 
-    def __init__(self, paths: list[Path], encode: Callable, chunk_size: int, position: Position):
+    def __init__(self, paths: list[Path], encode: Callable, chunk_size: int, state: dict | None = None):
         """`encode(texts)` returns the ids of each text in an array, without bos."""
         self.paths, self.encode, self.chunk_size = paths, encode, chunk_size
-        self._texts = self._walk(position)
+        state = state or {"next": [1, 0, 0, 0], "buffer": []}
+        self._waiting = state["buffer"]
+        self._texts = self._walk(*state["next"])
         self._ahead = next(self._texts)
 
     @property
@@ -123,45 +119,44 @@ class Documents:
         """Where the next chunk starts."""
         return self._ahead[0]
 
-    def read(self) -> list[tuple[Position, np.ndarray]]:
-        """The next `chunk_size` documents as (position, ids), fewer at the end of an epoch."""
+    def read(self) -> Iterator[tuple[Position, int, np.ndarray]]:
+        """The next `chunk_size` documents as (position, 0, ids), fewer at the end of an epoch."""
         chunk, epoch = [], self.position.epoch
         while len(chunk) < self.chunk_size and self.position.epoch == epoch:
             chunk.append(self._ahead)
             self._ahead = next(self._texts)
         positions, texts = zip(*chunk)
-        return list(zip(positions, self.encode(texts)))
+        return zip(positions, repeat(0), self.encode(texts))
 
-    def _walk(self, start: Position) -> Iterator[tuple[Position, str]]:
-        epoch, first_shard, first_group, first_row = start
+    def _walk(self, epoch: int, first_shard: int, first_group: int, first_row: int) -> Iterator[tuple[Position, str]]:
         while True:
             found = False
-            for number in range(first_shard, len(self.paths)):
-                for group, texts in read_row_groups(self.paths[number], first_group):
+            for shard in range(first_shard, len(self.paths)):
+                for group, texts in read_row_groups(self.paths[shard], first_group):
                     for row in range(first_row, len(texts)):
                         if texts[row]:
                             found = True
-                            yield Position(epoch, number, group, row), texts[row]
+                            yield Position(epoch, shard, group, row), texts[row]
                     first_row = 0
                 first_group = 0
             if not found:
                 raise UserError(f"no document with text in {len(self.paths)} shard(s) of {self.paths[0].parent}")
             epoch, first_shard = epoch + 1, 0
 
-    def read_again(self, waiting: list[list[int]]) -> Iterator[tuple[Position, int, np.ndarray]]:
-        """(position, start, ids) of the documents in a state's buffer, in which each is [*position, start]."""
-        texts = {}  # (shard, group, row) -> text
-        rows = {tuple(entry[1:4]) for entry in waiting}
-        for shard, group in sorted({row[:2] for row in rows}):
-            _, found = next(read_row_groups(self.paths[shard], group), (group, []))
-            texts |= {(shard, group, row): text for row, text in enumerate(found) if (shard, group, row) in rows}
-        ids = dict(zip(texts, self.encode(list(texts.values()))))
-        for *position, start in waiting:
-            row = tuple(position[1:])
-            if row not in ids or start > len(ids[row]):
-                path = self.paths[row[0]]
+    def read_waiting(self) -> Iterator[tuple[Position, int, np.ndarray]]:
+        """The documents of the state's buffer, in which each is [*position, start], as (position, start, ids)."""
+
+        @cache
+        def texts_of(shard: int, group: int) -> list[str]:
+            _, texts = next(read_row_groups(self.paths[shard], group), (group, []))
+            return texts
+
+        texts = ["".join(texts_of(shard, group)[row : row + 1]) for _, shard, group, row, _ in self._waiting]
+        for (*position, start), ids in zip(self._waiting, self.encode(texts)):
+            if not 0 <= start <= len(ids) > 0:
+                path = self.paths[position[1]]
                 raise UserError(f"{path} has changed since this run read it. Restore it, or start this stage again.")
-            yield Position(*position), start, ids[row]
+            yield Position(*position), start, ids
 
 
 class DocumentPacker:
@@ -172,29 +167,28 @@ class DocumentPacker:
     Other rules are compared in dev/LOG.md, 10.
     """
 
-    def __init__(self, documents: Documents, T: int, bos: int, waiting: list[list[int]], buffer_size: int):
+    def __init__(self, documents: Documents, T: int, bos: int, buffer_size: int):
         self.documents, self.T, self.bos, self.buffer_size = documents, T, bos, buffer_size
-        self.buffer = BestFitBuffer(T + 1)  # items: ([*position, number of ids that are used up], ids)
-        for item in documents.read_again(waiting):
-            self._add(*item)
+        self.buffer = BestFitBuffer()  # items: (position, number of ids that are used up, ids)
+        self._add(documents.read_waiting())
 
-    def _add(self, position: Position, start: int, ids: np.ndarray) -> None:
-        self.buffer.add(1 + len(ids) - start, ([*position, start], ids))
+    def _add(self, documents: Iterable[tuple[Position, int, np.ndarray]]) -> None:
+        for position, start, ids in documents:
+            length = min(1 + len(ids) - start, self.T + 2)  # all that are longer than a row are equal
+            self.buffer.add(length, (position, start, ids))
 
     def _refill(self) -> None:
-        """Read one chunk if there is room: a buffer that grows over its first rows starts without delay.
-
-        Of a corpus smaller than the buffer, hold only this epoch and the next.
-        """
-        limit = self.buffer_size
-        if self.buffer.total >= self.buffer_size * LONG:
-            limit = min(limit, FEW)
-        if len(self.buffer) >= limit:
+        """Read one chunk if there is room: a buffer that grows over its first rows starts without delay."""
+        if len(self.buffer) >= self.buffer_size:
             return
-        epochs = [epoch for (epoch, *_), _ in self.buffer]
-        if not epochs or self.documents.position.epoch <= 1 + min(epochs):
-            for position, ids in self.documents.read():
-                self._add(position, 0, ids)
+        if len(self.buffer) >= FEW:
+            tokens = sum(1 + len(ids) - start for _, start, ids in self.buffer)
+            if tokens >= self.buffer_size * LONG:
+                return
+        # Of a corpus smaller than the buffer, hold only this epoch and the next.
+        next_epoch = self.documents.position.epoch
+        if next_epoch <= 1 + min((position.epoch for position, _, _ in self.buffer), default=next_epoch):
+            self._add(self.documents.read())
 
     def next_row(self) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.full(self.T + 1, self.bos, np.int32)  # bos is in place before each document is copied behind it
@@ -203,49 +197,44 @@ class DocumentPacker:
             self._refill()
             room = self.T + 1 - used
             if used:
-                item = self.buffer.pop_best(room) or self.buffer.pop_shortest()
+                position, start, ids = self.buffer.pop_best(room) or self.buffer.pop_shortest()
             else:
-                item = self.buffer.pop_oldest()
-            (*position, start), ids = item
+                position, start, ids = self.buffer.pop_oldest()
             end = min(len(ids), start + room - 1)
             tokens[used + 1 : used + 1 + end - start] = ids[start:end]
             used += 1 + end - start
             if end < len(ids):
-                self._add(position, end, ids)
+                self._add([(position, end, ids)])
         return tokens[:-1], tokens[1:]
 
     def state(self) -> dict:
         position = self.documents.position
-        return {"epoch": position.epoch, "next": list(position), "buffer": [place for place, _ in self.buffer]}
+        waiting = [[*position, start] for position, start, _ in self.buffer]
+        return {"epoch": position.epoch, "next": list(position), "buffer": waiting}
 
 
 class StreamPacker:
     """Rows from one plain stream of documents with bos before each, cut wherever a row ends; no token is lost."""
 
-    def __init__(self, documents: Documents, T: int, bos: int, waiting: list[list[int]]):
+    def __init__(self, documents: Documents, T: int, bos: int):
         self.documents, self.T, self.bos = documents, T, bos
-        self.queue = deque()  # (position, number of tokens that are used up, tokens with bos)
-        for item in documents.read_again(waiting):
-            self._add(*item)
-
-    def _add(self, position: Position, start: int, ids: np.ndarray) -> None:
-        self.queue.append((position, start, np.concatenate([[self.bos], ids], dtype=np.int32)))
+        self.queue = deque(documents.read_waiting())  # (position, number of tokens with bos that are used up, ids)
 
     def next_row(self) -> tuple[np.ndarray, np.ndarray]:
-        row, used = np.empty(self.T + 1, np.int32), 0
+        row, used = np.full(self.T + 1, self.bos, np.int32), 0  # bos is in place before each document
         while used < self.T + 1:
             if not self.queue:
-                for position, ids in self.documents.read():
-                    self._add(position, 0, ids)
-            position, start, tokens = self.queue.popleft()
-            end = min(len(tokens), start + self.T + 1 - used)
-            row[used : used + end - start] = tokens[start:end]
+                self.queue.extend(self.documents.read())
+            position, start, ids = self.queue.popleft()
+            end = min(1 + len(ids), start + self.T + 1 - used)
+            first = max(start, 1)
+            row[used + first - start : used + end - start] = ids[first - 1 : end - 1]
             used += end - start
-        self.queue.appendleft((position, end - 1, tokens))  # the last target is the first input of the next row
+        self.queue.appendleft((position, end - 1, ids))  # the last target is the first input of the next row
         return row[:-1], row[1:]
 
     def state(self) -> dict:
-        waiting = [[*at, start] for at, start, _ in self.queue]
+        waiting = [[*position, start] for position, start, _ in self.queue]
         return {"epoch": waiting[0][0], "next": list(self.documents.position), "buffer": waiting}
 
 
@@ -274,21 +263,19 @@ class ConversationPacker:
         """`render(conversation)` returns its chunks of at most T pairs, as `split_conversation` does."""
         self.dataset, self.render, self.T, self.bos = dataset, render, T, bos
         self.buffer_size, self.seed = buffer_size, seed
-        self.buffer = BestFitBuffer(T)  # items: ([epoch, index, number of the chunk], (inputs, targets))
+        self.buffer = BestFitBuffer()  # items: ([epoch, index, number of the chunk], (inputs, targets))
         state = state or {"next": [1, 0], "buffer": [], "skipped": 0}
         self.skipped = state["skipped"]  # chunks without a supervised target
         self._begin_epoch(*state["next"])
-        for index, places in groupby(state["buffer"], key=itemgetter(1)):
-            chunks = render(dataset[index])
-            for *_, number in places:
-                if number >= len(chunks):
-                    raise UserError(f"the data set has changed: conversation {index} is shorter than when this run read it. "
-                                    "Restore the old data, or start this stage again.")
-                self._add(index, number, chunks[number])
+        chunks = cache(lambda index: render(dataset[index]))
+        for _, index, number in state["buffer"]:
+            if number >= len(chunks(index)):
+                raise UserError(f"the data set has changed: conversation {index} is shorter than when this run read it. "
+                                "Restore the old data, or start this stage again.")
+            self._add(index, number, chunks(index)[number])
 
     def _begin_epoch(self, epoch: int, position: int = 0) -> None:
         self.epoch, self.position = epoch, position
-        self.found = position > 0  # whether this epoch has a supervised token; its remainder may have none
         self.order = list(range(len(self.dataset)))
         random.Random(f"{self.seed}, epoch {epoch}").shuffle(self.order)
 
@@ -304,16 +291,15 @@ class ConversationPacker:
                 if all(target == -1 for target in chunk[1]):
                     self.skipped += 1
                 else:
-                    self.found = True
                     self._add(index, number, chunk)
 
     def next_row(self) -> tuple[np.ndarray, np.ndarray]:
         self._refill()
-        while not self.buffer:
-            if not self.found:
-                raise UserError(f"nothing to train on: none of the {len(self.dataset)} conversations has a supervised token")
+        if not self.buffer:  # the epoch is over
             self._begin_epoch(self.epoch + 1)
             self._refill()
+            if not self.buffer:
+                raise UserError(f"nothing to train on: none of the {len(self.dataset)} conversations has a supervised token")
         inputs, targets = np.full(self.T, self.bos, np.int32), np.full(self.T, -1, np.int64)
         used, item = 0, self.buffer.pop_oldest()
         while item:
@@ -329,10 +315,5 @@ class ConversationPacker:
         waiting = [place for place, _ in self.buffer]
         read = (self.epoch - 1) * len(self.order) + self.position  # conversations, over all epochs
         finished = read - len({index for _, index, _ in waiting})
-        return {
-            "epoch": self.epoch,
-            "next": [self.epoch, self.position],
-            "buffer": waiting,
-            "finished": finished,
-            "skipped": self.skipped,
-        }
+        place = {"epoch": self.epoch, "next": [self.epoch, self.position], "buffer": waiting}
+        return {**place, "finished": finished, "skipped": self.skipped}

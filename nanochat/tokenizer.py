@@ -4,8 +4,8 @@ rustbpe trains and encodes in bulk, tiktoken encodes single prompts; both return
 ordinary text are text. Nothing is normalised: `decode(encode(text)) == text`, except for lone surrogates, which
 UTF-8 cannot hold and which become U+FFFD.
 
-A vocabulary is stored as JSON: the split pattern, the special tokens, the tokens in order of their ids (base64, since
-most are not text), and a checksum over all three. It is data that cannot execute.
+A vocabulary is stored as data that cannot execute: the split pattern, the special tokens, the tokens in order of their
+ids (base64, since most are not text), and a checksum over all three, in JSON.
 """
 
 from __future__ import annotations
@@ -64,15 +64,14 @@ class RustBPETokenizer:
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         self.encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
 
-    # -------------------------------------------------------------------------
-    # Train, load, save
-
     @classmethod
     def train_from_iterator(cls, iterator: Iterable[str], vocab_size: int) -> RustBPETokenizer:
         """Train a vocabulary of `vocab_size` tokens: 256 bytes, then merges, then the special tokens.
 
         Raises UserError if the texts have too few different words for so many tokens.
         """
+        if isinstance(iterator, str):
+            raise TypeError("train_from_iterator takes an iterator of texts, not one text")
         num_special = len(SPECIAL_TOKENS)
         if vocab_size < 256 + num_special:
             raise UserError(f"a vocabulary of {vocab_size} is too small: bytes and special tokens make {256 + num_special}")
@@ -84,8 +83,8 @@ class RustBPETokenizer:
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         if len(ranks) + num_special < vocab_size:
             raise UserError(
-                f"this text supports a vocabulary of at most {len(ranks) + num_special} tokens, not {vocab_size} "
-                "(every word in it is a single token then); train on more text or ask for a smaller vocabulary"
+                f"this text supports a vocabulary of at most {len(ranks) + num_special} tokens, not {vocab_size}; "
+                "train on more text or ask for a smaller vocabulary"
             )
         return cls(ranks, SPLIT_PATTERN, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
@@ -103,10 +102,7 @@ class RustBPETokenizer:
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(body["tokens"])}
             check_vocabulary(ranks, body["special_tokens"])
         except (ValueError, KeyError, TypeError, AttributeError) as cause:
-            raise UserError(
-                f"the tokenizer in {path} cannot be used ({cause!r}); restore that file, or train a new one with "
-                "`python -m scripts.tok_train`"
-            ) from cause
+            raise UserError(f"the tokenizer in {path} cannot be used ({cause!r}); restore it or train a new one") from cause
         return cls(ranks, body["pattern"], body["special_tokens"])
 
     @classmethod
@@ -119,8 +115,8 @@ class RustBPETokenizer:
                 parts = pool.apply_async(ENCODING_CONSTRUCTORS[tiktoken_name]).get(DOWNLOAD_TIMEOUT)
         except (OSError, ValueError, KeyError, multiprocessing.TimeoutError) as cause:  # network errors are OSErrors
             raise UserError(
-                f"the vocabulary {tiktoken_name!r} cannot be fetched by tiktoken "
-                f"({type(cause).__name__}); connect to the internet, or set TIKTOKEN_CACHE_DIR to a folder that has it"
+                f"the vocabulary {tiktoken_name!r} cannot be fetched by tiktoken ({type(cause).__name__}); "
+                "connect to the internet, or set TIKTOKEN_CACHE_DIR to a folder that has it"
             ) from cause
         return cls(parts["mergeable_ranks"], parts["pat_str"], parts["special_tokens"])
 
@@ -131,9 +127,6 @@ class RustBPETokenizer:
         contents = {"format": "nanochat-bpe-1", "sha256": _checksum(body), **body}
         with atomic(Path(directory) / VOCABULARY_FILE) as tmp:
             tmp.write_text(json.dumps(contents, indent=0), encoding="utf-8")
-
-    # -------------------------------------------------------------------------
-    # The vocabulary
 
     def get_vocab_size(self) -> int:
         return self.encoding.n_vocab
@@ -177,9 +170,6 @@ class RustBPETokenizer:
             lengths[id] = len(token)
         return torch.tensor(lengths, dtype=torch.int32, device=device)
 
-    # -------------------------------------------------------------------------
-    # Text to ids
-
     def encode(
         self, text: str | Sequence[str], prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
     ) -> list[int] | list[list[int]]:
@@ -205,7 +195,7 @@ class RustBPETokenizer:
         """Ids of all texts concatenated, uint16 or uint32, and the offsets of the texts, int64 of shape (len(texts) + 1,)."""
         import numpy as np
 
-        num_threads = max(1, min(num_threads, os.cpu_count() or 1))
+        num_threads = min(num_threads, os.cpu_count() or 1)
         by_text = [list(encodable_segments(text)) for text in texts]
         segments = list(chain.from_iterable(by_text))
         if self._bulk_encoder:
@@ -225,9 +215,6 @@ class RustBPETokenizer:
             return None
         return rustbpe.Tokenizer.from_ranks(self.ranks, self.pattern) if self.pattern == rustbpe.PATTERN else None
 
-    # -------------------------------------------------------------------------
-    # Ids to text, conversations
-
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD. KeyError outside the vocabulary."""
         return self.encoding.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -237,22 +224,6 @@ class RustBPETokenizer:
 
     def render_for_completion(self, conversation: dict) -> list[int]:
         return render_for_completion(self, conversation)
-
-
-class StreamDecoder:
-    """Decodes ids one at a time without cutting characters: of "é" in two tokens, "" and then "é" are returned."""
-
-    def __init__(self, tokenizer: RustBPETokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        """The text that this token completes."""
-        return self._decoder.decode(self._tokenizer.id_to_bytes(token_id))
-
-    def finish(self) -> str:
-        """U+FFFD for an incomplete character at the end, else ""."""
-        return self._decoder.decode(b"", final=True)
 
 
 class Segments:
@@ -265,22 +236,23 @@ class Segments:
     def __init__(self, tokenizer, stop: list[str] = ()):
         self.stop = stop
         self.stopped = False  # whether a stop string was found
+        self._tokenizer = tokenizer
         self._kinds = dict.fromkeys(map(tokenizer.encode_special, tokenizer.get_special_tokens()), "text")
         self._kinds |= {tokenizer.encode_special(start): kind for kind, (start, _, _) in PARTS.items() if start}
         self._kind = "text"
-        self._decoder = StreamDecoder(tokenizer)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back incomplete characters
         self._held = ""
 
     def push(self, token: int) -> list[tuple[str, str]]:
         if token not in self._kinds:
-            return self._shown(self._decoder.push(token))
-        segments = self._shown(self._decoder.finish())
+            return self._shown(self._utf8.decode(self._tokenizer.id_to_bytes(token)))
+        segments = self._shown(self._utf8.decode(b"", final=True))
         self._kind = self._kinds[token]
         return segments
 
     def finish(self) -> list[tuple[str, str]]:
         """The held-back text at the end of the reply."""
-        segments = self._shown(self._decoder.finish())
+        segments = self._shown(self._utf8.decode(b"", final=True))
         return [*segments, ("text", self._held)] if self._held else segments
 
     def _shown(self, text: str) -> list[tuple[str, str]]:
@@ -327,10 +299,6 @@ def check_vocabulary(ranks: dict[bytes, int], special_tokens: dict[str, int]) ->
 
 def _checksum(body: dict) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-# -----------------------------------------------------------------------------
-# Text that both libraries accept
 
 
 def encodable_segments(text: str) -> Iterator[str]:

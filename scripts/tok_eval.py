@@ -99,7 +99,7 @@ def main(argv=None):
         return  # under torchrun the main rank does all the work
 
     from nanochat import report
-    from nanochat.dataset import parquets_iter_batched
+    from nanochat.dataset import read_row_groups, split_paths
     from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
     tokenizers = {"ours": get_tokenizer()}
@@ -111,7 +111,8 @@ def main(argv=None):
     texts = {name: text.strip() for name, text in TEXTS.items()}
     for split in ("train", "val"):
         try:
-            texts[split] = "\n".join(next(parquets_iter_batched(split, source=args.source), []))
+            _, documents = next(read_row_groups(split_paths(args.source, split)[0]), (0, []))
+            texts[split] = "\n".join(filter(None, documents))
         except UserError as error:
             print(f"skipped the {split} text: {error}", flush=True)
 

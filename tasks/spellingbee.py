@@ -83,7 +83,7 @@ Hoe vaak komt de letter {c} voor in {w}?
 def load_words(split: str) -> list[str]:
     """The words of a split, in alphabetical order; fetched once. UserError where the list is out of reach."""
     assert split in ("train", "test"), split
-    path = fetch_file(file_url(WORDS_URL), get_base_dir() / "words_alpha.txt")
+    path = fetch_file(file_url(WORDS_URL), get_base_dir() / "words_alpha.txt", max_bytes=2**26)
     words = path.read_text(encoding="ascii").split()
     return words[9::10] if split == "test" else [word for index, word in enumerate(words) if index % 10 != 9]
 

@@ -1,8 +1,4 @@
-"""Conversations to ids and masks, checked by hand: the fake tokenizer has one id per character.
-
-Its ids are the characters themselves and the names of the special tokens, so an expected rendering
-can be written out and read.
-"""
+"""Conversations to ids and masks: the fake tokenizer's ids are the characters and the names of the special tokens."""
 
 import pytest
 
@@ -69,17 +65,18 @@ def test_truncation():
     assert len(whole) == 1 + 3002 + 3
     assert render(talk("a" * 3000, "b")) == whole[:2048]
     assert render(talk("a" * 3000, "b"), max_tokens=1) == ["bos 0"]
+    with pytest.raises(UserError, match="at least 1, not 0"):
+        render(talk("a", "b"), max_tokens=0)
 
 
 def test_a_completion_prompt_ends_where_the_reference_answer_starts_and_is_never_truncated():
     prompt = ["bos", "user_start", "a", "user_end", "assistant_start"]
     for conversation in (talk("a", "b"), talk("a"), talk("a", [{"type": "python", "text": "1"}])):
         assert render_for_completion(TOKENIZER, conversation) == prompt
-    conversation = talk("a", "b", "c" * 5000, "d", system="s")
     expected = render_conversation(TOKENIZER, talk("s\n\na", "b", "c" * 5000), max_tokens=None)[0]
-    before = repr(conversation)
-    assert render_for_completion(TOKENIZER, conversation) == [*expected, "assistant_start"]
-    assert repr(conversation) == before, "the argument is unchanged"
+    conversation = talk("a", "b", "c" * 5000, "d", system="s")
+    for _ in range(2):  # the argument is unchanged
+        assert render_for_completion(TOKENIZER, conversation) == [*expected, "assistant_start"]
 
 
 USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
@@ -95,13 +92,10 @@ def reply(*parts):
     [
         ([ASSISTANT], r"messages\[0\].*assistant.*'user'"),
         ([USER, USER], r"messages\[1\].*'user'.*'assistant'"),
-        ([SYSTEM, ASSISTANT], r"messages\[1\]"),
         ([USER, SYSTEM, ASSISTANT], r"messages\[1\].*system"),
         ([SYSTEM], r"messages\[0\].*system"),
         ([USER, {"role": ["assistant"], "content": "x"}], r"messages\[1\]"),
-        ([USER, {"content": "x"}], r"messages\[1\]"),
         ([USER, "hello"], r"messages\[1\].*hello"),
-        ([{"role": "user", "content": None}], r"messages\[0\].*None"),
         ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], r"messages\[0\].*string"),
         ([{"role": "user", "content": ["x" * 10_000]}], r"messages\[0\].{1,150}$"),  # long values are shortened
         ([{"role": "system", "content": 3}, USER], r"messages\[0\].*3"),
@@ -118,6 +112,6 @@ def test_a_malformed_message_is_named(messages, where):
 
 
 @pytest.mark.parametrize("conversation", [{}, [], None, {"messages": [ASSISTANT]}, {"messages": [USER, ASSISTANT, ASSISTANT]}])
-def test_a_completion_needs_a_conversation_with_a_user_message_to_answer(conversation):
+def test_a_completion_needs_a_conversation(conversation):
     with pytest.raises(UserError, match=r"at least one message|messages\[\d\]"):
         render_for_completion(TOKENIZER, conversation)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
 from functools import partial
 from itertools import islice
@@ -174,14 +173,14 @@ def test_resume_on_other_data_is_refused(tmp_path):
     write_corpus(tmp_path, LENGTHS)
     state = take(packed(tmp_path), 3)[-1][2]
     assert state["shards"] == {"000.parquet": 10, "001.parquet": 10, "002.parquet": 5}
-    refused(packed, tmp_path, state | {"tokenizer": "others"}, "the tokenizer is not the one")
+    refused(packed, tmp_path, state | {"tokenizer": "others"}, "the tokenizer has changed")
     write_corpus(tmp_path, [2] * len(LENGTHS))
     refused(packed, tmp_path, state, "has changed since this run read it")
     write_corpus(tmp_path, LENGTHS[:-1])
-    refused(packed, tmp_path, state, "002.parquet has 4 rows now, 5 when the checkpoint was saved")
+    refused(packed, tmp_path, state, "002.parquet has changed from 5 to 4 rows since the checkpoint")
     state = take(conversations(make_conversations(SHAPES)), 1)[0][2]
     shorter = make_conversations([(1, 1)] * len(SHAPES))
-    refused(conversations, shorter[:3], state, "3 rows now, 11 when the checkpoint was saved")
+    refused(conversations, shorter[:3], state, "changed from 11 to 3 rows since the checkpoint was saved")
     refused(conversations, shorter, state, "is shorter than when this run read it")
 
 
@@ -334,16 +333,14 @@ def test_chunks_without_a_supervised_token_are_counted_not_trained_on():
 # The thread
 
 
-class Recording(list):
-    """Conversations that record which were read, and fail at one of them."""
+class Failing(list):
+    """Conversations that can be read 19 times."""
 
-    def __init__(self, items, failing=None):
-        super().__init__(items)
-        self.read, self.failing = [], failing
+    reads = 0
 
     def __getitem__(self, index):
-        self.read.append(index)
-        if len(self.read) == self.failing:
+        self.reads += 1
+        if self.reads == 20:
             raise KeyError("the disk is gone")
         return super().__getitem__(index)
 
@@ -352,27 +349,17 @@ def prefetch_threads() -> int:
     return sum(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
-def test_thread_runs_a_little_ahead_and_ends_with_the_loader():
-    dataset = Recording(make_conversations([(5, 1)] * 30))
-    loader = conversations(dataset, buffer_size=1)
-    assert not dataset.read and not prefetch_threads()  # nothing runs before the first batch is requested
-    next(loader)
-    assert prefetch_threads() == 1
-    size = -1
-    while size != len(dataset.read):  # until it waits
-        size = len(dataset.read)
-        time.sleep(0.05)
-    assert 1 < size < 10
-    del loader  # closes it
-    assert not prefetch_threads()
-
-
-def test_exception_in_the_thread_is_raised_by_next():
-    loader = conversations(Recording(make_conversations([(5, 1)] * 30), failing=20), buffer_size=1)
+def test_thread_runs_a_little_ahead_and_ends_with_the_loader_or_its_exception():
+    loader = conversations(Failing(make_conversations([(5, 1)] * 30)), buffer_size=1)
+    assert not prefetch_threads()  # nothing runs before the first batch is requested
     with pytest.raises(KeyError, match="the disk is gone"):
         for number, _ in enumerate(loader, 1):
-            pass
+            assert prefetch_threads() == 1
     assert 15 < number < 20 and not prefetch_threads()
+    loader = conversations(make_conversations([(5, 1)] * 30))
+    next(loader)
+    del loader  # closes it
+    assert not prefetch_threads()
 
 
 def test_process_that_fails_ends_with_its_own_error(tmp_path):
