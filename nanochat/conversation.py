@@ -26,10 +26,7 @@ PARTS = {
 
 
 def render_conversation(tokenizer, conversation: dict, max_tokens: int | None = 2048) -> tuple[list[int], list[int]]:
-    """(ids, mask) of a conversation, both truncated to `max_tokens` (None: no limit).
-
-    Raises UserError (a ValueError) that names the malformed message.
-    """
+    """(ids, mask) of a conversation, truncated to `max_tokens` (None: no limit). UserError names a malformed message."""
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens must be at least 1, not {max_tokens}")
     ids, mask = _render(tokenizer, checked_turns(conversation))
@@ -39,17 +36,16 @@ def render_conversation(tokenizer, conversation: dict, max_tokens: int | None = 
 def render_for_completion(tokenizer, conversation: dict) -> list[int]:
     """Ids of a prompt that ends where the assistant's reply starts.
 
-    A last assistant message, the data set's own answer, is removed. Never truncated: what to do with a prompt that does
-    not fit depends on the model.
+    A last assistant message, the data set's own answer, is left out. The prompt is never truncated.
     """
     turns = checked_turns(conversation)
     if turns[-1][0] == "assistant":
-        turns.pop()
+        turns = turns[:-1]
     ids, _ = _render(tokenizer, turns)
     return [*ids, tokenizer.encode_special("<|assistant_start|>")]
 
 
-def _render(tokenizer, turns: list[tuple[str, list[tuple[str, str]]]]) -> tuple[list[int], list[int]]:
+def _render(tokenizer, turns: list[tuple]) -> tuple[list[int], list[int]]:
     special = tokenizer.encode_special
     ids, mask = [tokenizer.get_bos_token_id()], [0]
 
@@ -68,7 +64,7 @@ def _render(tokenizer, turns: list[tuple[str, list[tuple[str, str]]]]) -> tuple[
     return ids, mask
 
 
-def checked_turns(conversation: dict) -> list[tuple[str, list[tuple[str, str]]]]:
+def checked_turns(conversation: dict) -> list[tuple]:
     """The conversation as (role, [(part type, text), ...]), roles alternating, user first.
 
     A leading system message is merged into the first user message with a blank line, since the model has no system role.
@@ -87,10 +83,7 @@ def checked_turns(conversation: dict) -> list[tuple[str, list[tuple[str, str]]]]
             continue
         expected = "assistant" if len(turns) % 2 else "user"
         if role != expected:
-            raise UserError(
-                f"{where} has the role {role!r:.60}, but {expected!r} is expected: after an optional system message "
-                "user and assistant must alternate"
-            )
+            raise UserError(f"{where} has the role {role!r:.60}, but {expected!r} is expected: user and assistant must alternate")
         if role == "assistant" and isinstance(content, (list, tuple)):
             parts = [checked_part(f"{where}, part {j}", part) for j, part in enumerate(content)]
         else:

@@ -1,12 +1,10 @@
 """Batches of token ids from documents and conversations: packed, prefetched, resumable on any number of ranks.
 
-The data is one global stream of rows, and a step consumes `rows_per_step` of them. Every rank walks the whole stream
-and keeps its own rows: a step is cut into micro-batches of B rows, and micro-batch m belongs to rank m % world_size.
-So neither the number of ranks nor B changes the data of a step. Every batch comes with a small JSON state: the next
-position of the walk, and the positions of the documents that wait in the packing buffer. On resume those are read
-again, and the following batches are bit for bit those of an uninterrupted run.
-
-Rows are made in a background thread while the device computes. How they are filled is decided in packing.py.
+The data is one global stream of rows (packing.py), and a step consumes `rows_per_step` of them. Every rank walks the
+whole stream and keeps its own rows: a step is cut into micro-batches of B rows, and micro-batch m belongs to rank
+m % world_size. So neither the number of ranks nor B changes the data of a step. Every batch comes with a small JSON
+state: the next position of the walk, and the positions of the documents that wait in the packing buffer. On resume
+those are read again, and the following batches are bit for bit those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -35,11 +33,9 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
 ) -> Batches:
     """Pretraining batches in which every row starts with bos and is packed by best fit, without padding or loss.
 
-    Args:
-        split: "train" or "val".
-        rows_per_step: rows of one optimizer step over all ranks, by default B for each. If B does not divide it, the
-            last micro-batch of a step is smaller.
-        buffer_size: number of documents to choose from; 0 makes one plain stream that is cut wherever a row ends.
+    `rows_per_step` are the rows of one optimizer step over all ranks, by default B for each; if B does not divide it, the
+    last micro-batch of a step is smaller. `buffer_size` is the number of documents to choose from; 0 makes one plain
+    stream that is cut wherever a row ends.
 
     Yields (inputs int32 (B, T), targets int64 (B, T), state) endlessly, epoch after epoch, in new tensors on the device.
     The state of a rank's last micro-batch of a step is the same on all ranks, and resumes at the next step on any number
@@ -52,7 +48,7 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
     if state:
         _check_data_unchanged(state, data)
 
-    def encode(texts: list[str]) -> list[np.ndarray]:
+    def encode(texts):
         ids, offsets = tokenizer.encode_to_numpy(texts, num_threads=tokenizer_threads)
         return [part.copy() for part in np.split(ids, offsets[1:-1])]  # copies, so that one does not keep all in memory
 
@@ -61,7 +57,7 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
     return _batches(packer, data, B, rows_per_step, torch.device(device))
 
 
-def _without_state(loader: Callable[..., Batches]) -> Callable[..., Iterator[tuple[torch.Tensor, torch.Tensor]]]:
+def _without_state(loader: Callable) -> Callable:
     """The same loader, but its batches are (inputs, targets)."""
 
     @wraps(loader)
@@ -78,7 +74,7 @@ tokenizing_distributed_data_loader = _without_state(tokenizing_distributed_data_
 
 def _check_data_unchanged(state: dict, data: dict) -> None:
     """Raise UserError if `state` was saved with another tokenizer or other data than the current ones, `data`."""
-    remedy = "since the checkpoint was saved. Restore what was there, or start this stage again."
+    remedy = "since the checkpoint was saved. Restore what was there, or start this stage again"
     if state["tokenizer"] != data["tokenizer"]:
         raise UserError(f"the tokenizer has changed {remedy}")
     before, now = (x.get("shards") or {"the data set": x.get("num_conversations")} for x in (state, data))
@@ -93,10 +89,9 @@ def conversation_data_loader(
 ) -> Batches:
     """Batches of packed conversations in which every supervised token appears exactly once per epoch.
 
-    Args:
-        dataset: anything with `len` whose items are conversations. Those of more than T + 1 tokens are split, not cropped.
-        supervise: "assistant" trains on what the assistant says (mask 1), "all" on every token.
-        seed: determines the order of the conversations, which differs from epoch to epoch.
+    `dataset` has `len` and conversations as items; those of more than T + 1 tokens are split, not cropped. `supervise`
+    "assistant" trains on what the assistant says (mask 1), "all" on every token. `seed` determines the order of the
+    conversations, which differs from epoch to epoch.
 
     Yields and resumes as for documents. Targets that are not trained on and padding (inputs bos) are -1; each row has a
     target that is trained on. The state counts, over all epochs, "finished": conversations that are packed completely,
@@ -107,15 +102,11 @@ def conversation_data_loader(
     if resume_state_dict:
         _check_data_unchanged(resume_state_dict, data)
 
-    def render(conversation) -> list[tuple[list[int], list[int]]]:
+    def render(conversation):
         return split_conversation(*tokenizer.render_conversation(conversation, max_tokens=None), T, supervise)
 
     packer = ConversationPacker(dataset, render, T, tokenizer.get_bos_token_id(), buffer_size, seed, resume_state_dict)
     return _batches(packer, data, B, rows_per_step, torch.device(device))
-
-
-# -----------------------------------------------------------------------------
-# Rows -> micro-batches -> device
 
 
 def _batches(packer, data: dict, B: int, rows_per_step: int | None, device: torch.device) -> Batches:
@@ -126,7 +117,7 @@ def _batches(packer, data: dict, B: int, rows_per_step: int | None, device: torc
     mine = range(rank, len(starts), world_size)
     assert mine, f"rank {rank} of {world_size} has none of the {len(starts)} micro-batches of a step"
 
-    def micro_batches() -> Batches:
+    def micro_batches():
         while True:
             for number, start in enumerate(starts):
                 rows = [packer.next_row() for _ in range(min(B, rows_per_step - start))]
@@ -144,8 +135,7 @@ def _prefetch(batches: Batches, device: torch.device) -> Batches:
     """The same batches, made a few ahead of their use in a thread, and copied to the device there.
 
     On CUDA the copies run on a stream of their own, from pinned memory that PyTorch's allocator retains until they are
-    done. An exception in the thread is raised here. The thread ends with the generator or, since it is an executor's,
-    before the interpreter does: one that runs C++ or Rust code meanwhile would crash the process.
+    done. The thread is an executor's, which ends before the interpreter does: one that runs Rust code then would crash.
     """
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
 

@@ -1,8 +1,7 @@
-"""Pretraining text: which shards there are, how they are read, and how they are downloaded.
+"""Pretraining text: which shards there are, how they are read and downloaded. Knows nothing of tokens and batches.
 
 A source is a folder of parquet files ("shards") with one `text` column, in row groups of about 1,000 documents.
-The last shard in order of name is the validation split, the others are the training split. This file knows
-nothing of tokens and batches.
+The last shard in order of name is the validation split, the others are the training split.
 
     python -m nanochat.dataset -n 8             # 8 training shards of the default source and its validation shard
     python -m nanochat.dataset --source sample  # the built-in corpus, needs no network
@@ -112,10 +111,7 @@ def iter_documents(split: str, source: str = DEFAULT_SOURCE) -> Iterator[str]:
 
 
 def hub_answers(timeout: float = 5.0) -> bool:
-    """Whether anything answers at the hub's address, even with an error.
-
-    `huggingface_hub` retries for 23 s before it reports that nothing does.
-    """
+    """Whether anything answers at the hub's address. `huggingface_hub` retries for 23 s before it reports that none does."""
     from huggingface_hub.utils import get_session
 
     try:
@@ -126,10 +122,7 @@ def hub_answers(timeout: float = 5.0) -> bool:
 
 
 def download_shards(source: str, num_train: int, workers: int = 4) -> None:
-    """Download the first `num_train` shards of a source of the hub and its last, the validation split.
-
-    Existing shards are kept. Raises UserError if one cannot be downloaded.
-    """
+    """Download what is missing of the first `num_train` shards of a source of the hub and its last, for validation."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
     from tqdm import tqdm
@@ -140,7 +133,7 @@ def download_shards(source: str, num_train: int, workers: int = 4) -> None:
     if missing and not hub_answers():
         raise UserError(
             f"cannot download shards of {source}: nothing answers at {endpoint}. Check the connection, set HF_ENDPOINT to a "
-            "mirror, or use the built-in corpus (--source sample), which needs no network."
+            "mirror, or use the built-in corpus (--source sample)"
         )
 
     def download(name: str) -> None:
@@ -187,8 +180,7 @@ def write_once(path: Path, write: Callable[[Path], None]) -> None:
 def fetch_file(url: str, path: Path, max_bytes: int = 2**30) -> Path:
     """Download `url` to `path` unless `path` exists, and return `path`, which is complete or absent.
 
-    Raises UserError that names the file and the cause if the server refuses, every attempt failed, or the file is larger
-    than `max_bytes`.
+    Raises UserError if the server refuses, every attempt failed, or the file is larger than `max_bytes`.
     """
     write_once(path, partial(_download, url, path.name, max_bytes))
     return path
@@ -202,16 +194,15 @@ def _download(url: str, name: str, max_bytes: int, path: Path) -> None:
         time.sleep(wait)
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as response, path.open("wb") as file:
-                size = response.length or 0  # 0: unknown
-                with tqdm(desc=name, total=size or None, unit="B", unit_scale=True) as bar:
-                    while (chunk := response.read(2**16)) and file.tell() <= max_bytes:
+                size = response.length  # None if the server does not send it
+                with tqdm(desc=name, total=size, unit="B", unit_scale=True) as bar:
+                    while chunk := response.read(2**16):
                         bar.update(file.write(chunk))
-                received = file.tell()
-            if received > max_bytes:
-                raise UserError(f"{url} is larger than {max_bytes:,} bytes, so it is not {name}")
-            if received < size:
-                raise ConnectionError(f"the connection ended after {received} of {size} bytes")
-            return
+                        if file.tell() > max_bytes:
+                            raise UserError(f"{url} is larger than {max_bytes:,} bytes, so it is not {name}")
+                if size and file.tell() < size:
+                    raise ConnectionError(f"the connection ended after {file.tell()} of {size} bytes")
+                return
         except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
             cause = str(error).strip("<>")
             if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429):

@@ -1,9 +1,9 @@
 """What shares a row: walks over documents and conversations, and the packers that fill rows with them.
 
-A packed row starts with the item that has waited longest. The rest of it is filled from a buffer: by an item that
-fits exactly, else by two that do together, else by the largest that fits. So no item waits forever and little of a
-row is wasted. Every packer has `next_row()`, which returns (inputs, targets) of T tokens each, and `state()`, a JSON
-value that resumes the packer just after that row. This file knows nothing of tensors, devices and ranks.
+A packed row starts with the item that has waited longest, so that none waits forever. Its rest is filled from a buffer:
+by an item that fits exactly, else by two that do together, else by the largest that fits. Every packer has `next_row()`,
+which returns (inputs, targets) of T tokens each, and `state()`, a JSON value that resumes it just after that row.
+This file knows nothing of tensors, devices and ranks.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from functools import cache
 from itertools import repeat
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 
@@ -25,28 +24,27 @@ from nanochat.dataset import read_row_groups
 LONG = 8192  # tokens; if documents are longer on average, fewer of them wait in the buffer ...
 FEW = 32  # ... but at least this many, so that one enormous document does not fill whole batches
 
+Row = tuple[np.ndarray, np.ndarray]  # (inputs, targets) of T tokens each
+Chunk = tuple[list[int], list[int]]  # (inputs, targets) of a part of a conversation; target -1 is not trained on
+
 
 class BestFitBuffer:
-    """Items waiting for rows, retrieved by age or by length.
+    """Items waiting for rows, retrieved by age or by length."""
 
-    If every row starts with the oldest item, an item that is added behind n others is packed within the next
-    n + 1 rows. Otherwise items that are hard to place would slowly fill the buffer.
-    """
-
-    def __init__(self) -> None:
-        self.items: dict[int, tuple[int, Any]] = {}  # arrival number -> (length, item), oldest first
-        self.arrivals: dict[int, deque[int]] = {}  # length -> arrival numbers, oldest first
-        self.lengths: list[int] = []  # the keys of `arrivals`, sorted
+    def __init__(self):
+        self.items = {}  # arrival number -> (length, item), oldest first
+        self.arrivals = {}  # length -> deque of arrival numbers, oldest first
+        self.lengths = []  # the keys of `arrivals`, sorted
         self.arrived = 0
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator:
         """The items from oldest to newest."""
-        return map(itemgetter(1), self.items.values())
+        return (item for _, item in self.items.values())
 
-    def add(self, length: int, item: Any) -> None:
+    def add(self, length: int, item) -> None:
         self.items[self.arrived] = (length, item)
         if length not in self.arrivals:
             self.arrivals[length] = deque()
@@ -54,7 +52,7 @@ class BestFitBuffer:
         self.arrivals[length].append(self.arrived)
         self.arrived += 1
 
-    def _pop(self, length: int) -> Any:
+    def _pop(self, length: int):
         """Remove and return the oldest item of this length."""
         same = self.arrivals[length]
         _, item = self.items.pop(same.popleft())
@@ -63,14 +61,14 @@ class BestFitBuffer:
             self.lengths.remove(length)
         return item
 
-    def pop_oldest(self) -> Any:
+    def pop_oldest(self):
         length, _ = next(iter(self.items.values()))
         return self._pop(length)
 
-    def pop_shortest(self) -> Any:
+    def pop_shortest(self):
         return self._pop(self.lengths[0])
 
-    def pop_best(self, room: int) -> Any | None:
+    def pop_best(self, room: int):
         """Remove and return the item that fills `room` best; None if none fits.
 
         An item that fills it exactly comes first, then the longer of two items that fill it together (of all pairs the
@@ -101,13 +99,10 @@ class Position(NamedTuple):
 
 
 class Documents:
-    """An endless walk over the documents of some shards, tokenized a chunk at a time.
-
-    `state` is a packer's; the walk continues where that packer's did.
-    """
+    """An endless walk over the documents of some shards, tokenized a chunk at a time."""
 
     def __init__(self, paths: list[Path], encode: Callable, chunk_size: int, state: dict | None = None):
-        """`encode(texts)` returns the ids of each text in an array, without bos."""
+        """`encode(texts)` returns the ids of each text in an array, without bos; `state` is a packer's, to resume it."""
         self.paths, self.encode, self.chunk_size = paths, encode, chunk_size
         state = state or {"next": [1, 0, 0, 0], "buffer": []}
         self._waiting = state["buffer"]
@@ -119,7 +114,7 @@ class Documents:
         """Where the next chunk starts."""
         return self._ahead[0]
 
-    def read(self) -> Iterator[tuple[Position, int, np.ndarray]]:
+    def read(self) -> Iterator[tuple]:
         """The next `chunk_size` documents as (position, 0, ids), fewer at the end of an epoch."""
         chunk, epoch = [], self.position.epoch
         while len(chunk) < self.chunk_size and self.position.epoch == epoch:
@@ -128,7 +123,8 @@ class Documents:
         positions, texts = zip(*chunk)
         return zip(positions, repeat(0), self.encode(texts))
 
-    def _walk(self, epoch: int, first_shard: int, first_group: int, first_row: int) -> Iterator[tuple[Position, str]]:
+    def _walk(self, epoch: int, first_shard: int, first_group: int, first_row: int):
+        """Yield (position, text) endlessly."""
         while True:
             found = False
             for shard in range(first_shard, len(self.paths)):
@@ -143,11 +139,11 @@ class Documents:
                 raise UserError(f"no document with text in {len(self.paths)} shard(s) of {self.paths[0].parent}")
             epoch, first_shard = epoch + 1, 0
 
-    def read_waiting(self) -> Iterator[tuple[Position, int, np.ndarray]]:
+    def read_waiting(self) -> Iterator[tuple]:
         """The documents of the state's buffer, in which each is [*position, start], as (position, start, ids)."""
 
         @cache
-        def texts_of(shard: int, group: int) -> list[str]:
+        def texts_of(shard, group):
             _, texts = next(read_row_groups(self.paths[shard], group), (group, []))
             return texts
 
@@ -163,8 +159,7 @@ class DocumentPacker:
     """Rows of T + 1 tokens that start with bos, packed by best fit, without padding and without losing a token.
 
     If no document fits into the rest of a row, the shortest is cut. What is left of a document that was cut or is
-    longer than a row goes to the end of the queue, and starts with bos again when its turn comes.
-    Other rules are compared in dev/LOG.md, 10.
+    longer than a row waits again, as the newest, and starts with bos, too. Other rules are compared in dev/LOG.md, 10.
     """
 
     def __init__(self, documents: Documents, T: int, bos: int, buffer_size: int):
@@ -172,7 +167,7 @@ class DocumentPacker:
         self.buffer = BestFitBuffer()  # items: (position, number of ids that are used up, ids)
         self._add(documents.read_waiting())
 
-    def _add(self, documents: Iterable[tuple[Position, int, np.ndarray]]) -> None:
+    def _add(self, documents: Iterable[tuple]) -> None:
         for position, start, ids in documents:
             length = min(1 + len(ids) - start, self.T + 2)  # all that are longer than a row are equal
             self.buffer.add(length, (position, start, ids))
@@ -190,7 +185,7 @@ class DocumentPacker:
         if next_epoch <= 1 + min((position.epoch for position, _, _ in self.buffer), default=next_epoch):
             self._add(self.documents.read())
 
-    def next_row(self) -> tuple[np.ndarray, np.ndarray]:
+    def next_row(self) -> Row:
         tokens = np.full(self.T + 1, self.bos, np.int32)  # bos is in place before each document is copied behind it
         used = 0
         while used < self.T:  # if a single place is left, it keeps its bos
@@ -220,7 +215,7 @@ class StreamPacker:
         self.documents, self.T, self.bos = documents, T, bos
         self.queue = deque(documents.read_waiting())  # (position, number of tokens with bos that are used up, ids)
 
-    def next_row(self) -> tuple[np.ndarray, np.ndarray]:
+    def next_row(self) -> Row:
         row, used = np.full(self.T + 1, self.bos, np.int32), 0  # bos is in place before each document
         while used < self.T + 1:
             if not self.queue:
@@ -242,8 +237,8 @@ class StreamPacker:
 # Conversations
 
 
-def split_conversation(ids: list[int], mask: list[int], T: int, supervise: str) -> list[tuple[list[int], list[int]]]:
-    """A conversation's (inputs, targets) in consecutive chunks of at most T pairs; target -1 is not trained on.
+def split_conversation(ids: list[int], mask: list[int], T: int, supervise: str) -> list[Chunk]:
+    """A conversation in consecutive chunks of at most T pairs.
 
     ids [7, 8, 9], mask [0, 1, 0], T = 1, supervise "assistant" -> [([7], [8]), ([8], [-1])]
     """
@@ -279,7 +274,7 @@ class ConversationPacker:
         self.order = list(range(len(self.dataset)))
         random.Random(f"{self.seed}, epoch {epoch}").shuffle(self.order)
 
-    def _add(self, index: int, number: int, chunk: tuple[list[int], list[int]]) -> None:
+    def _add(self, index: int, number: int, chunk: Chunk) -> None:
         self.buffer.add(len(chunk[0]), ([self.epoch, index, number], chunk))
 
     def _refill(self) -> None:
@@ -293,7 +288,7 @@ class ConversationPacker:
                 else:
                     self._add(index, number, chunk)
 
-    def next_row(self) -> tuple[np.ndarray, np.ndarray]:
+    def next_row(self) -> Row:
         self._refill()
         if not self.buffer:  # the epoch is over
             self._begin_epoch(self.epoch + 1)

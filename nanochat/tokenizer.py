@@ -66,10 +66,7 @@ class RustBPETokenizer:
 
     @classmethod
     def train_from_iterator(cls, iterator: Iterable[str], vocab_size: int) -> RustBPETokenizer:
-        """Train a vocabulary of `vocab_size` tokens: 256 bytes, then merges, then the special tokens.
-
-        Raises UserError if the texts have too few different words for so many tokens.
-        """
+        """Train a vocabulary of 256 bytes, merges and special tokens. UserError if the texts do not have so many merges."""
         if isinstance(iterator, str):
             raise TypeError("train_from_iterator takes an iterator of texts, not one text")
         num_special = len(SPECIAL_TOKENS)
@@ -90,7 +87,7 @@ class RustBPETokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> RustBPETokenizer:
-        """Load what `save` wrote. Raises UserError if there is nothing or it is damaged. Executes nothing that it reads."""
+        """Load what `save` wrote. UserError if there is nothing or it is damaged."""
         path = Path(directory) / VOCABULARY_FILE
         if not path.is_file():
             raise UserError(f"there is no tokenizer in {directory} yet; run `python -m scripts.tok_train` first")
@@ -154,7 +151,7 @@ class RustBPETokenizer:
         return self.encode_special("<|bos|>" if "<|bos|>" in self.special_tokens else "<|endoftext|>")
 
     def id_to_bytes(self, id: int) -> bytes:
-        """The bytes of a token, which may be part of a character. KeyError outside the vocabulary."""
+        """The bytes of a token, often part of a character. KeyError outside the vocabulary."""
         return self.encoding.decode_single_token_bytes(id)
 
     def id_to_token(self, id: int) -> str:
@@ -173,10 +170,7 @@ class RustBPETokenizer:
     def encode(
         self, text: str | Sequence[str], prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
     ) -> list[int] | list[list[int]]:
-        """Ids of a text, or of each of a list of texts, between the special tokens `prepend` and `append` (ids or names).
-
-        Special tokens spelt out in the text itself are encoded as text.
-        """
+        """Ids of a text, or of each of a list of texts, between the special tokens `prepend` and `append` (ids or names)."""
         before, after = self._special_ids(prepend), self._special_ids(append)
         if isinstance(text, str):
             ids = []
@@ -189,7 +183,9 @@ class RustBPETokenizer:
     __call__ = encode
 
     def _special_ids(self, token: int | str | None) -> list[int]:
-        return [] if token is None else [self.encode_special(token) if isinstance(token, str) else token]
+        if isinstance(token, str):
+            token = self.encode_special(token)
+        return [] if token is None else [token]
 
     def encode_to_numpy(self, texts: Sequence[str], num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts concatenated, uint16 or uint32, and the offsets of the texts, int64 of shape (len(texts) + 1,)."""
@@ -255,14 +251,14 @@ class Segments:
         segments = self._shown(self._utf8.decode(b"", final=True))
         return [*segments, ("text", self._held)] if self._held else segments
 
-    def _shown(self, text: str) -> list[tuple[str, str]]:
+    def _shown(self, text):
         if self.stopped:
             return []
         if self.stop and self._kind == "text":
             text = self._before_stop(self._held + text)
         return [(self._kind, text)] if text else []
 
-    def _before_stop(self, text: str) -> str:
+    def _before_stop(self, text):
         found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
@@ -304,7 +300,7 @@ def _checksum(body: dict) -> str:
 def encodable_segments(text: str) -> Iterator[str]:
     """The text, nearly always whole, in segments without a run of whitespace longer than MAX_BLANKS.
 
-    Surrogate pairs are joined and lone surrogates become U+FFFD, as tiktoken does by itself.
+    Surrogate pairs are joined and lone surrogates become U+FFFD, as in tiktoken.
     """
     try:
         text.encode()

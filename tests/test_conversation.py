@@ -92,9 +92,7 @@ def reply(*parts):
     [
         ([ASSISTANT], r"messages\[0\].*assistant.*'user'"),
         ([USER, USER], r"messages\[1\].*'user'.*'assistant'"),
-        ([USER, SYSTEM, ASSISTANT], r"messages\[1\].*system"),
         ([SYSTEM], r"messages\[0\].*system"),
-        ([USER, {"role": ["assistant"], "content": "x"}], r"messages\[1\]"),
         ([USER, "hello"], r"messages\[1\].*hello"),
         ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], r"messages\[0\].*string"),
         ([{"role": "user", "content": ["x" * 10_000]}], r"messages\[0\].{1,150}$"),  # long values are shortened
@@ -103,7 +101,6 @@ def reply(*parts):
         (reply({"type": [], "text": "x"}), r"messages\[1\], part 0"),
         (reply({"type": "text", "text": "x"}, {"type": "python"}), r"part 1"),
         ([], "at least one message"),
-        ("hi", "at least one message"),
     ],
 )
 def test_a_malformed_message_is_named(messages, where):

@@ -4,10 +4,10 @@ Neither library returns words; with a token for every pair of bytes in random or
 """
 
 import os
+import random
 import runpy
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -184,28 +184,19 @@ def test_ids_are_uint16_if_the_vocabulary_allows(size, dtype):
     assert tokenizer.decode([size - 1, 99]) == tokens[-1].decode() + "c"
 
 
-BAD_CASES = """
-import random, rustbpe
-rng, size = random.Random(0), 300_000
-texts = [unit * size for unit in ("a", " ", "🙂")]
-texts += [unit * (size // 5) for unit in ("A", "\\n", "\\t \\n", "'", "'s", "7", "\\u0301", "中", "aA", "/\\n")]
-texts.append("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=size)))
-texts.append(rng.randbytes(size).decode("utf-8", "replace"))
-texts.append(" " * 1_000_001 + "x")  # where tiktoken panics
-rustbpe.Tokenizer().train_from_iterator(["=" * size], 5000)  # tokens of up to 300,000 bytes
-tokenizer = rustbpe.Tokenizer()
-tokenizer.train_from_iterator(texts, 300)
-assert len(tokenizer.get_mergeable_ranks()) == 300
-ids, offsets = tokenizer.encode_to_numpy(texts)
-for text, start, end in zip(texts, offsets, offsets[1:]):
-    assert tokenizer.decode(ids[start:end].tolist()) == text, text[:20]
-"""
-
-
 def test_enormous_words_and_runs_are_trained_on_and_encoded():
-    """In a process of its own, which must not crash, with a timeout that quadratic work would exceed."""
-    done = subprocess.run([sys.executable, "-c", BAD_CASES], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr[-2000:]
+    """They must not crash, nor take quadratic time."""
+    rng, size = random.Random(0), 300_000
+    texts = [unit * size for unit in ("a", " ", "🙂", "=")]
+    texts += [unit * (size // 5) for unit in ("A", "\n", "\t \n", "'", "'s", "7", "\u0301", "中", "aA", "/\n")]
+    texts.append("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=size)))
+    texts.append(rng.randbytes(size).decode("utf-8", "replace"))
+    texts.append(" " * 1_000_001 + "x")  # where tiktoken panics
+    trained(["=" * size], 5000)  # tokens of up to 300,000 bytes
+    tokenizer = trained(texts)
+    ids, offsets = tokenizer.encode_to_numpy(texts)
+    for text, start, end in zip(texts, offsets, offsets[1:]):
+        assert tokenizer.decode(ids[start:end].tolist()) == text, text[:20]
 
 
 # -----------------------------------------------------------------------------
@@ -223,36 +214,26 @@ def test_bad_input_is_refused_and_changes_nothing():
         yield "some text"
         raise OSError("the shard is damaged")
 
-    texts = ["the theme of the thesis", "", "the end"]
-    tokenizer = trained(texts)
+    tokenizer = trained(["the theme of the thesis", ""])
     before = tokens_of(tokenizer)
-    for wrong in ("one text", ["fine", b"ab"], 5, None):
+    for wrong in ("one text", ["fine", b"ab"], 5, None, ["a lone \ud800"]):
         refuses(tokenizer.encode_to_numpy, wrong)
         refuses(tokenizer.train_from_iterator, wrong, 300)
     for vocab_size in (255, 2**21, "300", None, 2.5):
-        refuses(tokenizer.train_from_iterator, texts, vocab_size)
-    for threads in (0, 1.5):
-        refuses(tokenizer.encode_to_numpy, texts, threads=threads)
-    with pytest.raises(UnicodeEncodeError, match="surrogate"):
-        tokenizer.encode("a\ud800b")
+        refuses(tokenizer.train_from_iterator, ["text"], vocab_size)
+    refuses(tokenizer.encode_to_numpy, ["text"], threads=0)
     with pytest.raises(OSError, match="damaged"):
         tokenizer.train_from_iterator(fails(), 300)
     assert tokens_of(tokenizer) == before
 
 
-def test_patterns_other_than_nanochats_are_refused():
+def test_patterns_and_ranks_that_are_not_ours_are_refused():
     assert rustbpe.PATTERN == SPLIT_PATTERN
     for pattern in (SPLIT_PATTERN.replace("{1,2}", "{1,3}"), None):
-        with pytest.raises(ValueError, match="PATTERN"):
-            trained(["text"], pattern=pattern)
-        with pytest.raises(ValueError, match="PATTERN"):
-            rustbpe.Tokenizer.from_ranks(BYTES, pattern)
-
-
-def test_ranks_that_are_not_a_vocabulary_are_refused():
+        refuses(trained, ["text"], pattern=pattern)
+        refuses(rustbpe.Tokenizer.from_ranks, BYTES, pattern)
     without = {token if token != b"x" else b"xx": id for token, id in BYTES.items()}
-    wrong = [{}, without, BYTES | {b"ab": 5}, BYTES | {b"ab": 257}, BYTES | {b"ab": -1}, BYTES | {b"": 256}]
-    for ranks in (*wrong, BYTES | {"ab": 256}, BYTES | {b"ab": "256"}, [*BYTES.items()], None):
+    for ranks in ({}, without, *(BYTES | {b"ab": id} for id in (5, 257, -1, "256")), BYTES | {b"": 256}, BYTES | {"ab": 256}, None):
         refuses(rustbpe.Tokenizer.from_ranks, ranks)
 
 
