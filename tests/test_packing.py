@@ -38,7 +38,7 @@ class WordTokenizer:
         return conversation
 
 
-def write_corpus(folder: Path, lengths: list[int], row_group_size: int = 4, shard_size: int = 10) -> list[list[int]]:
+def write_corpus(folder, lengths, row_group_size=4, shard_size=10):
     """Documents of `lengths` tokens, bos included, that no other document has, and a val shard. Returns their ids."""
     documents, word = [], 1
     for length in lengths:
@@ -51,7 +51,7 @@ def write_corpus(folder: Path, lengths: list[int], row_group_size: int = 4, shar
     return [[BOS, *ids] for ids in documents]
 
 
-def make_conversations(shapes: list[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
+def make_conversations(shapes):
     """(tokens, period of the assistant's tokens; 0: none) -> ids that no other conversation has, and the mask."""
     made, first = [], 1
     for length, every in shapes:
@@ -72,7 +72,7 @@ def conversations(dataset, B=1, T=4, supervise="assistant", **kwargs):
     return dataloader.conversation_data_loader(dataset, WordTokenizer(), B, T, supervise=supervise, device="cpu", **kwargs)
 
 
-def take(loader, n: int) -> list:
+def take(loader, n):
     taken = list(islice(loader, n))
     loader.close()
     return taken
@@ -82,7 +82,7 @@ def take(loader, n: int) -> list:
 # Documents
 
 
-def best_length(lengths: list[int], room: int) -> int | None:
+def best_length(lengths, room):
     """Reference implementation of `pop_best`: the length that it chooses among `lengths`."""
 
     def longer_of_two(room):
@@ -126,6 +126,7 @@ def test_packed_rows_equal_brute_force(lengths, T, B, buffer_size, chunk_size, r
     with tempfile.TemporaryDirectory() as folder:
         documents = write_corpus(Path(folder), lengths, row_group_size)
         taken = take(packed(folder, B, T, tokenizer_batch_size=chunk_size, buffer_size=buffer_size), 12)
+    assert {(x.dtype, y.dtype) for x, y, _ in taken} == {(torch.int32, torch.int64)}
     rows = brute_force_rows(documents, 12 * B, T, buffer_size, chunk_size)
     assert [row for inputs, _, _ in taken for row in inputs.tolist()] == [row[:-1] for row in rows]
     assert [row for _, targets, _ in taken for row in targets.tolist()] == [row[1:] for row in rows]
