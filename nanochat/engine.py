@@ -11,6 +11,7 @@ computes logits. It knows nothing about conversations. An engine must be used by
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from copy import copy
@@ -20,7 +21,7 @@ import torch
 
 from nanochat.calculator import use_calculator
 from nanochat.common import UserError
-from nanochat.scheduler import Copy, Sequence, Scheduler
+from nanochat.scheduler import Sequence, Scheduler
 
 
 class KVCache:
@@ -62,7 +63,6 @@ class KVCache:
         """Copy `other` into this empty cache; a cache of one sequence is copied into every place."""
         length = int(other.cache_seqlens.max())
         assert self.get_pos() == 0, "only an empty cache can be prefilled"
-        assert length <= self.k_cache.size(2), f"{length} positions do not fit {self.k_cache.size(2)}"
         self.k_cache[:, :, :length] = other.k_cache[:, :, :length]
         self.v_cache[:, :, :length] = other.v_cache[:, :, :length]
         self.cache_seqlens.copy_(other.cache_seqlens)
@@ -127,10 +127,6 @@ def uniform_sample(rng: random.Random) -> float:
 # -----------------------------------------------------------------------------
 # The engine
 
-# Prompt tokens that are prefilled between two steps, so that running sequences wait for about a step or two.
-PREFILL_BUDGET = {"cpu": 128, "cuda": 2048}
-
-
 class Engine:
     """Continues prompts with `model`; `tokenizer` is used for tool calls and terminal tokens.
 
@@ -148,14 +144,15 @@ class Engine:
         self.terminal_tokens = frozenset((assistant_end, tokenizer.get_bos_token_id()))
         self.context = min(context or model.config.sequence_len, model.config.sequence_len)
         self.device = model.get_device()
-        # Keys and values have the dtype of the embeddings, the narrowest of the weights; a fake model may have none
-        weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
-        self.dtype = min((weight.dtype for weight in weights), key=lambda dtype: dtype.itemsize, default=torch.float32)
+        # Keys and values have the dtype of the embeddings, the narrowest of the weights
+        self.dtype = min((weight.dtype for weight in model.parameters()), key=lambda dtype: dtype.itemsize)
         self.max_sequences = min(max_sequences, self._sequences_that_fit())
-        self.prefill_tokens = self.cached_tokens = self.generated_tokens = 0  # totals, shown by the server's /stats
+        # Prompt tokens that are prefilled between two steps, so that running sequences wait for about a step or two
+        prefill_budget = 2048 if self.device.type == "cuda" else 128
+        self.scheduler = Scheduler(self.max_sequences, prefill_budget)
         self.cache: KVCache | None = None
         self.graphs: dict[int, DecodingGraph] = {}
-        self._new_scheduler()
+        self.prefill_tokens = self.cached_tokens = self.generated_tokens = 0  # totals, shown by the server's /stats
 
     def submit(
         self, tokens: list[int], max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
@@ -166,8 +163,18 @@ class Engine:
         The sequence ends with a terminal token (assistant_end or bos), after `max_tokens`, or when the context is
         full. Samples with the same seed differ by `sample_index`. Raises UserError for invalid arguments.
         """
-        seq = self._make_sequence(tokens, max_tokens, temperature, top_k, top_p, seed, sample_index)
-        self.scheduler.add(seq)
+        if not 0 < len(tokens) < self.context:
+            raise UserError(f"the prompt has {len(tokens)} tokens; in this context it must have 1 to {self.context - 1}")
+        lengths_valid = all(value is None or value > 0 for value in (max_tokens, top_k))
+        if not (lengths_valid and 0 <= temperature < math.inf and 0 < top_p <= 1):
+            raise UserError(
+                f"max_tokens ({max_tokens}) and top_k ({top_k}) must be 1 or more, or None for no limit, "
+                f"temperature ({temperature}) 0 or more, and top_p ({top_p}) above 0 and at most 1"
+            )
+        # Unrelated random streams for neighbouring seeds and samples
+        rng = random.Random(f"{seed}/{sample_index}")
+        seq = Sequence(list(tokens), len(tokens) + (max_tokens or math.inf), temperature, top_k, top_p, rng)
+        self.scheduler.waiting.append(seq)
         return seq
 
     def cancel(self, seq: Sequence) -> None:
@@ -176,17 +183,68 @@ class Engine:
             self.scheduler.end(seq, "cancelled")
 
     @property
-    def busy(self) -> bool:
-        """Whether any sequence is unfinished."""
-        return self.scheduler.busy
-
-    @property
     def num_running(self) -> int:
         return len(self.scheduler.slots) - len(self.scheduler.free)
 
     @property
     def num_waiting(self) -> int:
         return len(self.scheduler.waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return self.num_running + self.num_waiting > 0
+
+    def reset(self) -> None:
+        """Cancel all sequences and empty the prefix cache, as after a change of the weights. Memory is kept."""
+        for seq in [*self.scheduler.waiting, *self.scheduler.slots]:
+            self.cancel(seq)
+        self.scheduler.slots.clear()
+        self.scheduler.free.clear()
+
+    def finish(self) -> Iterator[Sequence]:
+        """Step until all sequences have finished, yielding each as it finishes."""
+        while self.busy:
+            yield from [seq for seq, _, _ in self.step() if seq.finish_reason]
+
+    def generate(
+        self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
+        top_k: int | None = None, seed: int = 42,
+    ) -> Iterator[tuple[list[int], list[int]]]:  # fmt: skip
+        """Continue one prompt `num_samples` times: yields (token_column, token_masks) with one entry per sample.
+
+        A mask is 1 if the token was sampled, 0 if a tool forced it. A sample ends with a terminal token, which is
+        yielded, then repeated with mask 0 while others continue. Raises UserError for invalid arguments.
+        """
+        settings = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+        seqs = [self.submit(tokens, **settings, sample_index=i) for i in range(num_samples)]
+        try:
+            for column in count():
+                # The samples may get their tokens of this column in different steps
+                while any(seq.finish_reason is None and column == len(seq.masks) for seq in seqs):
+                    self.step()
+                if all(column >= len(seq.masks) for seq in seqs):
+                    return
+                tokens, masks = [], []
+                for seq in seqs:
+                    ended = column >= len(seq.masks)
+                    tokens.append(seq.tokens[-1 if ended else seq.prompt_length + column])
+                    masks.append(0 if ended else seq.masks[column])
+                yield tokens, masks
+        finally:
+            for seq in seqs:
+                self.cancel(seq)
+
+    def generate_batch(self, tokens: list[int], num_samples: int = 1, **settings) -> tuple[list[list[int]], list[list[int]]]:
+        """As `generate`: whole (sequences, masks), with the prompt (mask 0) and without the terminal token."""
+        sequences = [list(tokens) for _ in range(num_samples)]
+        masks = [[0] * len(tokens) for _ in range(num_samples)]
+        for column, column_masks in self.generate(tokens, num_samples, **settings):
+            for i, token in enumerate(column):
+                if token not in self.terminal_tokens:
+                    sequences[i].append(token)
+                    masks[i].append(column_masks[i])
+        return sequences, masks
 
     def step(self) -> list[tuple[Sequence, int, int]]:
         """Prefill some of the waiting prompts, then generate one token for each running sequence.
@@ -202,105 +260,13 @@ class Engine:
             self.cache, self.graphs = None, {}
             raise
 
-    def reset(self) -> None:
-        """Cancel all sequences and empty the prefix cache, as after a change of the weights. Memory is kept."""
-        for seq in [*self.scheduler.waiting, *self.scheduler.slots]:
-            self.cancel(seq)
-        self._new_scheduler()
-
-    def finish(self) -> Iterator[Sequence]:
-        """Step until all sequences have finished, yielding each as it finishes."""
-        while self.busy:
-            yield from [seq for seq, _, _ in self.step() if seq.finish_reason]
-
-    def generate(
-        self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
-        top_k: int | None = None, seed: int = 42,
-    ) -> Iterator[tuple[list[int], list[int]]]:  # fmt: skip
-        """Continue one prompt `num_samples` times: yields (token_column, token_masks) with one entry per sample.
-
-        A mask is 1 if the token was sampled, 0 if a tool forced it. A sample ends with a terminal token, which is yielded,
-        then repeated with mask 0 while others continue. The generator returns the finish reasons ("stop", "length" or
-        "context") of the samples. Raises UserError for invalid arguments, at the call and not at the first step.
-        """
-        if num_samples < 1:
-            raise UserError(f"num_samples is {num_samples}; it must be 1 or more")
-        seqs = [self._make_sequence(tokens, max_tokens, temperature, top_k, 1.0, seed, i) for i in range(num_samples)]
-        return self._columns(seqs)
-
-    def generate_batch(
-        self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
-        top_k: int | None = None, seed: int = 42,
-    ) -> tuple[list[list[int]], list[list[int]]]:  # fmt: skip
-        """As `generate`: whole (sequences, masks), with the prompt (mask 0) and without the terminal token."""
-        sequences = [list(tokens) for _ in range(num_samples)]
-        masks = [[0] * len(tokens) for _ in range(num_samples)]
-        for column, column_masks in self.generate(tokens, num_samples, max_tokens, temperature, top_k, seed):
-            for i, (token, mask) in enumerate(zip(column, column_masks)):
-                if token not in self.terminal_tokens:
-                    sequences[i].append(token)
-                    masks[i].append(mask)
-        return sequences, masks
-
-    def _columns(self, seqs: list[Sequence]):
-        """The loop of `generate`. The samples may get their i-th tokens in different steps."""
-        for seq in seqs:
-            self.scheduler.add(seq)
-        try:
-            for column in count():
-                while any(seq.finish_reason is None and column == len(seq.masks) for seq in seqs):
-                    self.step()
-                if all(column >= len(seq.masks) for seq in seqs):
-                    return [seq.finish_reason for seq in seqs]
-                tokens = [seq.tokens[min(seq.prompt_length + column, len(seq.tokens) - 1)] for seq in seqs]
-                masks = [seq.masks[column] if column < len(seq.masks) else 0 for seq in seqs]
-                yield tokens, masks
-        finally:
-            for seq in seqs:
-                self.cancel(seq)
-
-    def _make_sequence(self, tokens, max_tokens, temperature, top_k, top_p, seed, sample_index) -> Sequence:
-        room = self.context - len(tokens)
-        for valid, message in (
-            (tokens, "The prompt is empty; it must contain at least bos"),
-            (room > 0, f"The prompt has {len(tokens)} tokens and the model's context is {self.context}, "
-                       "which leaves no room for a reply; shorten the prompt"),
-            (max_tokens is None or max_tokens > 0, f"max_tokens is {max_tokens}; it must be 1 or more, or None (no limit)"),
-            (0 <= temperature < float("inf"), f"temperature is {temperature}; it must be 0 (greedy) or more"),
-            (top_k is None or top_k > 0, f"top_k is {top_k}; it must be 1 or more, or None for all tokens"),
-            (0 < top_p <= 1, f"top_p is {top_p}; it must be above 0 and at most 1 (all tokens)"),
-        ):  # fmt: skip
-            if not valid:
-                raise UserError(message)
-        budget = room if max_tokens is None else min(max_tokens, room)
-        return Sequence(
-            tokens=list(tokens),
-            limit=len(tokens) + budget,
-            # If both limits coincide, all requested tokens were generated
-            exhausted="length" if budget == max_tokens else "context",
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            rng=random.Random(f"{seed}/{sample_index}"),  # unrelated streams for neighbouring seeds and samples
-        )
-
-    def _new_scheduler(self) -> None:
-        self.scheduler = Scheduler(self.max_sequences, PREFILL_BUDGET.get(self.device.type, PREFILL_BUDGET["cpu"]))
-
-    # Not around the generators, whose consumers the mode would affect
     @torch.inference_mode()
     def _step(self) -> list[tuple[Sequence, int, int]]:
         work = self.scheduler.plan()
         self._make_room(len(self.scheduler.slots))
         for item in work:
-            if isinstance(item, Copy):
-                for memory in (self.cache.k_cache, self.cache.v_cache):
-                    memory[:, item.target, : item.length] = memory[:, item.source, : item.length]
-                self.cached_tokens += item.length
-            else:
-                self._prefill(item.seq, item.start, item.end)
-        # In order of their slots, so that attention reads neighbouring rows of the cache
-        seqs = sorted(self.scheduler.running, key=lambda seq: seq.slot)
+            self._prefill(*item)
+        seqs = self.scheduler.running
         if not seqs:
             return []
         settings = [(seq.temperature, seq.top_k, seq.top_p) for seq in seqs]
@@ -309,13 +275,18 @@ class Engine:
         sampled = torch.stack([tokens.float(), log_probs], dim=1).tolist()  # one transfer; ids below 2^24 are exact in float32
         return [(seq, *self._accept(seq, int(token), log_prob)) for seq, (token, log_prob) in zip(seqs, sampled)]
 
-    def _prefill(self, seq: Sequence, start: int, end: int) -> None:
-        """Fill the cache with tokens start .. end of a prompt; no logits are needed."""
-        ids = torch.tensor([seq.tokens[start:end]], device=self.device)
-        before = seq.tokens[start - 1] if start else -1
-        place = torch.tensor([[seq.slot], [start], [before]], dtype=torch.int32, device=self.device)
-        self.model.hidden(ids, kv_cache=self.cache.select(*place), last_only=True)
-        self.prefill_tokens += end - start
+    def _prefill(self, seq: Sequence, start: int, end: int, source: int | None) -> None:
+        """Fill the cache with tokens start .. end of a prompt, after those that are copied from the slot `source`."""
+        if source is not None:
+            for memory in (self.cache.k_cache, self.cache.v_cache):
+                memory[:, seq.slot, :start] = memory[:, source, :start]
+            self.cached_tokens += start
+        if start < end:
+            ids = torch.tensor([seq.tokens[start:end]], device=self.device)
+            before = seq.tokens[start - 1] if start else -1
+            place = torch.tensor([[seq.slot], [start], [before]], dtype=torch.int32, device=self.device)
+            self.model.hidden(ids, kv_cache=self.cache.select(*place), last_only=True)  # no logits are needed
+            self.prefill_tokens += end - start
 
     def _logits(self, seqs: list[Sequence]) -> torch.Tensor:
         """Logits (B, V) after the last token of each sequence."""
@@ -345,7 +316,9 @@ class Engine:
         if mask and token in self.terminal_tokens:
             self.scheduler.end(seq, "stop")
         elif len(seq.tokens) >= seq.limit:
-            self.scheduler.end(seq, seq.exhausted)
+            self.scheduler.end(seq, "length")
+        elif len(seq.tokens) >= self.context:
+            self.scheduler.end(seq, "context")
         return token, mask
 
     def _track_call(self, seq: Sequence, token: int) -> None:

@@ -1,11 +1,8 @@
 """An engine in a thread of its own, which generates replies for an event loop.
 
-The event loop sends the thread commands (begin this reply, drop that one), which it executes between two steps.
-After each step the thread sends all new tokens to the loop at once, where each joins the pending ones of its reply.
-So the loop never waits for the engine, and the engine never waits for a slow client.
-
-Nothing here knows of HTTP or text (server.py does), or of a model: `engine` is anything with the methods of
-engine.Engine.
+Between two steps the thread begins new replies, and drops those that have ended because their client disconnected. After
+each step it sends all new tokens to the loop at once, where each joins the pending ones of its reply. So the loop never
+waits for the engine, and the engine never waits for a slow client. Nothing here knows of HTTP or text (server.py does).
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 
 from nanochat.common import UserError
 
@@ -47,19 +43,14 @@ class Reply:
     pending: list[int] = field(default_factory=list)  # tokens not yet yielded by `new_tokens`
     finish_reason: str | None = None
     error: Exception | None = None
-    sequence: object = None  # the engine's, used by its thread only
 
-    def cancel(self, reason: str = "cancelled", error: Exception | None = None) -> None:
-        """End the reply and free its sequence before the next step; no effect if it has ended."""
+    def end(self, reason: str = "cancelled", error: Exception | None = None) -> None:
+        """No effect if it has ended. The engine's thread frees its sequence before the next step."""
         if self.finish_reason is None:
-            self.end(reason, error)
-            self.thread.commands.put(partial(self.thread.drop, self))
-
-    def end(self, reason: str, error: Exception | None = None) -> None:
-        self.finish_reason, self.error = reason, error
-        self.changed.set()
-        self.thread.replies.remove(self)
-        self.thread.counts[reason if reason in ("cancelled", "failed") else "completed"] += 1
+            self.finish_reason, self.error = reason, error
+            self.changed.set()
+            self.thread.replies.remove(self)
+            self.thread.counts[reason if reason in ("cancelled", "failed") else "completed"] += 1
 
 
 async def new_tokens(replies: list[Reply]) -> AsyncIterator[list[tuple[int, int]]]:
@@ -87,7 +78,7 @@ class EngineThread:
     OpenMP workers of its own, and with more workers than cores the products are three times as slow (dev/LOG.md, 12).
     """
 
-    def __init__(self, make_engine: Callable[[], object], device: str = "cpu", max_queue: int = 64):
+    def __init__(self, make_engine: Callable, device: str = "cpu", max_queue: int = 64):
         self.make_engine, self.device, self.max_queue = make_engine, device, max_queue
         self.engine = None  # set by `start`
         self.failures = 0  # failed steps in a row
@@ -96,7 +87,7 @@ class EngineThread:
         self.replies: set[Reply] = set()  # waiting and running
         self.counts: Counter[str] = Counter()  # requests and rejected ones; completed, cancelled and failed replies
         # Used in the thread
-        self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: stop
+        self._inbox: queue.SimpleQueue[list[Reply] | None] = queue.SimpleQueue()  # new replies; None: stop
         self._executor = ThreadPoolExecutor(1, f"engine {device}")
         self._running: dict[object, Reply] = {}  # by the engine's sequence
 
@@ -107,11 +98,8 @@ class EngineThread:
 
     def stop(self) -> None:
         """End the thread after its current step."""
-        self.commands.put(None)
+        self._inbox.put(None)
         self._executor.shutdown()
-
-    # -------------------------------------------------------------------------
-    # On the event loop
 
     @property
     def num_waiting(self) -> int:
@@ -130,70 +118,59 @@ class EngineThread:
         replies = [Reply(self, prompt, {**settings, "sample_index": index}, changed) for index in range(n)]
         self.replies.update(replies)
         self.counts["requests"] += 1
-        self.commands.put(partial(self._begin, replies))
+        self._inbox.put(replies)
         return replies
-
-    def _deliver(self, events: list[tuple[Reply, int, str | None]]) -> None:
-        """Add the tokens of a step to their replies."""
-        for reply, token, reason in events:
-            if reply.finish_reason is None:  # otherwise it was cancelled meanwhile
-                reply.pending.append(token)
-                reply.changed.set()
-                if reason:
-                    reply.end(reason)
 
     # -------------------------------------------------------------------------
     # In the thread
 
     def _run(self) -> None:
         while True:
+            for seq, reply in list(self._running.items()):
+                if seq.finish_reason or reply.finish_reason:
+                    self.engine.cancel(seq)
+                    del self._running[seq]
             try:
-                command = self.commands.get(block=not self._running)
+                replies = self._inbox.get(block=not self._running)
+                if replies is None:
+                    return
+                for reply in replies:
+                    self._running[self.engine.submit(reply.prompt, **reply.settings)] = reply
             except queue.Empty:
-                command = self._step
-            if command is None:
-                return
-            command()
-
-    def _begin(self, replies: list[Reply]) -> None:
-        try:
-            for reply in replies:
-                reply.sequence = self.engine.submit(reply.prompt, **reply.settings)
-                self._running[reply.sequence] = reply
-        except Exception as error:
-            self._fail(replies, error)
-
-    def drop(self, reply: Reply) -> None:
-        """Free the sequence of a reply."""
-        if reply.sequence is not None:
-            self.engine.cancel(reply.sequence)
-            self._running.pop(reply.sequence, None)
+                self._step()
+            except Exception as error:
+                self._fail(replies, error)
 
     def _step(self) -> None:
         try:
             events = self.engine.step()
-        except Exception as error:
+        except Exception as error:  # the engine has ended all sequences
             self.failures += 1
             self._fail(self._running.values(), error)
-            self._running.clear()  # the engine has ended all sequences
-            return
-        self.failures = 0
-        self._call(self._deliver, [(self._running[seq], token, seq.finish_reason) for seq, token, _ in events])
-        for seq, _, _ in events:
-            if seq.finish_reason:
-                del self._running[seq]
+        else:
+            self.failures = 0
+            self._send([(self._running[seq], [token], seq.finish_reason, None) for seq, token, _ in events])
 
     def _fail(self, replies: Iterable[Reply], error: Exception) -> None:
         """End replies. Clients see their own mistakes; the details of other errors are only logged."""
         if not isinstance(error, UserError):
             log.error("the engine on %s failed", self.device, exc_info=error)
             error = EngineFailure("the server failed while generating this reply; try again")
-        for reply in replies:
-            self._call(reply.cancel, "failed", error)
+        self._send([(reply, [], "failed", error) for reply in replies])
 
-    def _call(self, *call) -> None:
+    def _send(self, events: list[tuple]) -> None:
+        """Let the event loop add new tokens to their replies: (reply, tokens, finish reason, error)."""
+
+        def deliver():
+            for reply, tokens, reason, error in events:
+                if reply.finish_reason is None:  # otherwise it was cancelled meanwhile
+                    reply.pending += tokens
+                    reply.changed.set()
+                    if reason:
+                        reply.end(reason, error)
+
         with suppress(RuntimeError):  # the loop is closed: the server has ended
-            self.loop.call_soon_threadsafe(*call)
+            self.loop.call_soon_threadsafe(deliver)
 
 
 class Pool:
@@ -217,7 +194,7 @@ class Pool:
             raise Busy("the server is shutting down; try again later")
         return min(self.threads, key=lambda thread: (thread.failing, len(thread.replies))).submit(prompt, n, **settings)
 
-    async def drain(self, grace: float, hurry: Callable[[], bool] = lambda: False) -> None:
+    async def drain(self, grace: float, hurry: Callable[[], bool]) -> None:
         """Refuse new requests and wait for the running replies; after `grace` seconds, or when `hurry()`, these fail."""
         self.closing = True
         deadline = time.monotonic() + grace
@@ -225,4 +202,4 @@ class Pool:
             await asyncio.sleep(0.05)
         error = EngineFailure("the server was shut down before this reply was complete")
         for reply in [reply for thread in self.threads for reply in thread.replies]:
-            reply.cancel("failed", error)
+            reply.end("failed", error)

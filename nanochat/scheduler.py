@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(eq=False)
@@ -24,8 +25,7 @@ class Sequence:
     """A sequence and its sampling settings."""
 
     tokens: list[int]  # the prompt and everything generated after it
-    limit: int  # maximum number of tokens, prompt included
-    exhausted: str = "length"  # finish reason at the limit: "length", or "context" if the model's context is full
+    limit: float  # maximum number of tokens, prompt included
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
@@ -39,6 +39,7 @@ class Sequence:
     slot: int | None = None  # its place in the cache, once it has one
     computed: int = 0  # number of tokens whose keys and values the slot holds
     reused: int = 0  # of which the prefix cache had so many
+    source: int | None = None  # the slot from which these must be copied first, if not its own
 
     def __post_init__(self):
         self.prompt_length = len(self.tokens)
@@ -47,34 +48,26 @@ class Sequence:
     def generated(self) -> list[int]:
         return self.tokens[self.prompt_length :]
 
-    def common_prefix(self, tokens: list[int]) -> int:
-        """Length of the common prefix of the computed tokens and `tokens` without its last one.
+    @property
+    def running(self) -> bool:
+        """Whether only the last token is not computed: its successor is generated in the next step."""
+        return self.finish_reason is None and self.computed == len(self.tokens) - 1
 
-        >>> Sequence([1, 2, 3, 4], limit=9, computed=3).common_prefix([1, 2, 3, 4, 5])
-        3
-        """
+    def common_prefix(self, tokens: list[int]) -> int:
+        """Length of the common prefix of the computed tokens and `tokens` without its last one."""
         limit = min(self.computed, len(tokens) - 1)
         if self.tokens[:limit] == tokens[:limit]:  # nearly always, or they differ at the start
             return limit
         return next(i for i in range(limit) if self.tokens[i] != tokens[i])
 
 
-@dataclass(frozen=True)
-class Copy:
-    """Copy the first `length` positions of one slot into another."""
-
-    source: int
-    target: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """Compute tokens start .. end of a sequence's prompt."""
+class Prefill(NamedTuple):
+    """Compute tokens start .. end of a prompt; if there is a `source`, copy those before `start` from that slot first."""
 
     seq: Sequence
     start: int
     end: int
+    source: int | None
 
 
 class Scheduler:
@@ -82,34 +75,28 @@ class Scheduler:
 
     def __init__(self, max_sequences: int, prefill_budget: int):
         self.max_sequences, self.prefill_budget = max_sequences, prefill_budget
-        self.waiting: deque[Sequence] = deque()
-        self.prefilling: Sequence | None = None  # at most one prompt is partly prefilled
-        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()  # new sequences are appended
         # The newest sequence of each slot, finished or not; grows up to max_sequences, so that the cache is small
         self.slots: list[Sequence] = []
         self.free: list[int] = []  # slots whose sequence has finished, in the order in which they finished
 
     @property
-    def busy(self) -> bool:
-        return bool(self.waiting) or len(self.free) < len(self.slots)
+    def running(self) -> list[Sequence]:
+        """In order of their slots, so that attention reads neighbouring rows of the cache."""
+        return [seq for seq in self.slots if seq.running]
 
-    def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
-
-    def plan(self) -> list[Copy | Prefill]:
+    def plan(self) -> list[Prefill]:
         """The work before the next step, in order. Afterwards `running` holds the sequences of that step."""
         work, budget = [], self.prefill_budget
-        while self.prefilling or self._start_next(work):
-            seq = self.prefilling
+        # At most one prompt is partly prefilled; the waiting ones follow
+        unfinished = (seq for seq in self.slots if seq.finish_reason is None and not seq.running)
+        seq = next(unfinished, None) or self._start_next()
+        while seq:
             end = min(len(seq.tokens) - 1, seq.computed + budget)
-            if end > seq.computed:
-                work.append(Prefill(seq, seq.computed, end))
-                budget -= end - seq.computed
-                seq.computed = end
-            if end < len(seq.tokens) - 1:
-                break
-            self.running.append(seq)
-            self.prefilling = None
+            work.append(Prefill(seq, seq.computed, end, seq.source))
+            budget -= end - seq.computed
+            seq.computed, seq.source = end, None
+            seq = self._start_next() if seq.running else None
         return work
 
     def end(self, seq: Sequence, reason: str) -> None:
@@ -117,22 +104,18 @@ class Scheduler:
         seq.finish_reason = reason
         if seq.slot is None:
             self.waiting.remove(seq)
-            return
-        self.free.append(seq.slot)
-        if seq is self.prefilling:
-            self.prefilling = None
         else:
-            self.running.remove(seq)
+            self.free.append(seq.slot)
 
-    def _start_next(self, work: list[Copy | Prefill]) -> bool:
-        """Begin to prefill the first waiting sequence; False if none waits or no slot is free.
+    def _start_next(self) -> Sequence | None:
+        """Assign a slot to the first waiting sequence; None if none waits or no slot is free.
 
         It takes over the free slot with the longest common prefix if that is at least half of the slot's content.
         Otherwise it gets a new slot or, if there are enough, the slot that has been free for longest, and a copy of
         the longest common prefix that any slot has.
         """
         if not self.waiting:
-            return False
+            return None
         seq = self.waiting[0]
         lengths = [other.common_prefix(seq.tokens) for other in self.slots]
         best = max(self.free, key=lambda slot: lengths[slot], default=None)
@@ -143,14 +126,13 @@ class Scheduler:
         elif self.free:
             seq.slot = self.free[0]
         else:
-            return False
+            return None
         seq.computed = seq.reused = max(lengths, default=0)
         if seq.reused and lengths.index(seq.reused) != seq.slot:
-            work.append(Copy(lengths.index(seq.reused), seq.slot, seq.reused))
-        if seq.slot in self.free:
+            seq.source = lengths.index(seq.reused)
+        if seq.slot == len(self.slots):
+            self.slots.append(seq)
+        else:
             self.free.remove(seq.slot)
             self.slots[seq.slot] = seq
-        else:
-            self.slots.append(seq)
-        self.prefilling = self.waiting.popleft()
-        return True
+        return self.waiting.popleft()

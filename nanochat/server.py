@@ -3,10 +3,8 @@
 A request becomes a prompt and settings for the engine (engine_thread.py); its tokens become text, without cutting a
 character, and the text becomes the objects that clients read. All errors have OpenAI's form,
 {"error": {"message", "type", "param", "code"}}, and show nothing of our internals. The server keeps no conversation:
-clients send it whole each time.
-
-Of a reply that uses the calculator, the page receives the calls and their output as well; OpenAI's clients receive the
-text only. Fields that mean nothing here are ignored.
+clients send it whole each time. The page also receives calls of the calculator and their output; OpenAI's clients
+receive the text only.
 """
 
 from __future__ import annotations
@@ -40,7 +38,6 @@ BODY_TIMEOUT = 30  # seconds without a byte of an unfinished body
 RETRY_AFTER = 5  # seconds
 SENDS_PER_SECOND = 1000  # of all streams: a send costs more than a token, so many streams send several tokens at a time
 MAX_PAUSE = 0.05  # seconds between the sends of a stream
-REASONS = {"stop": "stop", "length": "length", "context": "length"}  # finish reasons of the engine -> of OpenAI
 FILES = Path(__file__).resolve().parent
 
 # The page may load nothing from elsewhere. Its script and style are inline.
@@ -73,11 +70,12 @@ class Message(RequestModel):
     content: str | Annotated[list[Part], Field(max_length=200)]
 
     def plain(self) -> dict:
-        """The message as conversation.py expects it; parts that are all text are joined by newlines."""
+        """The message as conversation.py expects it: the parts of a user's message are joined by newlines."""
         content = self.content
-        if isinstance(content, list):
-            only_text = self.role != "assistant" or all(part.type == "text" for part in content)
-            content = "\n".join(part.text for part in content) if only_text else [part.model_dump() for part in content]
+        if isinstance(content, list) and self.role == "assistant":
+            content = [part.model_dump() for part in content]
+        elif isinstance(content, list):
+            content = "\n".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
@@ -94,7 +92,7 @@ class ChatRequest(RequestModel):
     messages: list[Message] = Field(min_length=1, max_length=500)
     max_tokens: int | None = Field(None, ge=1, le=1_000_000)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_k: int | None = Field(None, ge=0, le=200, description="0: all tokens")
+    top_k: int | None = Field(None, ge=0, le=200)  # 0: all tokens
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
@@ -103,9 +101,6 @@ class ChatRequest(RequestModel):
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=8)
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
-
-    def conversation(self) -> list[dict]:
-        return [message.plain() for message in self.messages]
 
 
 class BodyLimit:
@@ -134,34 +129,30 @@ class BodyLimit:
         await self.app(scope, limited, send)
 
 
-def render_prompt(tokenizer, messages: list[dict]) -> list[int]:
-    """Ids of a prompt that ends where the reply starts, or at the end of a last assistant message, which is continued."""
-    if messages[-1]["role"] == "assistant":
-        return render_conversation(tokenizer, {"messages": messages}, max_tokens=None)[0][:-1]  # without its end token
-    return render_for_completion(tokenizer, {"messages": messages})
+def fit(tokenizer, messages: list[dict], context: int, max_tokens: int | None = None) -> tuple[list[int], int]:
+    """(prompt, number of dropped exchanges) for a reply to a conversation, which checks all messages.
 
-
-def fit(tokenizer, messages: list[dict], context: int, max_tokens: int) -> tuple[list[int], int]:
-    """(prompt, number of dropped exchanges): the longest end of a conversation that leaves room for a reply.
-
-    An exchange is a user message and its answer; the system message is always kept.
+    The prompt ends where the reply starts, or at the end of a last assistant message, which is continued. With
+    `max_tokens`, as few exchanges as possible are dropped to leave room for such a reply. An exchange is a user message
+    and its answer; the system message is kept.
     """
-    room = context - 1 - min(max_tokens, context // 4)
     head, turns = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
 
     def prompt_without(exchanges: int) -> list[int]:
-        return render_prompt(tokenizer, head + turns[2 * exchanges :])
+        conversation = {"messages": head + turns[2 * exchanges :]}
+        if messages[-1]["role"] == "assistant":
+            return render_conversation(tokenizer, conversation, max_tokens=None)[0][:-1]  # without its end token
+        return render_for_completion(tokenizer, conversation)
 
-    prompt = prompt_without(0)  # checks all messages
-    if len(prompt) <= room:
-        return prompt, 0
-    droppable = (len(turns) - 1) // 2
-    dropped = bisect_left(range(droppable), True, key=lambda exchanges: len(prompt_without(exchanges)) <= room)
-    prompt = prompt_without(dropped)
+    room = context - 1 - min(max_tokens or 0, context // 4)
+    droppable = (len(turns) - 1) // 2 if max_tokens else 0
+    prompt, dropped = prompt_without(0), 0
     if len(prompt) > room:
-        message = f"the last exchange has {len(prompt)} tokens, and the model's context of {context} must hold it and the reply"
-        param = f"messages[{len(messages) - 1}].content"
-        raise ApiError(400, f"{message}; keep it below {room}", param=param, code="context_length_exceeded")
+        dropped = bisect_left(range(droppable), True, key=lambda exchanges: len(prompt_without(exchanges)) <= room)
+        prompt = prompt_without(dropped)
+    if len(prompt) > room:
+        message = f"the messages have {len(prompt)} tokens, and the model's context of {context} must hold them and the reply"
+        raise ApiError(400, f"{message}; keep them below {room + 1}", param="messages", code="context_length_exceeded")
     return prompt, dropped
 
 
@@ -215,11 +206,6 @@ def invalid(problem: dict) -> ApiError:
     return ApiError(400, f"{param}: {text}", param=param)
 
 
-async def send_error(request: Request, error: Exception) -> JSONResponse:
-    shown = as_api_error(error)
-    return JSONResponse(shown.detail, shown.status_code, shown.headers)
-
-
 # -----------------------------------------------------------------------------
 # Replies
 
@@ -230,7 +216,6 @@ class Generation:
     def __init__(self, replies: list[Reply], stop: list[str]):
         self.replies, self.stop = replies, stop
         self.thread, self.start = replies[0].thread, time.monotonic()
-        self.prompt_tokens = len(replies[0].prompt)
         self.completion_tokens = 0  # of all replies, without terminal tokens
 
     @property
@@ -239,11 +224,11 @@ class Generation:
 
     @property
     def usage(self) -> dict[str, int]:
-        prompt, completion = self.prompt_tokens, self.completion_tokens
+        prompt, completion = len(self.replies[0].prompt), self.completion_tokens
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     async def segments(self):
-        """Yields lists of (reply, kind, text). Raises what ended the request."""
+        """Yields lists of (index of the reply, kind, text). Raises what ended the request."""
         engine = self.thread.engine
         texts = [Segments(engine.tokenizer, self.stop) for _ in self.replies]
         async for tokens in new_tokens(self.replies):
@@ -253,17 +238,17 @@ class Generation:
                     self.completion_tokens += token not in engine.terminal_tokens
                     segments += [(index, *segment) for segment in texts[index].push(token)]
                     if texts[index].stopped:
-                        self.replies[index].cancel("stop")
+                        self.replies[index].end("stop")
             yield segments
         yield [(index, *segment) for index, text in enumerate(texts) for segment in text.finish()]
 
     @asynccontextmanager
     async def until_disconnect(self, receive):
-        """Cancels the replies when the client disconnects, and at the end in any case. Logs a line without content."""
+        """Ends the replies when the client disconnects, and in any case at the end. Logs a line without content."""
 
         def cancel():
             for reply in self.replies:
-                reply.cancel()
+                reply.end()
 
         async def watch():
             while (await receive())["type"] != "http.disconnect":
@@ -276,7 +261,7 @@ class Generation:
         finally:
             watching.cancel()
             cancel()
-            log.info("%s: %d prompt tokens, %d generated in %.2f s (%s)", self.thread.device, self.prompt_tokens,
+            log.info("%s: %d prompt tokens, %d generated in %.2f s (%s)", self.thread.device, len(self.replies[0].prompt),
                      self.completion_tokens, time.monotonic() - self.start, ", ".join(self.finish_reasons))  # fmt: skip
 
 
@@ -296,7 +281,8 @@ class EventStream(StreamingResponse):
     async def until_error(self, events):
         try:
             async for text in events:
-                yield text
+                if text:
+                    yield text
                 await asyncio.sleep(min(MAX_PAUSE, len(self.generation.thread.replies) / SENDS_PER_SECOND))
         except Exception as error:
             if not isinstance(error, EngineFailure):  # which the engine's thread has logged
@@ -310,14 +296,14 @@ def event(content: dict) -> str:
 
 async def page_events(generation: Generation, dropped: int):
     async for segments in generation.segments():
-        if segments:
-            yield "".join(event({"token": text, "type": kind}) for _, kind, text in segments)
+        yield "".join(event({"token": text, "type": kind}) for _, kind, text in segments)
     yield event({"done": True, "finish_reason": generation.finish_reasons[0], "usage": generation.usage, "forgotten": dropped})
 
 
 def choice(index: int, finish_reason: str | None, **content) -> dict:
     """One of OpenAI's `n` choices: complete (`message=`) or a delta (`delta=`)."""
-    return {"index": index, **content, "logprobs": None, "finish_reason": REASONS.get(finish_reason)}
+    reason = "length" if finish_reason == "context" else finish_reason
+    return {"index": index, **content, "logprobs": None, "finish_reason": reason}
 
 
 async def chunks(generation: Generation, head: dict, include_usage: bool):
@@ -330,16 +316,14 @@ async def chunks(generation: Generation, head: dict, include_usage: bool):
         head = {**head, "usage": None}
     yield "".join(chunk(index, role="assistant", content="") for index in range(len(generation.replies)))
     async for segments in generation.segments():
-        texts = [chunk(index, content=text) for index, kind, text in segments if kind == "text"]
-        if texts:
-            yield "".join(texts)
+        yield "".join(chunk(index, content=text) for index, kind, text in segments if kind == "text")
     yield "".join(chunk(index, reason) for index, reason in enumerate(generation.finish_reasons))
     if include_usage:
         yield event({**head, "choices": [], "usage": generation.usage})
     yield "data: [DONE]\n\n"
 
 
-async def completion(generation: Generation, head: dict) -> JSONResponse:
+async def completion(generation: Generation, head: dict) -> dict:
     """A completion that is not streamed."""
     texts = [""] * len(generation.replies)
     async for segments in generation.segments():
@@ -347,7 +331,7 @@ async def completion(generation: Generation, head: dict) -> JSONResponse:
             texts[index] += text if kind == "text" else ""
     choices = [choice(index, reason, message={"role": "assistant", "content": texts[index], "refusal": None})
                for index, reason in enumerate(generation.finish_reasons)]  # fmt: skip
-    return JSONResponse({**head, "choices": choices, "usage": generation.usage})
+    return {**head, "choices": choices, "usage": generation.usage}
 
 
 # -----------------------------------------------------------------------------
@@ -360,25 +344,31 @@ def make_app(
     """The FastAPI app. `pool` has been started; `name` is the model's, as in "sft d4 step 60"; `examples` are for the page."""
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(BodyLimit)
-    for kind in (Busy, UserError, RequestValidationError, StarletteHTTPException, EngineFailure, Exception):
-        app.add_exception_handler(kind, send_error)
     tokenizer, context = pool.threads[0].engine.tokenizer, pool.threads[0].engine.context
     defaults = {"temperature": temperature, "top_k": top_k, "max_tokens": max_tokens}
     model_id = name.replace(" ", "-")
     started = time.monotonic()
     card = {"id": model_id, "object": "model", "created": int(time.time()), "owned_by": "nanochat"}
 
-    def generate(body: ChatRequest, prompt: list[int], n: int = 1) -> Generation:
-        """Submit a request. Raises Busy."""
+    async def send_error(request: Request, error: Exception) -> JSONResponse:
+        shown = as_api_error(error)
+        return JSONResponse(shown.detail, shown.status_code, shown.headers)
+
+    for kind in (Busy, UserError, RequestValidationError, StarletteHTTPException, EngineFailure, Exception):
+        app.add_exception_handler(kind, send_error)
+
+    async def generate(body: ChatRequest, limit: int | None = None) -> tuple[Generation, int]:
+        """(the replies, the number of dropped exchanges); `limit` as in `fit`. Raises Busy."""
+        messages = [message.plain() for message in body.messages]
+        prompt, dropped = await asyncio.to_thread(fit, tokenizer, messages, context, limit)
         settings = defaults | body.model_dump(include={"temperature", "top_k", "max_tokens", "top_p"}, exclude_none=True)
         settings["top_k"] = settings["top_k"] or None
         settings["seed"] = secrets.randbits(31) if body.seed is None else body.seed
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        return Generation(pool.submit(prompt, n, **settings), stop)
+        return Generation(pool.submit(prompt, body.n or 1, **settings), stop), dropped
 
     def check_model(requested: str | None) -> None:
-        """Any prefix of our name is accepted ("sft", "sft-d4"), and "nanochat"."""
-        if requested and requested not in ("nanochat", name) and not f"{model_id}-".startswith(f"{requested}-"):
+        if requested not in (None, "", "nanochat", model_id):
             message = f"the model {requested[:100]!r} does not exist; use {model_id!r}, or omit `model`"
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -392,20 +382,15 @@ def make_app(
 
     @app.post("/chat/completions", response_class=Response)
     async def chat(body: ChatRequest):
-        limit = body.max_tokens or max_tokens
-        prompt, dropped = await asyncio.to_thread(fit, tokenizer, body.conversation(), context, limit)
-        generation = generate(body, prompt)
+        body.n = 1
+        generation, dropped = await generate(body, body.max_tokens or max_tokens)
         return EventStream(page_events(generation, dropped), generation)
 
     @app.post("/v1/chat/completions")
     async def completions(request: Request, body: ChatRequest):
         check_model(body.model)
-        prompt = await asyncio.to_thread(render_prompt, tokenizer, body.conversation())
-        if len(prompt) >= context:
-            message = f"the messages have {len(prompt)} tokens, and the model's context of {context} must hold them and the reply"
-            raise ApiError(400, f"{message}; shorten them", param="messages", code="context_length_exceeded")
         body.max_tokens = body.max_completion_tokens or body.max_tokens
-        generation = generate(body, prompt, body.n or 1)
+        generation, _ = await generate(body)
         id = f"chatcmpl-{secrets.token_hex(12)}"
         head = {"id": id, "object": "chat.completion", "created": int(time.time()), "model": model_id}
         if body.stream:
@@ -426,11 +411,7 @@ def make_app(
 
     @app.get("/health")
     async def health():
-        status = "ok"
-        if any(thread.failing for thread in pool.threads):
-            status = "failing"
-        if pool.closing:
-            status = "shutting down"
+        status = "shutting down" if pool.closing else "failing" if any(thread.failing for thread in pool.threads) else "ok"
         waiting = sum(thread.num_waiting for thread in pool.threads)
         running = sum(len(thread.replies) for thread in pool.threads) - waiting
         report = {"status": status, "ready": status == "ok", "model": name, "context": context, "running": running,
@@ -439,16 +420,13 @@ def make_app(
 
     @app.get("/stats")
     async def stats():
-        report = {"uptime_s": round(time.monotonic() - started, 1)}
-        for key in ("requests", "completed", "cancelled", "failed", "rejected"):
-            report[key] = sum(thread.counts[key] for thread in pool.threads)
-        for key in ("generated_tokens", "prefill_tokens", "cached_tokens"):
-            report[key] = sum(getattr(thread.engine, key) for thread in pool.threads)
+        counts = {key: sum(thread.counts[key] for thread in pool.threads)
+                  for key in ("requests", "completed", "cancelled", "failed", "rejected")}  # fmt: skip
+        tokens = {key: sum(getattr(thread.engine, key) for thread in pool.threads)
+                  for key in ("generated_tokens", "prefill_tokens", "cached_tokens")}  # fmt: skip
         # The engines' own counts, so that a leaked sequence would show here
-        report["workers"] = [
-            {"device": thread.device, "running": thread.engine.num_running, "waiting": thread.engine.num_waiting,
-             "max_sequences": thread.engine.max_sequences} for thread in pool.threads
-        ]  # fmt: skip
-        return report
+        workers = [{"device": thread.device, "running": thread.engine.num_running, "waiting": thread.engine.num_waiting,
+                    "max_sequences": thread.engine.max_sequences} for thread in pool.threads]  # fmt: skip
+        return {"uptime_s": round(time.monotonic() - started, 1), **counts, **tokens, "workers": workers}
 
     return app

@@ -26,7 +26,7 @@ def parse_args(argv):
 
 
 def note(text: str) -> None:
-    """Print a note to standard error; standard output holds only the text of the model."""
+    """Standard output holds only the text of the model."""
     print(f"({text})", file=sys.stderr, flush=True)
 
 
@@ -42,10 +42,7 @@ class Chat:
         self.finish_reason: str | None = None  # of the last reply
 
     def ask(self, text: str):
-        """Yield the reply to `text` in chunks of whole characters.
-
-        The reply becomes part of the conversation, also if it is stopped or interrupted.
-        """
+        """Yield the reply to `text`, which becomes part of the conversation, also if it is stopped, in whole characters."""
         from nanochat.tokenizer import Segments
 
         turn = self._open_turn(text)
@@ -75,8 +72,7 @@ class Chat:
         if self.raw:
             turn = self.tokenizer.encode(text)
         else:
-            conversation = {"messages": [{"role": "user", "content": text}]}
-            turn = self.tokenizer.render_for_completion(conversation)[1:]  # bos comes only before the first turn
+            turn = self.tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]})[1:]  # without bos
         context = self.engine.context
         room = context - 1 - min(self.max_tokens, context // 4)  # the rest is for bos and the reply
         if len(turn) > room:
@@ -92,19 +88,15 @@ def converse(chat: Chat) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history at the prompt, if available
     print("Type 'clear' for a new conversation and 'quit' to exit. Ctrl-C stops a reply.")
-    while True:
-        try:
-            text = input("\nText: " if chat.raw else "\nUser: ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if text in ("quit", "exit"):
-            return
-        if text == "clear":
-            chat.turns.clear()
-            print("New conversation.")
-        elif text:
-            answer(chat, text)
+    try:
+        while (text := input("\nText: " if chat.raw else "\nUser: ").strip()) not in ("quit", "exit"):
+            if text == "clear":
+                chat.turns.clear()
+                print("New conversation.")
+            elif text:
+                answer(chat, text)
+    except (EOFError, KeyboardInterrupt):
+        print()
 
 
 def answer(chat: Chat, text: str) -> None:

@@ -9,9 +9,8 @@ and `/openapi.json` describes all routes. Ctrl-C waits for running replies. The 
 """
 
 from nanochat import flags
-from nanochat.common import UserError, compute_init, ranks, run_script, share_cores
+from nanochat.common import UserError, compute_init, run_script, share_cores
 
-GRACE = 30.0  # seconds that running replies get when the server is stopped
 
 
 def parse_args(argv):
@@ -37,8 +36,8 @@ def listen(host: str, port: int):
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port or --host") from error
 
 
-def make_server(app, pool, sock, grace: float = GRACE):
-    """A uvicorn server that, when stopped, refuses new requests with 503 and waits for running replies."""
+def make_server(app, pool, sock, grace: float = 30.0):
+    """A uvicorn server that, when stopped, refuses new requests and waits `grace` seconds for the running replies."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -80,8 +79,6 @@ def make_pool(args):
         model, tokenizer, _ = load_model(args.stage, replace(compute, device=device), directory.name, step)
         return Engine(prepare_for_inference(model), tokenizer, max_sequences=args.max_sequences)
 
-    if ranks()[2] > 1:
-        raise UserError("chat_web is one process for all GPUs; start it without torchrun, and with -n GPUS")
     compute = compute_init(args.device_type)
     devices = [compute.device]
     if compute.device.type == "cuda":

@@ -6,126 +6,84 @@ A test can hold the engine, so that each step waits for permission: no test depe
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
 import httpx
+from tiny import Script
 
-from nanochat.common import UserError
+from nanochat.engine import Engine
 from nanochat.engine_thread import EngineThread, Pool
+from nanochat.scheduler import Sequence
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
 # Every byte is a token; nothing is merged.
 SPECIAL_IDS = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
 TOKENIZER = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, SPECIAL_IDS)
 END = TOKENIZER.encode_special("<|assistant_end|>")
+ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 30  # seconds
 PAGE, V1 = ROUTES = ["/chat/completions", "/v1/chat/completions"]
 
 
 def tokens_of(text: str) -> list[int]:
     """Ids of a text in which special tokens, written out, are meant: "<|python_start|>1+1<|python_end|>"."""
-    ids = []
-    for segment in re.split(r"(<\|\w+\|>)", text):
-        ids += [SPECIAL_IDS[segment]] if segment in SPECIAL_IDS else TOKENIZER.encode(segment)
-    return ids
+    segments = re.split(r"(<\|\w+\|>)", text)
+    return sum(([SPECIAL_IDS[segment]] if segment in SPECIAL_IDS else TOKENIZER.encode(segment) for segment in segments), [])
 
 
 def message(content="hi", role="user"):
     return {"role": role, "content": content}
 
 
-@dataclass(eq=False)
-class Sequence:
-    tokens: list[int]
-    script: list[int]
-    limit: int
-    settings: dict
-    finish_reason: str | None = None
-
-    def __post_init__(self):
-        self.prompt_length = len(self.tokens)
-
-    @property
-    def prompt(self) -> list[int]:
-        return self.tokens[: self.prompt_length]
-
-    @property
-    def generated(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
-
-
-class ScriptedEngine:
-    """The interface of engine.Engine. Generates `reply(prompt)`, one byte per step; after `hold`, steps wait for `allow`."""
+class ScriptedEngine(Engine):
+    """An engine whose model replies `reply(prompt)`, a byte per step. After `hold`, each step waits for `allow`."""
 
     def __init__(self, reply=lambda prompt: "hello", max_sequences: int = 4, context: int = 400):
-        self.reply, self.max_sequences, self.context = reply, max_sequences, context
-        self.tokenizer, self.terminal_tokens = TOKENIZER, frozenset([END])
-        self.prefill_tokens = self.cached_tokens = self.generated_tokens = 0
-        self.seqs: list[Sequence] = []
+        self.script = cache(lambda prompt: [*tokens_of(reply(TOKENIZER.decode(prompt))), END])
+        super().__init__(Script(self.next_token, context), TOKENIZER, max_sequences)
         self.submitted: list[Sequence] = []
+        self.settings: list[dict] = []
         self.error: Exception | None = None  # raised by the next step
-        self.in_step, self.dropped = threading.Event(), threading.Event()
-        self._permits: threading.Semaphore | None = None
+        self.in_step = threading.Event()
+        self.permits: threading.Semaphore | None = None
+
+    def next_token(self, tokens: list[int]) -> int:
+        end = len(tokens) - tokens[::-1].index(TOKENIZER.encode_special("<|assistant_start|>"))  # of the prompt
+        return self.script(tuple(tokens[:end]))[len(tokens) - end]
 
     def hold(self) -> None:
-        self._permits = threading.Semaphore(0)
+        self.permits = threading.Semaphore(0)
 
     def allow(self, steps: int) -> None:
-        self._permits.release(steps)
+        self.permits.release(steps)
 
     def release(self) -> None:
-        if self._permits:
-            permits, self._permits = self._permits, None
-            permits.release()
+        self.permits.release(10**6)
 
     @property
-    def num_running(self) -> int:
-        return min(len(self.seqs), self.max_sequences)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self.seqs) - self.num_running
+    def prompts(self) -> list[list[int]]:
+        return [seq.tokens[: seq.prompt_length] for seq in self.submitted]
 
     def submit(self, tokens, max_tokens=None, **settings) -> Sequence:
-        prompt = TOKENIZER.decode(tokens)
-        if "refuse me" in prompt:
-            raise UserError("the engine refuses this")
-        limit = len(tokens) + min(max_tokens or self.context, self.context - len(tokens))
-        seq = Sequence(list(tokens), [*tokens_of(self.reply(prompt)), END], limit, settings)
-        self.seqs.append(seq)
-        self.submitted.append(seq)
-        return seq
+        self.submitted.append(super().submit(tokens, max_tokens, **settings))
+        self.settings.append(settings)
+        return self.submitted[-1]
 
-    def cancel(self, seq: Sequence) -> None:
-        if seq in self.seqs:
-            self.seqs.remove(seq)
-            seq.finish_reason = "cancelled"
-            self.dropped.set()
-
-    def step(self) -> list[tuple[Sequence, int, int]]:
+    def _step(self):
         self.in_step.set()
-        if self._permits:
-            assert self._permits.acquire(timeout=TIMEOUT)
+        if self.permits:
+            assert self.permits.acquire(timeout=TIMEOUT)
         if self.error:
-            error, self.error, self.seqs = self.error, None, []
+            error, self.error = self.error, None
             raise error
-        events = []
-        for seq in self.seqs[: self.max_sequences]:
-            seq.tokens.append(seq.script[len(seq.generated)])
-            self.generated_tokens += 1
-            if seq.tokens[-1] == END:
-                seq.finish_reason = "stop"
-            elif len(seq.tokens) >= seq.limit:
-                seq.finish_reason = "context" if seq.limit == self.context else "length"
-            events.append((seq, seq.tokens[-1], 1))
-        self.seqs = [seq for seq in self.seqs if not seq.finish_reason]
-        return events
+        return super()._step()
 
 
 class Site:
@@ -135,6 +93,9 @@ class Site:
         self.address, self.engine, self.pool, self.server = address, engine, pool, server
         self.client = httpx.Client(base_url=address, timeout=TIMEOUT)
         self.get = self.client.get
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address.removeprefix("http://").split(":"), timeout=TIMEOUT)
 
     def post(self, path: str, **body) -> httpx.Response:
         return self.client.post(path, json=body)
@@ -192,23 +153,11 @@ def serving(*engines, max_queue: int = 64, grace: float = TIMEOUT, **defaults):
         assert not thread.is_alive()
 
 
-def save_model(model, *stages: str) -> None:
-    """Save a model as d2 of these stages at step 5, in the base folder."""
-    import torch
-
-    from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
-    from nanochat.common import Compute
-
-    meta, compute = {"model_config": vars(model.config)}, Compute(torch.device("cpu"), torch.float32)
-    for stage in stages:
-        save_checkpoint(checkpoint_dir(stage, "d2"), 5, model.state_dict(), None, meta, TOKENIZER, compute)
-
-
 @contextmanager
 def program(*command: str):
     """A script in a process of its own, with pipes of bytes; killed after two minutes."""
     with subprocess.Popen(
-        [sys.executable, "-m", *command, "--device-type", "cpu"], cwd=Path(__file__).resolve().parents[1],
+        [sys.executable, "-m", *command, "--device-type", "cpu"], cwd=ROOT,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     ) as process:  # fmt: skip

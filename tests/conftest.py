@@ -131,6 +131,22 @@ def make_random_model():
 
 
 @pytest.fixture
+def chat_base(base_dir, make_random_model) -> Path:
+    """A base folder with a small model, as base and sft d2 of step 5, that generates letters and never ends a reply."""
+    import torch
+    from chat_server import TOKENIZER
+
+    from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
+    from nanochat.common import Compute
+
+    model, compute = make_random_model(TOKENIZER, sequence_len=4096), Compute(torch.device("cpu"), torch.float32)
+    for stage in ("base", "sft"):
+        meta = {"model_config": vars(model.config)}
+        save_checkpoint(checkpoint_dir(stage, "d2"), 5, model.state_dict(), None, meta, TOKENIZER, compute)
+    return base_dir
+
+
+@pytest.fixture
 def run_ranks():
     """`run_ranks(3, work)` returns the results of `work(compute)` on three ranks, which are threads of this process."""
     from dataclasses import dataclass

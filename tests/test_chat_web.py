@@ -6,21 +6,15 @@ import sys
 
 import httpx
 import pytest
-from chat_server import PAGE, TOKENIZER, events_in, message, program, save_model
+from chat_server import PAGE, events_in, message, program
 
 from nanochat.common import UserError
 from scripts.chat_web import listen, main
 
 
-@pytest.fixture
-def base_dir(base_dir, make_random_model):
-    save_model(make_random_model(TOKENIZER, sequence_len=256), "sft")
-    return base_dir
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server_after_the_running_reply(base_dir, number):
+def test_a_signal_ends_the_server_after_the_running_reply(chat_base, number):
     with program("scripts.chat_web", "-p", "0") as server:
         line = server.stdout.readline().decode()
         assert line.startswith("ready on http://127.0.0.1:"), line + server.stderr.read().decode()
@@ -42,13 +36,7 @@ def test_a_signal_ends_the_server_after_the_running_reply(base_dir, number):
     (["-p", "{taken}"], "port [0-9]+: .*--port"), (["--host", "no.such.host.example"], "cannot listen on no.such"),
     (["-n", "2"], "--num-gpus is 2"), (["-g", "d99"], "d99.*d2"),
 ])  # fmt: skip
-def test_bad_flags_are_one_line(base_dir, arguments, says, capsys):
+def test_bad_flags_are_one_line(chat_base, arguments, says, capsys):
     with listen("127.0.0.1", 0) as taken, pytest.raises((UserError, SystemExit)) as caught:
         main(["-p", "0", "--device-type", "cpu", *(text.format(taken=taken.getsockname()[1]) for text in arguments)])
     assert re.search(says, capsys.readouterr().err + str(caught.value)) and "\n" not in str(caught.value)
-
-
-def test_torchrun_is_refused(base_dir, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="without torchrun"):
-        main(["-p", "0", "--device-type", "cpu"])

@@ -1,15 +1,15 @@
 """The engine against the model's naive `generate`, a scripted fake model, and the distributions it samples from."""
 
 import random
-from types import SimpleNamespace
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import BOS, END, ByteTokenizer, tiny_gpt
+from tiny import BOS, END, ByteTokenizer, Script, tiny_gpt
 
 from nanochat.common import UserError
-from nanochat.engine import PREFILL_BUDGET, Engine, KVCache, sample, uniform_sample
+from nanochat.engine import Engine, KVCache, sample, uniform_sample
 
 TOKENIZER = ByteTokenizer()
 CALL, CALL_END, OUT, OUT_END = range(258, 262)
@@ -23,60 +23,9 @@ def make_model(**changes):
     return model.eval()
 
 
-class Script:
-    """A fake model: after each position the logits are nearly certain of one token, `next_token(tokens so far)`.
-
-    The tokens are stored where a model stores its keys, so they follow whatever the engine does with its cache.
-    """
-
-    def __init__(self, next_token, sequence_len=64):
-        self.config = SimpleNamespace(sequence_len=sequence_len, n_layer=1, n_head=1, n_kv_head=1, n_embd=4)
-        self.next_token = next_token
-        self.calls = []  # shape of the ids of every call
-        self.seen = []  # tokens of each sequence in the last call
-
-    def get_device(self):
-        return torch.device("cpu")
-
-    def hidden(self, ids, kv_cache, last_only=False):
-        self.calls.append(tuple(ids.shape))
-        self.seen = []
-        for new, slot, length in zip(ids, kv_cache.slots.tolist(), kv_cache.cache_seqlens.tolist()):
-            stored = kv_cache.k_cache[0, slot, :, 0, 0]
-            stored[length : length + len(new)] = new
-            self.seen.append(stored[: length + len(new)].int().tolist())
-        kv_cache.advance(ids.size(1))
-        return torch.zeros(*ids.shape, 4)
-
-    def logits(self, hidden):
-        logits = torch.full((len(hidden), 262), -1e9)
-        for row, tokens in zip(logits, self.seen):
-            row[self.next_token(tokens)] = 0.0
-        return logits
-
-
-def reply(tokens, prompt_length=1):
-    """A fake model that replies to a prompt with `tokens` and END, whatever tool output comes in between."""
-
-    def next_token(sequence):
-        text = sequence[prompt_length:]
-        for _ in range(text.count(OUT_END)):
-            start, end = text.index(OUT), text.index(OUT_END)
-            text = text[:start] + text[end + 1 :]
-        sampled = text.index(OUT) if OUT in text else len(text)
-        return tokens[sampled] if sampled < len(tokens) else END
-
-    return Script(next_token)
-
-
-def run(engine, tokens, **options):
-    """(columns, masks, finish reasons) of one `generate`."""
-    steps, generator = [], engine.generate(tokens, **options)
-    while True:
-        try:
-            steps.append(next(generator))
-        except StopIteration as stop:
-            return *map(list, zip(*steps)), stop.value
+def script(tokens, prompt_length=1):
+    """A fake model that replies to a prompt with `tokens` and END."""
+    return Script(lambda sequence: [*tokens, END][len(sequence) - prompt_length])
 
 
 def until_terminal(tokens):
@@ -100,21 +49,17 @@ def finish(engine, **request):
 # The cache, and greedy output
 
 
-def test_cache_keeps_keys_and_lengths_and_prefills_another():
+def test_a_cache_prefills_another():
     one = KVCache(batch_size=1, num_heads=2, seq_len=3, head_dim=4, num_layers=5, device="cpu", dtype=torch.bfloat16)
     assert one.k_cache.shape == one.v_cache.shape == (5, 1, 3, 2, 4) and one.k_cache.dtype == torch.bfloat16
-    k, v = one.get_layer_cache(2)
-    k.fill_(1.0), v.fill_(2.0)
+    one.get_layer_cache(2)[1].fill_(2.0)
     one.advance(3)
     one.last_tokens.fill_(5)
     many = KVCache(2, 2, 7, 4, 5, "cpu", torch.float32)
     many.prefill(one)  # one sequence into all
-    for copied, value in ((many.k_cache, 1), (many.v_cache, 2)):
-        assert copied[2, :, :3].eq(value).all() and not copied[:, :, 3:].any() and not copied[3].any()
-    assert many.cache_seqlens.dtype == torch.int32 and many.cache_seqlens.tolist() == [3, 3]
+    assert many.v_cache[2, :, :3].eq(2).all() and many.v_cache.sum() == 2 * one.v_cache.sum() and not many.k_cache.any()
+    assert many.cache_seqlens.tolist() == [3, 3] and many.cache_seqlens.dtype == torch.int32
     assert many.get_pos() == 3 and many.last_tokens.tolist() == [5, 5]
-    with pytest.raises(AssertionError, match="empty"):
-        many.prefill(one)
     many.reset()
     assert many.get_pos() == 0 and many.last_tokens.tolist() == [-1, -1]
 
@@ -133,12 +78,10 @@ def test_greedy_output_equals_naive_generate(changes, prompt_length):
     length = min(30, model.config.sequence_len - prompt_length)
     expected = naive(model, prompt, length)
     engine = Engine(model, TOKENIZER)
-    columns, masks, reasons = run(engine, prompt, num_samples=3, max_tokens=length, temperature=0.0)
-    for i in range(3):
-        assert until_terminal([column[i] for column in columns]) == expected
+    sequences, masks = engine.generate_batch(prompt, num_samples=3, max_tokens=length, temperature=0.0)
+    text = expected[:-1] if expected[-1] in (BOS, END) else expected
+    assert sequences == [prompt + text] * 3 and masks == [[0] * prompt_length + [1] * len(text)] * 3
     assert len(set(expected)) > 5 or len(expected) < 10, "repeated tokens would test little"
-    assert reasons == (["stop"] * 3 if expected[-1] in (BOS, END) else ["length"] * 3)
-    assert all(mask == [1, 1, 1] for mask in masks)
     assert engine.prefill_tokens == prompt_length - 1, "samples of one prompt prefill it once"
     assert engine.cached_tokens == 2 * (prompt_length - 1)
 
@@ -190,10 +133,8 @@ def test_sampling_with_extreme_settings_finds_a_token():
     largest = 1 - 2**-23
     for temperature in (1e-50, 1e-30, 1e-3, 1.0, 1e3):
         for u in (0.0, 0.5, largest):
-            assert sample_one(logits, temperature, u) in (0, 1, 2)
-            assert sample_one(logits, temperature, u, top_p=1e-9) == 1
-            assert sample_one(logits, temperature, u, top_k=1) == 1
-    assert sample_one(logits, 1e-30, largest) == sample_one(logits, 0, 0.5) == 1
+            assert sample_one(logits, temperature, u) in ((1,) if temperature < 1e-2 else (0, 1, 2))
+            assert sample_one(logits, temperature, u, top_p=1e-9) == sample_one(logits, temperature, u, top_k=1) == 1
     # The largest uniform sample times any total near one is less than the total, so a token is always found
     totals = 1 + torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 1e-4
     assert (totals * torch.tensor(largest) < totals).all()
@@ -203,13 +144,13 @@ def test_sampling_with_extreme_settings_finds_a_token():
 
 def test_samples_depend_on_the_seed_and_not_on_their_number():
     engine = Engine(make_model(), TOKENIZER)
-    options = {"max_tokens": 12, "temperature": 1.0, "top_k": 50}
-    four, _ = engine.generate_batch([BOS, 65, 66], num_samples=4, seed=7, **options)
-    two, _ = engine.generate_batch([BOS, 65, 66], num_samples=2, seed=7, **options)
-    other, _ = engine.generate_batch([BOS, 65, 66], num_samples=4, seed=8, **options)
-    assert two == four[:2]
+
+    def samples(n, seed):
+        return engine.generate_batch([BOS, 65, 66], n, max_tokens=12, top_k=50, seed=seed)[0]
+
+    four, other = samples(4, 7), samples(4, 8)
+    assert samples(2, 7) == four[:2]
     assert len({tuple(tokens) for tokens in four + other}) == 8, "neighbouring seeds share no sample"
-    assert len({tuple(tokens[3:4]) for tokens in four + other}) > 1, "the first token differs, too"
 
 
 # -----------------------------------------------------------------------------
@@ -224,82 +165,62 @@ def test_samples_depend_on_the_seed_and_not_on_their_number():
 ])  # fmt: skip
 def test_the_result_of_a_valid_call_is_forced_with_mask_zero(sampled, forced, rest):
     prompt = [BOS, *b"12*7?"]
-    engine = Engine(reply(sampled + rest, len(prompt)), TOKENIZER)
+    model = script([*sampled, *b"?" * len(forced), *rest], len(prompt))
     expected = [*prompt, *sampled, *forced, *rest]
     expected_mask = [0] * len(prompt) + [1] * len(sampled) + [0] * len(forced) + [1] * len(rest)
-    assert engine.generate_batch(prompt, temperature=0.0) == ([expected], [expected_mask])
+    assert Engine(model, TOKENIZER).generate_batch(prompt, temperature=0.0) == ([expected], [expected_mask])
     # Forced tokens count towards max_tokens
     length = len(prompt) + len(sampled) + 1
-    cropped = engine.generate_batch(prompt, max_tokens=len(sampled) + 1, temperature=0.0)
+    cropped = Engine(model, TOKENIZER).generate_batch(prompt, max_tokens=len(sampled) + 1, temperature=0.0)
     assert cropped == ([expected[:length]], [expected_mask[:length]])
-
-
-def test_sequences_of_one_batch_call_tools_independently():
-    scripts = {ord("a"): reply([CALL, *b"1+1", CALL_END, *b"x"], 2), ord("b"): reply([*b"abcdefghij"], 2)}
-    engine = Engine(Script(lambda tokens: scripts[tokens[1]].next_token(tokens)), TOKENIZER)
-    caller, other = (engine.submit([BOS, letter], temperature=0.0) for letter in scripts)
-    list(engine.finish())
-    assert caller.generated == [CALL, *b"1+1", CALL_END, OUT, *b"2", OUT_END, *b"x", END]
-    assert other.generated == [*b"abcdefghij", END]
 
 
 @pytest.mark.parametrize("terminal", [END, BOS])
 def test_terminal_tokens_are_yielded_by_generate_and_left_out_by_generate_batch(terminal):
-    script = Script(lambda tokens: terminal if len(tokens) == 4 else 65)
-    columns, masks, reasons = run(Engine(script, TOKENIZER), [BOS, 66], temperature=0.0)
-    assert script.calls == [(1, 1)] * 4, "a chunk of the prompt, three tokens, and nothing after the end"
-    assert columns == [[65], [65], [terminal]] and masks == [[1], [1], [1]] and reasons == ["stop"]
-    batch = Engine(script, TOKENIZER).generate_batch([BOS, 66], temperature=0.0)
+    model = script([65, 65, terminal], prompt_length=2)
+    columns = list(Engine(model, TOKENIZER).generate([BOS, 66], temperature=0.0))
+    assert model.calls == [(1, 1)] * 4, "a chunk of the prompt, three tokens, and nothing after the end"
+    assert columns == [([65], [1]), ([65], [1]), ([terminal], [1])]
+    batch = Engine(model, TOKENIZER).generate_batch([BOS, 66], temperature=0.0)
     assert batch == ([[BOS, 66, 65, 65]], [[0, 0, 1, 1]])
 
 
 def test_a_finished_sample_repeats_its_last_token_while_others_continue():
     options = {"num_samples": 40, "max_tokens": 60, "temperature": 3.0, "seed": 1}
-    columns, masks, reasons = run(Engine(make_model(), TOKENIZER), [BOS], **options)
-    assert set(reasons) == {"stop", "length"}, "the seed should give both kinds"
-    for i, reason in enumerate(reasons):
-        tokens = [column[i] for column in columns]
-        length = len(until_terminal(tokens))
-        assert [mask[i] for mask in masks] == [1] * length + [0] * (len(columns) - length)
+    columns, masks = zip(*Engine(make_model(), TOKENIZER).generate([BOS], **options))
+    lengths = [len(until_terminal(tokens)) for tokens in zip(*columns)]
+    assert min(lengths) < max(lengths) == len(columns)
+    for tokens, mask, length in zip(zip(*columns), zip(*masks), lengths):
+        assert [*mask] == [1] * length + [0] * (len(columns) - length)
         assert set(tokens[length:]) <= {tokens[length - 1]}
-        assert (reason == "stop") == (tokens[length - 1] in (BOS, END))
 
 
 @pytest.mark.parametrize("max_tokens, length, reason", [
     (5, 5, "length"), (None, 17, "context"), (100, 17, "context"), (17, 17, "length"),
 ])  # fmt: skip
 def test_max_tokens_and_context_bound_the_length(max_tokens, length, reason):
-    engine = Engine(Script(lambda tokens: 65), TOKENIZER, context=20)
-    columns, _, reasons = run(engine, [BOS, 65, 66], max_tokens=max_tokens, temperature=0.0)
-    assert len(columns) == length and reasons == [reason]
+    seq = finish(Engine(Script(lambda tokens: 65), TOKENIZER, context=20), tokens=[BOS, 65, 66], max_tokens=max_tokens)
+    assert (len(seq.generated), seq.finish_reason) == (length, reason)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"tokens": []}, "empty"),
-    ({"tokens": [1] * 64}, "64 tokens and the model's context is 64"),
-    ({"tokens": [1], "num_samples": 0}, "num_samples is 0"),
-    ({"tokens": [1], "max_tokens": 0}, "max_tokens is 0"),
-    ({"tokens": [1], "temperature": -1.0}, "temperature is -1"),
-    ({"tokens": [1], "temperature": float("nan")}, "temperature is nan"),
-    ({"tokens": [1], "top_k": 0}, "top_k is 0"),
-    ({"tokens": [1], "top_p": 0.0}, "top_p is 0"),
-    ({"tokens": [1], "top_p": 1.1}, "top_p is 1.1"),
-])  # fmt: skip
-def test_invalid_arguments_are_refused_before_the_first_step(arguments, message):
-    engine = Engine(Script(lambda tokens: 65), TOKENIZER)
-    with pytest.raises(UserError, match=message):
-        engine.submit(**arguments) if "top_p" in arguments else engine.generate(**arguments)
+@pytest.mark.parametrize("name, values", {
+    "tokens": [[], [1] * 64], "max_tokens": [0, -1], "temperature": [-1.0, float("nan"), float("inf")], "top_k": [0],
+    "top_p": [0.0, 1.1],
+}.items())  # fmt: skip
+def test_invalid_arguments_are_refused(name, values):
+    for value in values:
+        message = f"{len(value)} tokens" if name == "tokens" else f"{name} ({value})"
+        with pytest.raises(UserError, match=re.escape(message)):
+            Engine(Script(lambda tokens: 65), TOKENIZER).submit(**{"tokens": [1], name: value})
 
 
 def test_generators_leave_the_gradient_mode_alone_and_no_sequence_behind():
-    model = make_model()
-    engine = Engine(model, TOKENIZER)
+    engine = Engine(make_model(), TOKENIZER)
     generator = engine.generate([BOS], num_samples=3)
     next(generator)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and engine.num_running == 3
     generator.close()
     assert not engine.busy
-    model(torch.tensor([[1, 2]]), targets=torch.tensor([[2, 3]])).backward()
 
 
 # -----------------------------------------------------------------------------
@@ -308,65 +229,41 @@ def test_generators_leave_the_gradient_mode_alone_and_no_sequence_behind():
 
 def requests_of(n, seed=0):
     rng = random.Random(seed)
+    root = [rng.randrange(256) for _ in range(160)]
+    options = {"temperature": [0.0, 0.7, 1.5], "top_k": [None, 20], "top_p": [1.0, 0.9]}
 
     def request(i):
-        prompt = [BOS, *(rng.randrange(256) for _ in range(rng.choice([0, 3, 40, 160])))]
-        options = {"temperature": [0.0, 0.7, 1.5], "top_k": [None, 20], "top_p": [1.0, 0.9]}
+        prompt = [BOS, *root[: rng.choice([0, 3, 40, 160])], i]
         sampling = {name: rng.choice(values) for name, values in options.items()}
         return {"tokens": prompt, "max_tokens": rng.randint(1, 24), "seed": i, **sampling}
 
     return [request(i) for i in range(n)]
 
 
-@pytest.mark.parametrize("max_sequences, budget", [(20, 128), (5, 30)])
-def test_a_sequence_is_the_same_alone_and_among_19_others(monkeypatch, max_sequences, budget):
-    """They join one by one, share prefixes, and finish at different times; the prompts are prefilled in chunks."""
-    monkeypatch.setitem(PREFILL_BUDGET, "cpu", budget)
-    model = make_model()
-    engine = Engine(model, TOKENIZER, max_sequences=max_sequences)
+@pytest.mark.parametrize("max_sequences, budget", [(12, 128), (5, 30)])
+def test_a_sequence_is_the_same_alone_and_among_others(max_sequences, budget):
+    """They join one by one, share prefixes, continue others, and end at different times, some of them cancelled."""
+    engine = Engine(model := make_model(), TOKENIZER, max_sequences=max_sequences)
+    engine.scheduler.prefill_budget = budget
     seqs = {}
-    for request in requests_of(20):
+    for request in requests_of(12):
+        cancelled = engine.submit([*request["tokens"], 7])
         seqs[engine.submit(**request)] = request
         engine.step()
-        assert engine.num_running <= max_sequences
+        engine.cancel(cancelled)
+        assert cancelled.finish_reason == "cancelled" and engine.num_running <= max_sequences
     list(engine.finish())
+    for first in list(seqs)[-3:]:
+        request = {"tokens": [*first.tokens, *b"and then?"], "max_tokens": 8, "temperature": 0.0}
+        seqs[finish(engine, **request)] = request
+    assert any(seq.reused > seq.prompt_length - 12 for seq in list(seqs)[-3:]), "the next turn prefills only new tokens"
     for seq, request in seqs.items():
         single = finish(Engine(model, TOKENIZER, max_sequences=1), **request)
         assert (seq.generated, seq.masks, seq.finish_reason) == (single.generated, single.masks, single.finish_reason)
         if request["temperature"] == 0:
             assert seq.generated == naive(model, request["tokens"], request["max_tokens"])
     assert not engine.busy and engine.num_running == engine.num_waiting == 0
-    assert engine.generated_tokens == sum(len(seq.generated) for seq in seqs)
-
-
-def test_the_next_turn_prefills_only_new_tokens_and_is_the_same():
-    model = make_model()
-    engine = Engine(model, TOKENIZER)
-    first = finish(engine, tokens=[BOS, *range(60)], max_tokens=20, temperature=0.0)
-    second = engine.submit([*first.tokens, *b"and then?"], max_tokens=20, temperature=0.0)
-    other = engine.submit([BOS, *range(50), 99], max_tokens=20, temperature=0.0)  # has a common prefix with the first
-    list(engine.finish())
-    assert second.reused == len(first.tokens) - 1 and other.reused == 51
-    assert engine.prefill_tokens == 60 + len(b"and then?")
-    for seq in (second, other):
-        assert seq.generated == naive(model, seq.tokens[: seq.prompt_length], 20)
-
-
-def test_a_cancelled_sequence_is_gone_and_the_others_are_unaffected():
-    model = make_model()
-    requests = [{**request, "max_tokens": 24} for request in requests_of(6, seed=3)]
-    engine = Engine(model, TOKENIZER, max_sequences=3)
-    seqs = [engine.submit(**request) for request in requests]
-    for cancelled in (0, 4):  # one that is running, one that is waiting
-        engine.step()
-        engine.cancel(seqs[cancelled])
-        assert seqs[cancelled].finish_reason == "cancelled"
-        assert all(seq is not seqs[cancelled] for seq, _, _ in engine.step())
-    list(engine.finish())
-    engine.cancel(seqs[1])  # has finished: no effect
-    for i in (1, 2, 3, 5):
-        assert seqs[i].generated == finish(Engine(model, TOKENIZER), **requests[i]).generated
-        assert seqs[i].finish_reason in ("stop", "length")
+    assert engine.generated_tokens >= sum(len(seq.generated) for seq in seqs)
 
 
 def test_a_failed_step_cancels_all_sequences_and_the_engine_stays_usable(monkeypatch):

@@ -1,11 +1,10 @@
 """The HTTP server, with OpenAI's Python client and plain HTTP, around a scripted engine."""
 
 import json
-import socket
 
 import openai
 import pytest
-from chat_server import (END, PAGE, ROUTES, TOKENIZER, V1, ScriptedEngine, events_of, joined, message, segments_of, serving,
+from chat_server import (PAGE, ROUTES, TOKENIZER, V1, ScriptedEngine, events_of, joined, message, segments_of, serving,
                          tokens_of)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,25 +47,14 @@ def text_of(chunks) -> str:
     return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
 
 
-def prompt_text(site) -> str:
-    return TOKENIZER.decode(site.engine.submitted[-1].prompt)
-
-
 # -----------------------------------------------------------------------------
 # Text
 
 
-def shown(tokens, stop=()) -> list[list[tuple[str, str]]]:
+def shown(tokens, stop) -> list[list[tuple[str, str]]]:
     """The segments of each token, and those at the end."""
-    segments = Segments(TOKENIZER, list(stop))
+    segments = Segments(TOKENIZER, stop)
     return [*(segments.push(token) for token in tokens), segments.finish()]
-
-
-@given(st.text(max_size=20), st.binary(max_size=3))
-def test_characters_are_never_cut(text, tail):
-    tokens = [*text.encode(), *tail]
-    assert joined(sum(shown([*tokens, END]), [])) == ([("text", TOKENIZER.decode(tokens))] if tokens else [])
-    assert all(len(segment) == 1 for _, segment in sum(shown(text.encode()), []))
 
 
 def test_stop_strings_are_found_in_text_only_and_only_their_possible_beginnings_are_held_back():
@@ -88,36 +76,24 @@ def test_text_ends_before_the_first_stop_string(text, stop):
 
 
 # -----------------------------------------------------------------------------
-# The page's route
-
-
-def test_page_reply_is_an_event_per_token_then_done(site):
-    response = site.ask()
-    *tokens, done = events_of(response)
-    assert tokens == [{"token": letter, "type": "text"} for letter in "hello"]
-    prompt = len(render_for_completion(TOKENIZER, {"messages": [message()]}))
-    usage = {"prompt_tokens": prompt, "completion_tokens": 5, "total_tokens": prompt + 5}
-    assert done == {"done": True, "finish_reason": "stop", "usage": usage, "forgotten": 0}
-    assert response.headers["cache-control"] == "no-cache" and response.headers["x-accel-buffering"] == "no"
-    assert segments_of(site.ask("sums")) == [("text", "It is "), ("python", "6*7"), ("python_output", "42"), ("text", "42.")]
-    assert segments_of(site.ask("emoji")) == [("text", REPLIES["emoji"])]
-    assert events_of(site.ask("silence"))[-1]["usage"]["completion_tokens"] == 0
-    assert events_of(site.ask("long", max_tokens=7))[-1]["finish_reason"] == "length"
-    end = events_of(site.ask("long"))[-1]
-    assert end["finish_reason"] == "context" and end["usage"]["total_tokens"] == site.engine.context
-
-
-def test_a_conversation_with_tool_calls_is_rendered_as_in_training(site):
-    parts = [{"type": "text", "text": "It is "}, {"type": "python", "text": "6*7"}, {"type": "python_output", "text": "42"}]
-    messages = [message("Be brief.", "system"), message("a"), message(parts, "assistant"), message("b")]
-    assert site.post(PAGE, messages=messages).status_code == 200
-    assert site.engine.submitted[-1].prompt == render_for_completion(TOKENIZER, {"messages": messages})
+# Prompts
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_last_assistant_message_is_continued(site, route):
-    assert site.post(route, messages=[message("count"), message("1, ", "assistant")]).status_code == 200
-    assert prompt_text(site) == "<|bos|><|user_start|>count<|user_end|><|assistant_start|>1, "
+@pytest.mark.parametrize("messages, prompt", [
+    ([message("Be brief.", "developer"), message([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]),
+      message("c", "assistant"), {**message("d"), "name": "me"}],
+     "<|user_start|>Be brief.\n\na\nb<|user_end|><|assistant_start|>c<|assistant_end|>"
+     "<|user_start|>d<|user_end|><|assistant_start|>"),
+    ([message("a"), message([{"type": "text", "text": "="}, {"type": "python", "text": "6*7"},
+                             {"type": "python_output", "text": "42"}], "assistant"), message("b")],
+     "<|user_start|>a<|user_end|><|assistant_start|>=<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>"
+     "<|assistant_end|><|user_start|>b<|user_end|><|assistant_start|>"),
+    ([message("count"), message("1, ", "assistant")], "<|user_start|>count<|user_end|><|assistant_start|>1, "),
+])  # fmt: skip
+def test_messages_are_rendered_as_in_training_and_a_last_assistant_message_is_continued(site, route, messages, prompt):
+    assert site.post(route, messages=messages).status_code == 200
+    assert TOKENIZER.decode(site.engine.prompts[-1]) == "<|bos|>" + prompt
 
 
 @pytest.mark.parametrize("system", [None, "Be brief, and kind."])
@@ -130,20 +106,37 @@ def test_as_few_exchanges_as_possible_are_dropped(lengths, system):
     rendered = [render_for_completion(TOKENIZER, {"messages": head + messages[2 * n :]}) for n in range(len(lengths) // 2 + 1)]
     fitting = [n for n, ids in enumerate(rendered) if len(ids) <= 200 - 1 - 30]
     assert dropped == fitting[0] and prompt == rendered[dropped]
-    with pytest.raises(ApiError, match="keep it below 149.*context_length_exceeded"):  # a reply gets at most a quarter of the context
+    # A reply gets at most a quarter of the context
+    with pytest.raises(ApiError, match="keep them below 150.*context_length_exceeded"):
         fit(TOKENIZER, head + messages[:-1] + [message("x" * 199, messages[-1]["role"])], 200, 1000)
 
 
 # -----------------------------------------------------------------------------
-# OpenAI's protocol
+# Replies
+
+
+def test_page_reply_is_an_event_per_token_then_done(site):
+    response = site.ask()
+    *tokens, done = events_of(response)
+    assert tokens == [{"token": letter, "type": "text"} for letter in "hello"]
+    prompt = len(site.engine.prompts[-1])
+    usage = {"prompt_tokens": prompt, "completion_tokens": 5, "total_tokens": prompt + 5}
+    assert done == {"done": True, "finish_reason": "stop", "usage": usage, "forgotten": 0}
+    assert response.headers["cache-control"] == "no-cache" and response.headers["x-accel-buffering"] == "no"
+    assert segments_of(site.ask("sums")) == [("text", "It is "), ("python", "6*7"), ("python_output", "42"), ("text", "42.")]
+    assert segments_of(site.ask("emoji")) == [("text", REPLIES["emoji"])]
+    assert events_of(site.ask("silence"))[-1]["usage"]["completion_tokens"] == 0
+    assert events_of(site.ask("long", max_tokens=7))[-1]["finish_reason"] == "length"
+    end = events_of(site.ask("long"))[-1]
+    assert end["finish_reason"] == "context" and end["usage"]["total_tokens"] == site.engine.context
 
 
 def test_models(client):
     (model,) = client.models.list().data
     assert model.id == MODEL and client.models.retrieve(MODEL) == model
-    for name in (MODEL, "sft", "sft-d2", "nanochat", "sft d2 step 8"):
+    for name in (MODEL, "nanochat"):
         assert ask(client, model=name).model == MODEL
-    for name in ("gpt-4o", "sft-d", "SFT", "a/b"):
+    for name in ("gpt-4o", "a/b"):
         for request in (lambda: ask(client, model=name), lambda: client.models.retrieve(name)):
             with pytest.raises(openai.NotFoundError, match=MODEL) as caught:
                 request()
@@ -153,9 +146,9 @@ def test_models(client):
 def test_completion(client, site):
     reply = ask(client, n=3)
     assert reply.object == "chat.completion" and reply.id.startswith("chatcmpl-")
-    assert [choice.message.content for choice in reply.choices] == ["hello"] * 3
-    assert [(choice.index, choice.message.role, choice.finish_reason) for choice in reply.choices] == [(i, "assistant", "stop") for i in range(3)]
-    assert [seq.settings["sample_index"] for seq in site.engine.submitted[-3:]] == [0, 1, 2]
+    choices = [(choice.index, choice.message.role, choice.message.content, choice.finish_reason) for choice in reply.choices]
+    assert choices == [(i, "assistant", "hello", "stop") for i in range(3)]
+    assert [settings["sample_index"] for settings in site.engine.settings[-3:]] == [0, 1, 2]
     assert reply.usage.completion_tokens == 15 and reply.usage.total_tokens == reply.usage.prompt_tokens + 15
     assert ask(client, "sums").choices[0].message.content == "It is 42."  # text only
     for limits in ({"max_tokens": 7}, {"max_completion_tokens": 7}, {"max_tokens": 99, "max_completion_tokens": 7}):
@@ -163,51 +156,33 @@ def test_completion(client, site):
         assert reply.choices[0].finish_reason == "length" and reply.usage.completion_tokens == 7
     assert ask(client, "long", max_tokens=100_000).choices[0].finish_reason == "length"  # the context is full
     assert ask(client, "long" * 98 + "abc").usage.total_tokens == site.engine.context  # room for one token suffices
+    with pytest.raises(openai.BadRequestError, match="the messages have 504 tokens") as caught:
+        ask(client, "x" * 500)
+    assert caught.value.param == "messages" and caught.value.code == "context_length_exceeded"
 
 
 def test_streamed_completion(client):
-    *chunks, last = ask(client, stream=True, stream_options={"include_usage": True})
+    *chunks, last = ask(client, stream=True, stop="!", stream_options={"include_usage": True})
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"} and len({chunk.id for chunk in chunks}) == 1
     assert chunks[0].choices[0].delta.role == "assistant" and text_of(chunks) == "hello"
     assert [chunk.choices[0].finish_reason for chunk in chunks][-2:] == [None, "stop"]
     assert last.choices == [] and last.usage == ask(client).usage and not any(chunk.usage for chunk in chunks)
-    assert not any(chunk.usage for chunk in ask(client, stream=True))
-    texts = {}
-    for chunk in ask(client, n=3, stream=True):
-        for choice in chunk.choices:
-            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "") + (choice.finish_reason or "")
-    assert texts == dict.fromkeys(range(3), "hellostop")
-
-
-@pytest.mark.parametrize("stop, text", [(", 3", "1, 2"), ([", 4", "3"], "1, 2, "), (["absent", "56"], "1, 2, 3, 4, 5"), (None, "1, 2, 3, 4, 5")])
-def test_stop_strings_end_the_reply_and_are_not_in_it(client, site, stop, text):
-    reply = ask(client, "count", stop=stop)
-    assert reply.choices[0].message.content == text and reply.choices[0].finish_reason == "stop"
-    *chunks, last = ask(client, "count", stop=stop, stream=True, stream_options={"include_usage": True})
-    assert text_of(chunks) == text and last.usage == reply.usage
-    ask(client)
-    assert not site.engine.seqs  # the rest was dropped
+    chunks = list(ask(client, n=3, stream=True))
+    for index in range(3):
+        mine = [chunk for chunk in chunks if chunk.choices[0].index == index]
+        assert text_of(mine) == "hello" and mine[-1].choices[0].finish_reason == "stop" and not mine[-1].usage
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_settings_reach_the_engine_and_defaults_replace_missing_ones(route):
     with serving(ScriptedEngine(), temperature=0.5, top_k=7, max_tokens=3) as site:
         site.ask(path=route, temperature=0, top_k=0, top_p=0.5, max_tokens=50, seed=-(10**30), unknown={}, presence_penalty=1)
-        site.ask(path=route)
-        site.ask(path=route)
-        given, first, second = site.engine.submitted
-        assert given.settings == {"temperature": 0, "top_k": None, "top_p": 0.5, "seed": -(10**30), "sample_index": 0}
-        assert (len(given.generated), len(first.generated)) == (len("hello."), 3)
-        assert (first.settings["temperature"], first.settings["top_k"]) == (0.5, 7)
-        assert first.settings["seed"] != second.settings["seed"]
-
-
-def test_developer_messages_and_parts_are_joined(client, site):
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    ask(client, messages=[message("Be brief.", "developer"), message(parts), message("c", "assistant"), {**message("d"), "name": "me"}])
-    assert prompt_text(site) == (
-        "<|bos|><|user_start|>Be brief.\n\na\nb<|user_end|><|assistant_start|>c<|assistant_end|><|user_start|>d<|user_end|><|assistant_start|>"
-    )
+        for _ in range(2):
+            site.ask(path=route)
+        given, first, second = site.engine.settings
+        assert given == {"temperature": 0, "top_k": None, "top_p": 0.5, "seed": -(10**30), "sample_index": 0}
+        assert (first["temperature"], first["top_k"]) == (0.5, 7) and first["seed"] != second["seed"]
+        assert [len(seq.generated) for seq in site.engine.submitted] == [len("hello."), 3, 3]
 
 
 # -----------------------------------------------------------------------------
@@ -233,7 +208,6 @@ def send(site, route, body, content_type="application/json"):
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("body, param, says", [
     ({}, "messages", "required"),
-    ({"messages": "hi"}, "messages", "list"),
     ({"messages": [message()] * 501}, "messages", "at most 500"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
     ({"messages": [message(role="robot")]}, "messages[0].role", "'system', 'developer', 'user' or 'assistant'"),
@@ -241,56 +215,37 @@ def send(site, route, body, content_type="application/json"):
     ({"messages": [message([{"type": "image", "text": ""}])]}, "messages[0].content[0].type", "'text'"),
     ({"messages": [message([{"type": "text", "text": ""}] * 201)]}, "messages[0].content", "at most 200"),
     ({"messages": [message(), message()]}, "messages[1]", "must alternate"),
-    ({"messages": [message(role="assistant"), message()]}, "messages[0]", "is expected"),
-    ({"messages": [message(role="system")]}, "messages[0]", "must follow"),
     ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
     ({"temperature": True}, "temperature", "number"),
-    ({"top_k": 1.5}, "top_k", "integer"),
-    ({"top_p": 0}, "top_p", "greater than 0"),
     ({"max_tokens": 10**400}, "max_tokens", "1000000"),
-    ({"max_completion_tokens": 0}, "max_completion_tokens", "1"),
     ({"stop": ["a"] * 5}, "stop", "at most 4"),
     ({"stop": ["a", 3]}, "stop[1]", "string"),
-    ({"n": 9}, "n", "8"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "boolean"),
 ])  # fmt: skip
 def test_invalid_requests_name_the_field(site, route, body, param, says):
-    before = len(site.engine.submitted)
     error = error_of(site.post(route, **(body if not body or "messages" in body else {**VALID, **body})), 400)
     assert error["param"] == param and says in error["message"]
-    assert len(site.engine.submitted) == before
-
-
-def test_a_conversation_longer_than_the_context_is_refused(client):
-    with pytest.raises(openai.BadRequestError, match="the messages have 504 tokens") as caught:
-        ask(client, "x" * 500)
-    assert caught.value.param == "messages" and caught.value.code == "context_length_exceeded"
 
 
 def with_value(raw: str, field: str = "temperature") -> bytes:
     return json.dumps({**VALID, field: "@"}).replace('"@"', raw).encode()
 
 
-BODIES = {
-    "empty": b"", "no JSON": b"hello", "cut": json.dumps(VALID)[:-1].encode(), "two": json.dumps(VALID).encode() * 2,
-    "list": b"[]", "null": b"null", "NaN": with_value("NaN"), "infinity": with_value("-Infinity"), "too large": with_value("1e999"),
-    "seed of 5,000 digits": with_value("9" * 5000, "seed"), "surrogate": json.dumps(VALID).replace('"user"', '"\\ud800"').encode(),
-    "deep lists": b"[" * 100_000 + b"]" * 100_000, "deep objects": b'{"a":' * 50_000,
-    "deep field": with_value("[" * 100_000 + "]" * 100_000, "messages"),
-    "many messages": json.dumps({**VALID, "messages": [{}] * 240_000}).encode(),
-    "many parts": json.dumps({**VALID, "messages": [message([{}] * 240_000)]}).encode(),
-    "not UTF-8": b'{"messages": "\xff"}', "UTF-16": json.dumps(VALID).encode("utf-16-be")[1:], "gzip": b"\x1f\x8b\x08\x00" + bytes(20),
-}  # fmt: skip
+BODIES = [
+    b"", b"hello", json.dumps(VALID)[:-1].encode(), json.dumps(VALID).encode() * 2, b"[]", b'{"messages": "\xff"}',
+    with_value("NaN"), with_value("1e999"), with_value("9" * 5000, "seed"), b"[" * 100_000, b'{"a":' * 50_000,
+    with_value("[" + "{}," * 240_000 + "{}]", "messages"), json.dumps({"messages": [message([{}] * 240_000)]}).encode(),
+    json.dumps(VALID).replace('"user"', '"\\ud800"').encode(),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_malformed_bodies(site, route):
-    for body in BODIES.values():
+    for body in BODIES:
         error_of(send(site, route, body), 400)
     for content_type in ("", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "json", '"'):
         # So no form of another site's page can send a request without a preflight request
         assert "application/json" in error_of(send(site, route, json.dumps(VALID), content_type), 400)["message"]
-    assert send(site, route, json.dumps(VALID).replace('"hi"', '"\\ud800"').encode()).status_code in (200, 400)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -298,37 +253,37 @@ def test_bodies_above_the_limit_are_refused(site, route):
     body = json.dumps({**VALID, "padding": "x" * server.MAX_BODY}).encode()
     for content in (body, iter([body[:500_000], body[500_000:]])):  # the second is sent in chunks of unknown number
         assert "1,000,000" in error_of(send(site, route, content), 413)["message"]
-    assert send(site, route, json.dumps({**VALID, "padding": "x" * (server.MAX_BODY - 200)}).encode()).status_code == 200
+    assert send(site, route, body[:-300] + b'"}').status_code == 200
 
 
 def test_an_incomplete_body_times_out(site, monkeypatch):
     monkeypatch.setattr(server, "BODY_TIMEOUT", 0.05)
-    with socket.create_connection(site.address.removeprefix("http://").split(":"), timeout=30) as connection:
-        connection.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+    with site.connect() as connection:
+        head = f"POST {PAGE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        connection.sendall(head.encode() + b"{")
         assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 
-atoms = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
-names = st.sampled_from(["role", "content", "type", "text", "messages"])
-json_values = st.recursive(atoms, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=8)
-fields = st.sampled_from(["messages", "temperature", "top_k", "top_p", "max_tokens", "seed", "n", "stop", "stream", "model"])
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner), max_leaves=8,
+)  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.sampled_from(ROUTES), st.dictionaries(fields, json_values), st.booleans())
-def test_any_json_is_accepted_or_refused_with_an_error(site, route, body, valid_messages):
-    response = send(site, route, json.dumps({**body, **(VALID if valid_messages else {})}).encode())
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sampled_from(ROUTES), st.sampled_from([*server.ChatRequest.model_fields]), values)
+def test_any_value_of_a_field_is_accepted_or_refused_with_an_error(site, route, field, value):
+    response = send(site, route, json.dumps({**VALID, field: value}).encode())
+    assert response.status_code in (200, 400, 404)
     if response.status_code != 200:
         error_of(response, response.status_code)
-        assert response.status_code in (400, 404)
 
 
 def test_unknown_urls_and_methods(site):
-    for path in ("/nothing", "/v1", "/v1/", "/health/", "/docs", "/..%2f..%2fetc/passwd", "/%00"):
+    for path in ("/nothing", "/v1/", "/docs", "/..%2f..%2fetc/passwd", "/%00"):
         error_of(site.get(path), 404)
-    for method, path in (("GET", PAGE), ("PUT", V1), ("OPTIONS", PAGE), ("DELETE", "/"), ("POST", "/health")):
-        response = site.client.request(method, path)
-        error_of(response, 405)
+    for method, path in (("GET", PAGE), ("OPTIONS", V1), ("POST", "/health")):
+        error_of(response := site.client.request(method, path), 405)
         assert response.headers["allow"]
 
 
@@ -342,12 +297,13 @@ def test_the_page_can_load_nothing_from_elsewhere_and_other_sites_are_not_allowe
     assert site.get("/logo.svg").headers["content-type"] == "image/svg+xml"
 
 
-def test_an_internal_error_shows_no_details(monkeypatch, caplog):
-    with serving(ScriptedEngine()) as site:
-        monkeypatch.setattr(site.pool, "submit", lambda *args, **kwargs: 1 / 0)
-        assert "division" not in error_of(site.ask(), 500)["message"]
-        monkeypatch.undo()
-        assert "the engine refuses this" in error_of(site.ask("refuse me", V1), 400)["message"]
-        assert "the engine refuses this" in events_of(site.ask("refuse me"))[-1]["error"]["message"]
-        assert site.ask().status_code == 200
+def test_an_internal_error_shows_no_details_and_a_mistake_does(site, monkeypatch, caplog):
+    monkeypatch.setattr(site.pool, "submit", lambda *args, **kwargs: 1 / 0)
+    assert "division" not in error_of(site.ask(), 500)["message"]
+    monkeypatch.undo()
+    monkeypatch.setattr(site.engine, "context", 0)  # the engine refuses everything
+    assert "it must have 1 to" in error_of(site.ask(path=V1), 400)["message"]
+    assert "it must have 1 to" in events_of(site.ask())[-1]["error"]["message"]
+    monkeypatch.undo()
+    assert site.ask().status_code == 200
     assert "division by zero" in caplog.text

@@ -1,4 +1,6 @@
-"""What the model tests share: a tiny GPT in which every weight matters, and a tokenizer of bytes."""
+"""What the model tests share: a tiny GPT in which every weight matters, a scripted fake model, and a tokenizer of bytes."""
+
+from types import SimpleNamespace
 
 import torch
 
@@ -25,6 +27,41 @@ def tiny_gpt(seed=0, noise=0.05, head_std=0.0, dtype=torch.float32, **config) ->
         if head_std:
             model.lm_head.weight.normal_(std=head_std)
     return model
+
+
+class Script:
+    """A fake model for the engine: its logits are nearly certain of one token, `next_token(tokens so far)`.
+
+    The tokens are stored where a model stores its keys, so they follow whatever the engine does with its cache.
+    """
+
+    def __init__(self, next_token, sequence_len=64):
+        self.config = SimpleNamespace(sequence_len=sequence_len, n_layer=1, n_head=1, n_kv_head=1, n_embd=4)
+        self.next_token = next_token
+        self.calls = []  # shape of the ids of every call
+        self.seen = []  # tokens of each sequence in the last call
+
+    def get_device(self):
+        return torch.device("cpu")
+
+    def parameters(self):
+        return [torch.zeros(1)]
+
+    def hidden(self, ids, kv_cache, last_only=False):
+        self.calls.append(tuple(ids.shape))
+        self.seen = []
+        for new, slot, length in zip(ids, kv_cache.slots.tolist(), kv_cache.cache_seqlens.tolist()):
+            stored = kv_cache.k_cache[0, slot, :, 0, 0]
+            stored[length : length + len(new)] = new
+            self.seen.append(stored[: length + len(new)].int().tolist())
+        kv_cache.advance(ids.size(1))
+        return torch.zeros(*ids.shape, 4)
+
+    def logits(self, hidden):
+        logits = torch.full((len(hidden), 265), -1e9)
+        for row, tokens in zip(logits, self.seen):
+            row[self.next_token(tokens)] = 0.0
+        return logits
 
 
 class ByteTokenizer:
