@@ -226,7 +226,7 @@ class Compute:
         return [result for result, _ in outcomes]
 
     def on_main(self, work: Callable[[], Any], group=None) -> Any:
-        """Call `work`, which only one rank may do or decide, on the main rank; every rank returns its result or raises its error."""
+        """The result of `work` on the main rank, on every rank, for what only one rank may do or decide; or its error."""
         return self.on_every_rank(lambda: work() if self.is_main else None, group)[0]
 
     def main_first(self, work: Callable[[], Any]) -> Any:

@@ -44,15 +44,9 @@ SMOOTHING = 0.9  # of the loss that is printed
 
 def make_optimizer(model, settings: Namespace, lr_scale: float, weight_decay: float) -> MuonAdamW:
     """The optimizer with the learning rates of the flags, multiplied by `lr_scale`."""
-    return MuonAdamW(
-        model.param_groups(
-            embedding_lr=settings.embedding_lr * lr_scale,
-            unembedding_lr=settings.unembedding_lr * lr_scale,
-            matrix_lr=settings.matrix_lr * lr_scale,
-            scalar_lr=settings.scalar_lr * lr_scale,
-            weight_decay=weight_decay,
-        )
-    )
+    names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
+    rates = {name: getattr(settings, name) * lr_scale for name in names}
+    return MuonAdamW(model.param_groups(**rates, weight_decay=weight_decay))
 
 
 # -----------------------------------------------------------------------------
@@ -60,17 +54,14 @@ def make_optimizer(model, settings: Namespace, lr_scale: float, weight_decay: fl
 
 
 class LossScale(torch.amp.GradScaler):
-    """Loss scaling for float16 (arXiv:1710.03740, section 3.2) that accepts float16 gradients, which our embeddings have.
-
-    A step whose gradients overflow on any rank is skipped on all ranks.
-    """
+    """Loss scaling for float16 (arXiv:1710.03740, section 3.2); a step whose gradients overflow on any rank is skipped on all."""
 
     def __init__(self, compute: Compute):
         super().__init__(compute.device.type, init_scale=2.0**15, growth_interval=1000)
         self.compute = compute
 
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
-        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
+        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, True)  # our embeddings have float16 gradients
         return {device: self.compute.sum(overflows) for device, overflows in found.items()}
 
 
@@ -362,13 +353,13 @@ class Run:
         self.saver.save(self.step, self.model.state_dict(), self.optimizer.state_dict(), meta, self.tokenizer)
 
     def measure(self, what: str, evaluate: Callable[[], dict | None]) -> dict:
-        """The numbers that `evaluate()` returns, logged and printed; {} if it was stopped, or if it failed.
+        """The numbers that `evaluate()` returns, logged and printed, except for those that are None since it was stopped.
 
         A failed evaluation costs one line and the exit code, but never ends the run.
         """
         self.meter.flush()
         try:
-            values = evaluate() or {}
+            values = {name: value for name, value in (evaluate() or {}).items() if value is not None}
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             print0(f"error: {what} failed ({reason}); training continues")

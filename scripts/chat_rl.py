@@ -30,8 +30,7 @@ def main(argv=None):
     group.add_argument("--max-new-tokens", type=flags.COUNT, default=256, help="longer samples are truncated, with reward 0")
     group.add_argument("--temperature", type=flags.number(float, 1e-3), default=1.0, help="of the sampled distribution")
     group.add_argument("--top-k", type=flags.number(int, 0), default=50, help="sample among the k most likely tokens (0: all)")
-    batch_help = "full rows per micro-batch (default: inherited)"
-    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, help=batch_help)
+    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, help="full rows per micro-batch (default: inherited)")
     flags.add_rate_flags(parser, inherited=True, init_lr_frac=0.05, weight_decay=0.0)
     flags.add_saving_flags(parser, eval_every=60, save_every=60)
     group = parser.add_argument_group("evaluation")
