@@ -40,7 +40,10 @@ class Unreachable(UserError):
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; a user's mistake is shown as one line, with exit code 1."""
     try:
-        _run_under_torchrun(main) if "TORCHELASTIC_ERROR_FILE" in os.environ else main()
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            _run_under_torchrun(main)
+        else:
+            main()
     except BrokenPipeError:  # the reader of our output has closed it: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
