@@ -33,7 +33,7 @@ from nanochat.checkpoint_manager import (
     update_meta,
     verify,
 )
-from nanochat.common import Compute, UserError, atomic, compute_cleanup, print0, restarts, wandb_run
+from nanochat.common import Compute, UserError, compute_cleanup, print0, restarts, wandb_run
 from nanochat.device import fit_device_batch, peak_flops, peak_memory
 from nanochat.optim import MuonAdamW
 from nanochat.saver import Saver
