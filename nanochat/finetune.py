@@ -35,7 +35,6 @@ def add_flags(
     schedule = {"weight_decay": 0.0, "warmup_steps": 0, "warmdown_ratio": warmdown, "final_lr_frac": 0.0}
     flags.add_rate_flags(parser, inherited=True, init_lr_frac=init_lr_frac, **schedule)
     flags.add_saving_flags(parser, eval_every=150)
-    flags.add_eval_tokens_flag(parser)
 
 
 def finetune(

@@ -132,14 +132,14 @@ def add_rate_flags(parser: argparse.ArgumentParser, inherited: bool, **schedule:
             group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=schedule[name], help=text)
 
 
-def add_saving_flags(parser: argparse.ArgumentParser, eval_every: int, save_every: int = -1) -> None:
+def add_saving_flags(
+    parser: argparse.ArgumentParser, eval_every: int, save_every: int = -1, eval_tokens: bool = True
+) -> None:
     group = parser.add_argument_group("evaluation and checkpoints")
     group.add_argument("--resume-from-step", default="-1", help="step to resume from, or 'latest' (-1: start a new run)")
     group.add_argument("--eval-every", type=INTERVAL, default=eval_every, help="steps between evaluations (-1: last, 0: never)")
     group.add_argument("--save-every", type=COUNT_OR_AUTO, default=save_every, help="steps between checkpoints (-1: at the end)")
     group.add_argument("--keep-last", type=COUNT_OR_AUTO, default=-1, help="number of newest checkpoints to keep (-1: all)")
-
-
-def add_eval_tokens_flag(parser: argparse.ArgumentParser) -> None:
-    text = "tokens per evaluation (-1: 20 * 2^20, on a CPU 2^16)"
-    parser.add_argument("--eval-tokens", type=COUNT_OR_AUTO, default=-1, help=text)
+    if eval_tokens:
+        text = "tokens per evaluation (-1: 20 * 2^20, on a CPU 2^16)"
+        group.add_argument("--eval-tokens", type=COUNT_OR_AUTO, default=-1, help=text)

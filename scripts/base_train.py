@@ -19,17 +19,16 @@ from nanochat.common import UserError, check_wandb, compute_init, print0, run_sc
 def main(argv=None):
     parser = flags.make_parser("Pretrain a base model.")
     flags.add_run_flags(parser)
-    group = parser.add_argument_group("model and data")
+    group = parser.add_argument_group("model, data and hardware")
     group.add_argument("--depth", type=flags.COUNT, default=20, help="number of layers; the one dial")
     group.add_argument("--model-tag", default=None, help="name of the checkpoint folder (default d{depth})")
     group.add_argument("--source", default="climbmix", help="climbmix, fineweb-edu, sample, or a folder of parquet files")
-    flags.add_size_flags(parser)
     group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=-1, help="rows per micro-batch (-1: what fits)")
     group.add_argument("--fp8", action="store_true", help="train in float8, with compute capability 8.9 or more")
+    flags.add_size_flags(parser)
     schedule = {"weight_decay": 0.28, "warmup_steps": 40, "warmdown_ratio": 0.65, "final_lr_frac": 0.05}
     flags.add_rate_flags(parser, inherited=False, **schedule)  # the warmup takes at most 5% of the steps
     flags.add_saving_flags(parser, eval_every=250)
-    flags.add_eval_tokens_flag(parser)
     group = parser.add_argument_group("other evaluations")
     group.add_argument("--core-metric-every", type=flags.COUNT_OR_AUTO, default=2000, help="steps between CORE scores (-1: never)")
     group.add_argument("--core-metric-max-per-task", type=flags.COUNT_OR_AUTO, default=500, help="questions per task (-1: all)")

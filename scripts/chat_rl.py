@@ -30,9 +30,10 @@ def main(argv=None):
     group.add_argument("--max-new-tokens", type=flags.COUNT, default=256, help="longer samples are truncated, with reward 0")
     group.add_argument("--temperature", type=flags.number(float, 1e-3), default=1.0, help="of the sampled distribution")
     group.add_argument("--top-k", type=flags.number(int, 0), default=50, help="sample among the k most likely tokens (0: all)")
+    group = parser.add_argument_group("batch")
     group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, help="full rows per micro-batch (default: inherited)")
     flags.add_rate_flags(parser, inherited=True, init_lr_frac=0.05, weight_decay=0.0)
-    flags.add_saving_flags(parser, eval_every=60, save_every=60)
+    flags.add_saving_flags(parser, eval_every=60, save_every=60, eval_tokens=False)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval-examples", type=flags.COUNT, default=400, help="held-out questions per evaluation")
     group.add_argument("--eval-samples", type=flags.number(int, 0), default=8, help="samples per held-out question (0: greedy)")
@@ -130,8 +131,9 @@ def main(argv=None):
         lrm = set_rates(optimizer, run.step, run.step / num_steps, 0, 1.0, 0.0)
         groups = sample_groups(engine, tokenizer, task, questions_of(run.step), compute, args.num_samples, **sampling)
         loss, tokens, values = policy_step(
-            model, optimizer, groups, compute, max_tokens, args.temperature, args.top_k or None, engine.python_start, run.loss_scale
-        )
+            model, optimizer, groups, compute, max_tokens, args.temperature, args.top_k or None,
+            engine.python_start, run.loss_scale,
+        )  # fmt: skip
         run.step += 1
         epoch = 1 + (run.step * args.examples_per_step - 1) // len(task)
         run.meter.stop(run.step, run.step / num_steps, loss, lrm, epoch, tokens, **values)
