@@ -22,17 +22,8 @@ from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint_manager import (
-    checkpoint_dir,
-    find_last_step,
-    list_steps,
-    load_checkpoint,
-    load_model,
-    load_optimizer,
-    set_aside,
-    update_meta,
-    verify,
-)
+from nanochat.checkpoint_manager import checkpoint_dir, find_last_step, list_steps, load_checkpoint, load_model
+from nanochat.checkpoint_manager import load_optimizer, set_aside, update_meta, verify
 from nanochat.common import Compute, UserError, compute_cleanup, print0, restarts, wandb_run
 from nanochat.device import fit_device_batch, peak_flops, peak_memory
 from nanochat.optim import MuonAdamW
