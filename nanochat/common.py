@@ -14,7 +14,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import sys
 import time
 from contextlib import contextmanager
@@ -71,8 +70,7 @@ def _run_under_torchrun(main: Callable[[], None]) -> None:
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    @record
-    def recorded():
+    def run():
         try:
             main()
         except Exception as error:
@@ -81,7 +79,7 @@ def _run_under_torchrun(main: Callable[[], None]) -> None:
                 time.sleep(15)  # another rank is gone; let torchrun see that rank's error first
             raise
 
-    recorded()
+    record(run)()
 
 
 # -----------------------------------------------------------------------------
@@ -109,9 +107,7 @@ def get_base_dir() -> Path:
 
 @contextmanager
 def atomic(path: str | os.PathLike):
-    """Yield a temporary path beside `path` for a file or folder, renamed to `path` when the block ends without an error.
-
-    A file may replace another one; a folder cannot.
+    """Yield a temporary path beside `path`, for a new folder or a file, that is renamed to `path` at the end of the block.
 
     >>> with atomic("a.txt") as tmp:
     ...     tmp.write_text("complete or absent")
@@ -191,10 +187,7 @@ class Compute:
         return range(self.rank, n, self.world_size)
 
     def heartbeat(self) -> None:
-        """Postpone the hang time-out, after which a rank prints its stacks and exits, so that torchrun ends the job.
-
-        Training calls this after every micro-batch; the first call starts the timer.
-        """
+        """Start or restart the timer after which a rank that hangs prints its stacks and exits, so that torchrun ends the job."""
         if self.world_size > 1:
             timeout = float(os.environ.get("NANOCHAT_HANG_TIMEOUT", HANG_TIMEOUT))
             faulthandler.dump_traceback_later(timeout, exit=True)
@@ -210,10 +203,7 @@ class Compute:
         return x
 
     def gather(self, value, group=None) -> list:
-        """Every rank's `value` (anything that pickle can hold), in order of rank, on every rank.
-
-        Another thread than the main one needs a process group of its own.
-        """
+        """Every rank's `value`, of any picklable type, on every rank. A second thread needs a process `group` of its own."""
         if self.world_size == 1:
             return [value]
         import torch.distributed as dist
@@ -221,9 +211,6 @@ class Compute:
         values = [None] * self.world_size
         dist.all_gather_object(values, value, group=group)
         return values
-
-    def barrier(self) -> None:
-        self.gather(None)
 
     def on_every_rank(self, work: Callable[[], Any], group=None) -> list:
         """The results of `work` on all ranks. An error on any rank is raised on every rank: a UserError or an OSError."""
@@ -242,17 +229,11 @@ class Compute:
         return [result for result, _ in outcomes]
 
     def on_main(self, work: Callable[[], Any], group=None) -> Any:
-        """Call `work` on the main rank; every rank returns its result or raises its error.
-
-        For what only one rank may do (create a folder) or must decide (which checkpoint is the newest).
-        """
+        """The result of `work` on the main rank, on every rank, for what only one rank may do or decide; or its error."""
         return self.on_every_rank(lambda: work() if self.is_main else None, group)[0]
 
     def main_first(self, work: Callable[[], Any]) -> Any:
-        """Call `work` on the main rank, which downloads what it needs, then on the others, which find it on disk.
-
-        An error on any rank is raised on every rank.
-        """
+        """Call `work` on the main rank, which downloads what it needs, then on the others, which find it on disk."""
         results = []  # of this rank, since a data set is too large to be sent
         for my_turn in (self.is_main, not self.is_main):
             self.on_every_rank(lambda: results.append(work()) if my_turn else None)
@@ -298,11 +279,7 @@ def compute_init(device_type: str = "") -> Compute:
 
 
 def share_cores() -> None:
-    """For a server on a CPU, before torch is loaded: let waiting compute threads sleep sooner instead of spinning.
-
-    Beside one busy process, such as a browser on the same laptop, spinning threads decode a few tokens a second
-    (dev/LOG.md, 11).
-    """
+    """Before torch is loaded: let waiting threads sleep, not spin, which beside a busy process is slow (dev/LOG.md, 11)."""
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
@@ -356,13 +333,10 @@ def _check_base_dir_is_shared(compute: Compute) -> None:
         return  # a read-only folder is enough for evaluation
     compute.on_main(file.touch)
     seen = any(file.exists() or time.sleep(0.5) for _ in range(20))  # network file systems take seconds
-    others = {host for host in compute.gather(None if seen else socket.gethostname()) if host}
+    all_see_it = all(compute.gather(seen))
     compute.on_main(file.unlink)
-    if others:
-        raise UserError(
-            f"{', '.join(sorted(others))} cannot see the base folder of rank 0: NANOCHAT_BASE_DIR "
-            f"(here {base_dir_path()}) must be one folder that all nodes share"
-        )
+    if not all_see_it:
+        raise UserError(f"NANOCHAT_BASE_DIR (here {base_dir_path()}) must be one folder that all nodes share, and is not")
 
 
 def compute_cleanup(compute: Compute) -> None:
@@ -371,7 +345,7 @@ def compute_cleanup(compute: Compute) -> None:
         import torch.distributed as dist
 
         faulthandler.cancel_dump_traceback_later()
-        compute.barrier()
+        compute.gather(None)  # wait for all
         dist.destroy_process_group()
 
 

@@ -7,7 +7,6 @@ import resource
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -108,30 +107,23 @@ def fit_device_batch(model, compute: Compute, total_batch_size: int) -> int:
     if not on_gpu:
         return rows
 
-    def attempt(rows: int) -> None:
-        others = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # optimizer state and an update
-        idx = torch.randint(0, model.config.vocab_size, (rows, T), device=compute.device)
-        try:
-            model(idx, idx).backward()
-            torch.cuda.synchronize(compute.device)
-        finally:
-            del others
-            model.zero_grad()
-            compute.heartbeat()
-
     choose_attention(model, compute)
     model.recompute = True
-    return min(compute.gather(largest_batch(attempt, rows)))
-
-
-def largest_batch(attempt: Callable[[int], object], rows: int) -> int:
-    """The most rows, halving from `rows`, for which `attempt(rows)` does not run out of GPU memory."""
     while rows:
         try:
-            attempt(rows)
-            return rows
+            others = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # optimizer state and an update
+            idx = torch.randint(0, model.config.vocab_size, (rows, T), device=compute.device)
+            model(idx, idx).backward()
+            torch.cuda.synchronize(compute.device)
+            break
         except torch.OutOfMemoryError:
             rows //= 2
-        if torch.cuda.is_available():  # outside of the handler, whose traceback holds the tensors
-            torch.cuda.empty_cache()
-    raise UserError("not even one row fits into this GPU's memory; use a smaller --depth or --max-seq-len")
+        finally:
+            others = None
+            model.zero_grad()
+            compute.heartbeat()
+        torch.cuda.empty_cache()  # outside of the handler, whose traceback holds the tensors
+    rows = min(compute.gather(rows))
+    if rows == 0:
+        raise UserError("not even one row fits into this GPU's memory; use a smaller --depth or --max-seq-len")
+    return rows

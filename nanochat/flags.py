@@ -110,16 +110,8 @@ def add_origin_flags(parser: argparse.ArgumentParser, stages: list[str], default
     group.add_argument("--model-step", type=number(int, 0), default=None, help="its step (default: the last)")
 
 
-def add_batch_flags(parser: argparse.ArgumentParser) -> None:
-    """Batch sizes of the fine-tuning stages, inherited where not given."""
-    group = parser.add_argument_group("batch, inherited from the initial model where not given")
-    group.add_argument("--max-seq-len", type=COUNT, default=None, help="tokens per row")
-    group.add_argument("--device-batch-size", type=COUNT_OR_AUTO, default=None, help="rows per micro-batch (-1: as many as fit)")
-    group.add_argument("--total-batch-size", type=COUNT, default=None, help="tokens per step")
-
-
-def add_rate_flags(parser: argparse.ArgumentParser, inherited: bool = False) -> None:
-    """Learning rates before scaling; the fine-tuning stages inherit them."""
+def add_rate_flags(parser: argparse.ArgumentParser, inherited: bool, **schedule: float) -> None:
+    """Learning rates before scaling, inherited by the later stages, and those flags of the schedule that have a default here."""
     group = parser.add_argument_group("learning rates" + ", inherited from the initial model where not given" * inherited)
     for name, default, text in (
         ("embedding", 0.3, "AdamW rate of the embeddings"),
@@ -128,13 +120,26 @@ def add_rate_flags(parser: argparse.ArgumentParser, inherited: bool = False) -> 
         ("scalar", 0.5, "AdamW rate of the per-layer scalars"),
     ):
         group.add_argument(f"--{name}-lr", type=FRACTION, default=None if inherited else default, help=text)
+    group = parser.add_argument_group("schedule")
+    for name, kind, text in (
+        ("init_lr_frac", FRACTION, "factor of all learning rates"),
+        ("weight_decay", FRACTION, "of the matrices, decaying to 0"),
+        ("warmup_steps", number(int, 0), "steps of rising rates"),
+        ("warmdown_ratio", FRACTION, "share of the run in which rates fall"),
+        ("final_lr_frac", FRACTION, "final fraction of the rates"),
+    ):
+        if name in schedule:
+            group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=schedule[name], help=text)
 
 
-def add_saving_flags(parser: argparse.ArgumentParser, eval_every: int, save_every: int = -1) -> None:
+def add_saving_flags(
+    parser: argparse.ArgumentParser, eval_every: int, save_every: int = -1, eval_tokens: bool = True
+) -> None:
     group = parser.add_argument_group("evaluation and checkpoints")
     group.add_argument("--resume-from-step", default="-1", help="step to resume from, or 'latest' (-1: start a new run)")
-    eval_help = "steps between evaluations (-1: at the end, 0: never)"
-    group.add_argument("--eval-every", type=INTERVAL, default=eval_every, help=eval_help)
-    save_help = "steps between checkpoints (-1: at the end)"
-    group.add_argument("--save-every", type=COUNT_OR_AUTO, default=save_every, help=save_help)
+    group.add_argument("--eval-every", type=INTERVAL, default=eval_every, help="steps between evaluations (-1: last, 0: never)")
+    group.add_argument("--save-every", type=COUNT_OR_AUTO, default=save_every, help="steps between checkpoints (-1: at the end)")
     group.add_argument("--keep-last", type=COUNT_OR_AUTO, default=-1, help="number of newest checkpoints to keep (-1: all)")
+    if eval_tokens:
+        text = "tokens per evaluation (-1: 20 * 2^20, on a CPU 2^16)"
+        group.add_argument("--eval-tokens", type=COUNT_OR_AUTO, default=-1, help=text)

@@ -1,4 +1,4 @@
-"""The steps that all training scripts share: one gradient step, the meter, the stop signal, saving and resuming.
+"""What all training scripts share: one gradient step, the meter, the stop signal, saving and resuming a run.
 
 The loop itself (data, model, the order of events) is in the script of each stage, or in finetune.py for the two
 that share it. There is no Trainer class.
@@ -22,41 +22,22 @@ from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint_manager import (
-    checkpoint_dir,
-    find_last_step,
-    list_steps,
-    load_checkpoint,
-    load_optimizer,
-    set_aside,
-    verify,
-)
-from nanochat.common import Compute, UserError, atomic, print0, restarts
-from nanochat.device import peak_flops, peak_memory
+from nanochat.checkpoint_manager import checkpoint_dir, find_last_step, list_steps, load_checkpoint, load_model
+from nanochat.checkpoint_manager import load_optimizer, set_aside, update_meta, verify
+from nanochat.common import Compute, UserError, compute_cleanup, print0, restarts, wandb_run
+from nanochat.device import fit_device_batch, peak_flops, peak_memory
 from nanochat.optim import MuonAdamW
 from nanochat.saver import Saver
-from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
+from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum, weight_decay_multiplier
 
 SMOOTHING = 0.9  # of the loss that is printed
 
 
 def make_optimizer(model, settings: Namespace, lr_scale: float, weight_decay: float) -> MuonAdamW:
     """The optimizer with the learning rates of the flags, multiplied by `lr_scale`."""
-    return MuonAdamW(
-        model.param_groups(
-            embedding_lr=settings.embedding_lr * lr_scale,
-            unembedding_lr=settings.unembedding_lr * lr_scale,
-            matrix_lr=settings.matrix_lr * lr_scale,
-            scalar_lr=settings.scalar_lr * lr_scale,
-            weight_decay=weight_decay,
-        )
-    )
-
-
-def freeze_garbage() -> None:
-    """Exclude the present objects from later garbage collections: a full one takes up to half a second of a step."""
-    gc.collect()
-    gc.freeze()
+    names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
+    rates = {name: getattr(settings, name) * lr_scale for name in names}
+    return MuonAdamW(model.param_groups(**rates, weight_decay=weight_decay))
 
 
 # -----------------------------------------------------------------------------
@@ -64,28 +45,15 @@ def freeze_garbage() -> None:
 
 
 class LossScale(torch.amp.GradScaler):
-    """Loss scaling for float16 (arXiv:1710.03740, section 3.2) that accepts float16 gradients, which our embeddings have.
-
-    A step whose gradients overflow on any rank is skipped on all ranks.
-    """
+    """Loss scaling for float16 (arXiv:1710.03740, section 3.2); a step whose gradients overflow on any rank is skipped on all."""
 
     def __init__(self, compute: Compute):
         super().__init__(compute.device.type, init_scale=2.0**15, growth_interval=1000)
         self.compute = compute
 
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
-        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
+        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, True)  # our embeddings have float16 gradients
         return {device: self.compute.sum(overflows) for device, overflows in found.items()}
-
-
-def make_loss_scale(compute: Compute, state: dict | None) -> LossScale | None:
-    """Loss scaling where the compute dtype needs it; `state` is that of a resumed run."""
-    if compute.dtype != torch.float16:
-        return None
-    loss_scale = LossScale(compute)
-    if state:
-        loss_scale.load_state_dict(state)
-    return loss_scale
 
 
 def train_step(
@@ -93,15 +61,15 @@ def train_step(
 ) -> torch.Tensor:
     """One update from the micro-batches of a step; returns the mean loss over their targets, in nats.
 
-    `batches` are this rank's (inputs, targets), both (B, T), targets of -1 ignored. Every target weighs the same, whichever
-    micro-batch and rank it belongs to. Without any target the step changes nothing and the loss is 0.
+    `batches` are this rank's (inputs, targets, ...), both (B, T), targets of -1 ignored. Every target weighs the same,
+    whichever micro-batch and rank it belongs to. Without any target the step changes nothing and the loss is 0.
     `count` is the number of targets on all ranks where the caller knows it; then nothing here synchronises with a GPU.
     """
     if count is None:
-        count = int(compute.sum(sum((targets >= 0).sum() for _, targets in batches)))
+        count = int(compute.sum(sum((targets >= 0).sum() for _, targets, *_ in batches)))
     if count == 0:
         return torch.zeros((), device=batches[0][0].device)
-    losses = (model(inputs, targets, loss_reduction="sum") / count for inputs, targets in batches)
+    losses = (model(inputs, targets, loss_reduction="sum") / count for inputs, targets, *_ in batches)
     return backward_and_step(losses, optimizer, compute, loss_scale)
 
 
@@ -176,24 +144,13 @@ class StopSignal:
         return bool(self.compute.sum(torch.tensor(int(self.received))) > 0)
 
 
-def guarded(what: str, evaluate: Callable, failures: list[str]):
-    """The result of `evaluate()`; None, with one line printed and `failures` extended, where it fails.
-
-    A failed evaluation never ends a training run.
-    """
-    try:
-        return evaluate()
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        print0(f"error: {what} failed ({reason}); training continues")
-        failures.append(what)
-
-
 class Meter:
     """Smooths the loss, measures time, and reports each step to the terminal, `metrics.jsonl` and wandb.
 
-    `state` comes from the checkpoint of a resumed run. On a GPU a step is reported after the next one has been
-    launched, so that the GPU never waits for its loss to be read; call `flush` before anything that is not training.
+    `state` is saved in checkpoints: the loss's moving average with the sum of its weights, seconds of training, and the
+    size of metrics.jsonl after the last step, to which it is cut back when a run resumes. On a GPU a step is reported
+    after the next one has been launched, so that the GPU never waits for its loss to be read; call `flush` before
+    anything that is not training.
     """
 
     def __init__(
@@ -203,31 +160,14 @@ class Meter:
         self.compute, self.wandb_run = compute, wandb_run
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak = peak_flops(compute.device)
-        state = state or {"step": 0, "ema": 0.0, "weight": 0.0, "total_time": 0.0}
-        self.ema = state["ema"]
-        self.weight = state["weight"]
-        self.total_time = state["total_time"]
+        self.state = state or {"ema": 0.0, "weight": 0.0, "total_time": 0.0, "log_size": 0}
         self.recent: list[float] = []  # the last step times, for the ETA
         self.lags = compute.device.type == "cuda"
         self.pending: tuple | None = None  # the step that is not reported yet
         self.path = directory / "metrics.jsonl"
         if compute.is_main:
-            self._remove_lines_after(state["step"])
-
-    def _remove_lines_after(self, step: int) -> None:
-        """Remove what was logged after the checkpoint at `step`. Evaluations at that step are repeated, so they go, too."""
-        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-        retained = []
-        for line in lines:
-            with suppress(ValueError):  # the last line may be incomplete
-                values = json.loads(line)
-                if values["step"] < step or values["step"] == step and "loss" in values:
-                    retained.append(line + "\n")
-        with atomic(self.path) as tmp:
-            tmp.write_text("".join(retained))
-
-    def state(self, step: int) -> dict:
-        return {"step": step, "ema": self.ema, "weight": self.weight, "total_time": self.total_time}
+            with open(self.path, "ab") as file:  # remove what was logged after the checkpoint
+                file.truncate(min(self.state["log_size"], file.tell()))
 
     def start(self) -> None:
         if self.pending is None:
@@ -261,13 +201,13 @@ class Meter:
                 f"the loss became {loss} at step {step} (learning-rate multiplier {lrm:.3f}); "
                 "resume from the last good checkpoint with --resume-from-step latest and a lower learning rate"
             )
-        self.total_time += dt
         self.recent = self.recent[-19:] + [dt]
-
-        # Exponential moving average; `weight` tends to 1 and removes the bias towards the initial 0
-        self.ema = SMOOTHING * self.ema + (1 - SMOOTHING) * loss
-        self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
-        smooth = self.ema / self.weight
+        state = self.state
+        state["total_time"] += dt
+        # Exponential moving average; its weight tends to 1 and removes the bias towards the initial 0
+        state["ema"] = SMOOTHING * state["ema"] + (1 - SMOOTHING) * loss
+        state["weight"] = SMOOTHING * state["weight"] + (1 - SMOOTHING)
+        smooth = state["ema"] / state["weight"]
 
         tok_per_sec = (tokens or self.tokens_per_step) / dt
         known = self.peak and self.flops_per_token
@@ -276,11 +216,13 @@ class Meter:
         eta = median * step * (1 - progress) / progress if progress > 0 else 0.0
         usage = {"tok_per_sec": tok_per_sec, "mfu": mfu, "peak_memory": peak_memory(self.compute.device)}
         self.log(step, loss=smooth, raw_loss=loss, lrm=lrm, dt=dt, epoch=epoch, **usage, **values)
+        if self.path.exists():
+            state["log_size"] = self.path.stat().st_size
         more = "".join(f"{name.replace('_', ' ')} {value:.3g} | " for name, value in values.items())
         print0(
             f"step {step:05d} ({100 * progress:.1f}%) | {more}loss {smooth:.4f} | lrm {lrm:.2f} | dt {1000 * dt:.0f} ms | "
             f"{tok_per_sec:,.0f} tok/s | mfu {'-' if mfu is None else f'{100 * mfu:.1f}%'} | epoch {epoch} | "
-            f"total {self.total_time / 60:.1f} min | eta {eta / 60:.1f} min"
+            f"total {state['total_time'] / 60:.1f} min | eta {eta / 60:.1f} min"
         )
 
     def log(self, step: int, **values) -> None:
@@ -288,11 +230,11 @@ class Meter:
         if self.compute.is_main:
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step, **values, "total_time": self.total_time}) + "\n")
+                    file.write(json.dumps({"step": step, **values, "total_time": self.state["total_time"]}) + "\n")
             except OSError as error:  # a full disk does not end the run
                 print0(f"error: step {step} is missing in {self.path}: {error}")
         if self.wandb_run:
-            self.wandb_run.log({**values, "total_time": self.total_time}, step=step)
+            self.wandb_run.log({**values, "total_time": self.state["total_time"]}, step=step)
 
     def finish(self) -> None:
         self.flush()
@@ -301,73 +243,186 @@ class Meter:
 
 
 # -----------------------------------------------------------------------------
-# Saving, resuming, starting from another stage's model
+# A run: starting it from another stage's model, saving, resuming, finishing
 
 
-def save_training(saver: Saver, step, model, optimizer, tokenizer, settings, meter, val_bpb, loader_state, loss_scale) -> None:
-    """Save everything that a resumed run needs, in the background. Every rank calls this."""
-    meta = {
-        "model_config": asdict(model.config),
-        "model_tag": saver.directory.name,
-        "tokenizer": tokenizer.fingerprint(),
-        "user_config": vars(settings),
-        "val_bpb": val_bpb,
-        "loader_state": loader_state,
-        "loop_state": {
-            "meter": meter.state(step),
-            "loss_scale": loss_scale.state_dict() if loss_scale else None,
-            "wandb_id": meter.wandb_run.id if meter.wandb_run else None,
-        },
-        "rng_state": {"cpu": base64.b64encode(torch.get_rng_state().numpy()).decode()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-    saver.save(step, model.state_dict(), optimizer.state_dict(), meta, tokenizer)
+def load_origin(args: Namespace, compute: Compute) -> tuple:
+    """(model, optimizer, tokenizer, settings, meta) of the checkpoint that a later stage starts from.
+
+    Settings are the flags, completed from that checkpoint; the optimizer's rates are scaled for their batch size.
+    """
+    model, tokenizer, origin = load_model(args.stage, compute, args.model_tag, args.model_step)
+    settings = inherit(args, origin)
+    if settings.device_batch_size == -1:
+        settings.device_batch_size = fit_device_batch(model, compute, settings.total_batch_size)
+    lr_scale = batch_lr_scale(settings.total_batch_size) * settings.short_run * args.init_lr_frac
+    return model, make_optimizer(model, settings, lr_scale, args.weight_decay), tokenizer, settings, origin
+
+
+def inherit(args: Namespace, origin: dict) -> Namespace:
+    """`args` with every flag that was not given (None) taken from the run that trained the model; its meta is `origin`."""
+    saved, settings = origin.get("user_config", {}), Namespace(**vars(args))
+    for name, value in vars(args).items():
+        if value is None and name not in ("model_tag", "model_step"):
+            if saved.get(name) is None:
+                raise UserError(f"the model's checkpoint does not record its {name}; give --{name.replace('_', '-')}")
+            setattr(settings, name, saved[name])
+    settings.short_run, settings.examples = saved.get("short_run", 1.0), saved.get("examples", [])
+    return settings
+
+
+class Run:
+    """The state of a training run besides its model: `step`, `val_bpb`, `loader_state`, checkpoints, meter, stop signal.
+
+    `settings` are the flags with what was derived from them. If they name a step to resume from, everything is loaded
+    from its checkpoint; else the optimizer starts with the state in the checkpoint `origin` of a previous stage, if any.
+    Every rank calls all methods.
+
+    >>> run.start()
+    >>> while not run.save_if_due(last=run.step == 100):
+    ...     run.measure("val bpb", evaluate)
+    ...     run.step += 1
+    """
+
+    def __init__(self, stage: str, tag: str, model, optimizer, tokenizer, settings: Namespace, compute: Compute, origin=None):
+        self.stage, self.settings, self.compute = stage, settings, compute
+        self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
+        self.directory = checkpoint_dir(stage, tag)
+        self.saver = Saver(self.directory, compute, settings.keep_last)
+        saved = resume(self.directory, settings, model, optimizer, tokenizer, compute)
+        if saved is None:
+            saved = {"step": 0, "val_bpb": None, "loader_state": None, "loop_state": {}}
+            if origin:
+                warm_start(optimizer, settings.stage, origin, compute)
+        self.step = self.saved_step = saved["step"]
+        self.val_bpb, self.loader_state, loop = saved["val_bpb"], saved["loader_state"], saved["loop_state"]
+        self.loss_scale = LossScale(compute) if compute.dtype == torch.float16 else None
+        if self.loss_scale and loop.get("loss_scale"):
+            self.loss_scale.load_state_dict(loop["loss_scale"])
+        project = "nanochat" if stage == "base" else f"nanochat-{stage}"
+        wandb = wandb_run(project, settings.run, vars(settings), loop.get("wandb_id"))
+        flops_per_token = None if stage == "rl" else model.estimate_flops()  # sampling costs more than the update
+        self.meter = Meter(compute, self.directory, settings.total_batch_size, flops_per_token, wandb, loop.get("meter"))
+        self.failures: list[str] = []  # evaluations that failed
+
+    def start(self) -> None:
+        """From now on signals request a stop, and the present objects are left out of garbage collections.
+
+        A full collection takes up to half a second of a step.
+        """
+        self.stop = StopSignal(self.compute)
+        gc.collect()
+        gc.freeze()
+
+    def save_if_due(self, last: bool) -> bool:
+        """Save where --save-every, the end or a requested stop demands it; returns whether a stop is requested."""
+        stopping = self.stop.requested()
+        if self.step > self.saved_step and (stopping or due(self.step, self.settings.save_every, last)):
+            self.meter.flush()
+            self._save()
+            self.saved_step = self.step
+        return stopping
+
+    def _save(self) -> None:
+        """Save everything that a resumed run needs, in the background."""
+        wandb = self.meter.wandb_run
+        meta = {
+            "model_config": asdict(self.model.config),
+            "model_tag": self.directory.name,
+            "tokenizer": self.tokenizer.fingerprint(),
+            "user_config": vars(self.settings),
+            "val_bpb": self.val_bpb,
+            "loader_state": self.loader_state,
+            "loop_state": {
+                "meter": dict(self.meter.state),  # a copy, since it is written while training continues
+                "loss_scale": self.loss_scale.state_dict() if self.loss_scale else None,
+                "wandb_id": wandb.id if wandb else None,
+            },
+            "rng_state": {"cpu": base64.b64encode(torch.get_rng_state().numpy()).decode()},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+        self.saver.save(self.step, self.model.state_dict(), self.optimizer.state_dict(), meta, self.tokenizer)
+
+    def measure(self, what: str, evaluate: Callable[[], dict | None]) -> dict:
+        """The numbers that `evaluate()` returns, logged and printed, except for those that are None since it was stopped.
+
+        A failed evaluation costs one line and the exit code, but never ends the run.
+        """
+        self.meter.flush()
+        try:
+            values = {name: value for name, value in (evaluate() or {}).items() if value is not None}
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            print0(f"error: {what} failed ({reason}); training continues")
+            self.failures.append(what)
+            values = {}
+        if values:
+            self.val_bpb = values.get("val_bpb", self.val_bpb)
+            self.meter.log(self.step, **values)
+            shown = " | ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+            print0(f"step {self.step:05d} | {shown}")
+        return values
+
+    def finish(self, complete: bool, title: str, entry: dict) -> None:
+        """Wait for the last save, add `entry` to the report if the run is complete, and leave. UserError if something failed."""
+        from nanochat import report
+
+        self.saver.wait()
+        if complete:  # its last evaluation came after the save
+            self.compute.on_main(lambda: update_meta(self.directory, self.step, val_bpb=self.val_bpb))
+        self.saver.close()
+        if not complete:
+            print0(f"stopped after step {self.step}; continue with the same flags and --resume-from-step=latest")
+        elif self.compute.is_main:
+            report.log(title, {
+                "stage": self.stage, "model tag": self.directory.name, "steps": self.step, **entry,
+                "training minutes": self.meter.state["total_time"] / 60, "metrics": str(self.meter.path),
+            })  # fmt: skip
+        self.meter.finish()
+        compute_cleanup(self.compute)
+        if self.failures:
+            raise UserError(f"the model is saved in {self.directory}, but these failed: {', '.join(self.failures)}")
 
 
 def step_to_resume(directory: Path, requested: str, restarted: bool) -> int | None:
     """The step to resume from, or None for a new run. The only place that decides this.
 
-    `requested` is --resume-from-step. A job that torchrun or Slurm has restarted resumes from its last checkpoint. A new
-    run first moves what an earlier one left under this tag to TAG.old, and resuming from an explicit step moves the later
-    checkpoints there, so that "latest" always belongs to this run.
+    `requested` is --resume-from-step. A job that torchrun or Slurm has restarted resumes from its last checkpoint. What an
+    earlier run left under this tag, or later checkpoints than the requested one, are moved to TAG.old, so that "latest"
+    always belongs to this run.
     """
     if requested not in ("-1", "latest") and not requested.isdigit():
         raise UserError(f"--resume-from-step {requested!r} is neither a step nor 'latest'")
-    if restarted and list_steps(directory):
-        requested = "latest"
-    if requested == "-1":
-        if earlier := set_aside(directory):
-            print0(f"moved the earlier run under this tag to {earlier}")
-        return None
-    if requested == "latest":
+    if requested == "latest" or restarted and list_steps(directory):
         return find_last_step(directory)
-    verify(directory, int(requested), names=[])  # it exists
-    if later := set_aside(directory, after=int(requested)):
-        print0(f"moved the checkpoints of later steps to {later}")
-    return int(requested)
+    step = None if requested == "-1" else int(requested)
+    if step is not None:
+        verify(directory, step, names=[])  # it exists
+    if old := set_aside(directory, after=step):
+        print0(f"moved {'the earlier run under this tag' if step is None else 'the checkpoints of later steps'} to {old}")
+    return step
 
 
-def resume_training(saver: Saver, settings: Namespace, model, optimizer, tokenizer, compute: Compute) -> dict | None:
+def resume(directory: Path, settings: Namespace, model, optimizer, tokenizer, compute: Compute) -> dict | None:
     """Load what `--resume-from-step` names into model and optimizer; returns its meta, or None for a new run.
 
     Raises UserError when the model, the tokenizer, or what determines the order of the data differs.
     """
-    directory = saver.directory
     restarted = max(compute.gather(restarts())) > 0  # counted by node
     step = compute.on_main(lambda: step_to_resume(directory, settings.resume_from_step, restarted))
     if step is None:
         return None
     saved = verify(directory, step, names=[])
     before, now = saved["user_config"], vars(settings)
+    changed = [
+        differences(saved["model_config"], asdict(model.config)),
+        differences(saved, {"tokenizer": tokenizer.fingerprint()}),
+        differences(before, {name: now[name] for name in ("total_batch_size", "max_seq_len")}),
+    ]
     place = f"step {step} in {directory}"
-    if changed := differences(saved["model_config"], asdict(model.config)):
-        raise UserError(f"{place} is of another model ({changed}); give the same flags, or another --model-tag")
-    if saved["tokenizer"] != tokenizer.fingerprint():
-        raise UserError(f"{place} was trained with another tokenizer; restore that one, or start a new run")
-    for name in ("total_batch_size", "max_seq_len"):
-        if before.get(name) != now[name]:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{place} was trained with {flag} {before.get(name)}, not {now[name]}; give the same value")
+    if any(changed):
+        changed = ", ".join(filter(None, changed))
+        raise UserError(f"{place} is of another run ({changed}); give the same flags, or another --model-tag")
 
     model_state, meta = load_checkpoint(directory, step, compute)
     model.load_state_dict(model_state)
@@ -386,18 +441,6 @@ def differences(before: dict, now: dict, ignored: tuple = ()) -> str:
     return ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
 
 
-def inherit(args: Namespace, origin: dict) -> Namespace:
-    """`args` with every flag that was not given (None) taken from the run that trained the model; its meta is `origin`."""
-    saved, settings = origin.get("user_config", {}), Namespace(**vars(args))
-    for name, value in vars(args).items():
-        if value is None and name not in ("model_tag", "model_step"):
-            if saved.get(name) is None:
-                raise UserError(f"the model's checkpoint does not record its {name}; give --{name.replace('_', '-')}")
-            setattr(settings, name, saved[name])
-    settings.short_run, settings.examples = saved.get("short_run", 1.0), saved.get("examples", [])
-    return settings
-
-
 def warm_start(optimizer, stage: str, origin: dict, compute: Compute) -> None:
     """Start with the optimizer state of the run that trained the model, where it was saved."""
     directory, states = checkpoint_dir(stage, origin["model_tag"]), []
@@ -407,7 +450,6 @@ def warm_start(optimizer, stage: str, origin: dict, compute: Compute) -> None:
 
     try:
         compute.on_every_rank(load)  # on all ranks, or on none
+        optimizer.load_state_dict(states[0])
     except UserError as error:
         print0(f"starting with a new optimizer state: {error}")
-    else:
-        optimizer.load_state_dict(states[0])

@@ -18,8 +18,7 @@ def main(argv=None):
     flags.add_model_flags(parser)
     parser.add_argument("--hf-path", help="evaluate this Hugging Face model (folder or id) instead of ours")
     parser.add_argument("--source", default="", help="the text (default: as in training; with --hf-path: climbmix)")
-    split_help = "tokens per split (-1: 20 * 2^20, on a CPU 2^18)"
-    parser.add_argument("--split-tokens", type=flags.COUNT_OR_AUTO, default=-1, help=split_help)
+    parser.add_argument("--split-tokens", type=flags.COUNT_OR_AUTO, default=-1, help="tokens per split (-1: 20 Mi, on a CPU 2^18)")
     parser.add_argument("--device-batch-size", type=flags.COUNT, default=32, help="rows per forward pass and rank")
     args = parser.parse_args(argv)
 

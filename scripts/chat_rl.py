@@ -10,11 +10,10 @@ questions, all in one batch, and makes one update from them (the mathematics is 
 
 from __future__ import annotations
 
-import argparse
 import random
 
 from nanochat import flags
-from nanochat.common import UserError, check_wandb, compute_cleanup, compute_init, print0, run_script, wandb_run
+from nanochat.common import UserError, check_wandb, compute_init, run_script
 
 
 def main(argv=None):
@@ -31,31 +30,24 @@ def main(argv=None):
     group.add_argument("--max-new-tokens", type=flags.COUNT, default=256, help="longer samples are truncated, with reward 0")
     group.add_argument("--temperature", type=flags.number(float, 1e-3), default=1.0, help="of the sampled distribution")
     group.add_argument("--top-k", type=flags.number(int, 0), default=50, help="sample among the k most likely tokens (0: all)")
-    group = parser.add_argument_group("batch and schedule")
-    batch_help = "full rows per micro-batch (default: inherited)"
-    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=None, help=batch_help)
-    group.add_argument("--init-lr-frac", type=flags.FRACTION, default=0.05, help="factor of all rates, which then fall to 0")
-    group.add_argument("--weight-decay", type=flags.FRACTION, default=0.0, help="of the matrices, decaying to 0")
-    flags.add_rate_flags(parser, inherited=True)
-    flags.add_saving_flags(parser, eval_every=60, save_every=60)
+    group = parser.add_argument_group("batch")
+    group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, help="full rows per micro-batch (default: inherited)")
+    flags.add_rate_flags(parser, inherited=True, init_lr_frac=0.05, weight_decay=0.0)
+    flags.add_saving_flags(parser, eval_every=60, save_every=60, eval_tokens=False)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval-examples", type=flags.COUNT, default=400, help="held-out questions per evaluation")
     group.add_argument("--eval-samples", type=flags.number(int, 0), default=8, help="samples per held-out question (0: greedy)")
+    parser.set_defaults(total_batch_size=None, max_seq_len=None)  # always inherited: the rates belong to this batch size
     args = parser.parse_args(argv)
 
     import copy
     from functools import partial
 
-    from nanochat import report
-    from nanochat.checkpoint_manager import checkpoint_dir, load_model
-    from nanochat.device import choose_attention, fit_device_batch, prepare_for_inference
+    from nanochat.device import choose_attention, prepare_for_inference
     from nanochat.engine import Engine
     from nanochat.reinforce import policy_step, sample_groups, sync_weights
-    from nanochat.saver import Saver
-    from nanochat.schedule import batch_lr_scale
     from nanochat.task_eval import completion_text, count_right, pass_at_k
-    from nanochat.training import Meter, StopSignal, due, freeze_garbage, guarded, inherit, make_loss_scale, make_optimizer
-    from nanochat.training import resume_training, save_training, set_rates, warm_start
+    from nanochat.training import Run, due, load_origin, set_rates
     from tasks.arc import ARC
     from tasks.gsm8k import GSM8K
     from tasks.sample_world import ARITHMETIC, SampleWorld
@@ -64,20 +56,8 @@ def main(argv=None):
     check_wandb(args.run)
     compute = compute_init(args.device_type)
 
-    # The initial model, and the settings inherited from its training; its rates belong to its total batch size
-    model, tokenizer, origin = load_model(args.stage, compute, args.model_tag, args.model_step)
-    tag = args.model_tag or origin["model_tag"]
-    settings = inherit(argparse.Namespace(**vars(args), total_batch_size=None, max_seq_len=None), origin)
-    if settings.device_batch_size == -1:
-        settings.device_batch_size = fit_device_batch(model, compute, settings.total_batch_size)
-    lr_scale = batch_lr_scale(settings.total_batch_size) * settings.short_run * args.init_lr_frac
-    optimizer = make_optimizer(model, settings, lr_scale, args.weight_decay)
-    saver = Saver(checkpoint_dir("rl", tag), compute, args.keep_last)
-    meta = resume_training(saver, settings, model, optimizer, tokenizer, compute)
-    loop = meta["loop_state"] if meta else {}
-    if meta is None:
-        warm_start(optimizer, args.stage, origin, compute)
-    wandb = wandb_run("nanochat-rl", args.run, vars(settings), loop.get("wandb_id"))
+    model, optimizer, tokenizer, settings, origin = load_origin(args, compute)
+    run = Run("rl", args.model_tag or origin["model_tag"], model, optimizer, tokenizer, settings, compute, origin)
 
     # The questions, for training and held out
     makers = {
@@ -113,90 +93,60 @@ def main(argv=None):
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k or None}
 
     def evaluate():
-        """{"accuracy" of greedy answers, "pass@k" of samples} on held-out questions, each with half its 95% interval.
-
-        None where a stop was requested.
-        """
+        """Accuracy of greedy answers and pass@k of samples on held-out questions, each with half its 95% interval (_ci)."""
         grade = partial(
-            count_right, held_out, sampler, tokenizer, engine, compute, args.eval_examples, stop=lambda: stop.received
+            count_right, held_out, sampler, tokenizer, engine, compute, args.eval_examples, stop=lambda: run.stop.received
         )
         right = grade(name=args.task, **{**sampling, "temperature": 0.0})
         if right is None:
-            return None
-        values = {"accuracy": pass_at_k(right, 1, 1)}
+            return None  # a stop was requested
+        estimates = {"accuracy": pass_at_k(right, 1, 1)}
         n = args.eval_samples
         if n and held_out.eval_type == "generative":
             right = grade(name=f"{args.task} pass@{n}", num_samples=n, **sampling)
             if right is None:
                 return None
             powers = {2**i for i in range(n.bit_length())}  # 1, 2, 4, ... up to n
-            values |= {f"pass@{k}": pass_at_k(right, n, k) for k in sorted(powers | {n})}
+            estimates |= {f"pass@{k}": pass_at_k(right, n, k) for k in sorted(powers | {n})}
+        values = {}
+        for name, (value, ci) in estimates.items():
+            values |= {name: value, f"{name}_ci": ci}
         return values
 
     # The loop: save, evaluate, train
-    loss_scale = make_loss_scale(compute, loop.get("loss_scale"))
-    meter = Meter(compute, saver.directory, 0, None, wandb, loop.get("meter"))
-    stop = StopSignal(compute)
-    freeze_garbage()
-    step = meta["step"] if meta else 0
-    saved_step, failures = step, []
+    run.start()
     groups, scores = [], {}
-    while True:
-        last = step >= num_steps
-        stopping = stop.requested()
-        meter.flush()  # sampling needs the new weights anyway
-
-        if step > saved_step and (due(step, args.save_every, last) or stopping):
-            save_training(saver, step, model, optimizer, tokenizer, settings, meter, None, None, loss_scale)
-            saved_step = step
-        if stopping:
-            break
-
+    while not run.save_if_due(last := run.step >= num_steps):
+        run.meter.flush()  # sampling needs the new weights anyway
         sync_weights(engine, model)
-        if due(step, args.eval_every, last) or (step == 0 and args.eval_every != 0):
-            measured = guarded(f"evaluating {args.task}", evaluate, failures)
+        if due(run.step, args.eval_every, last) or (run.step == 0 and args.eval_every != 0):
+            scores = run.measure(args.task, evaluate) or scores
             engine.reset()
-            if measured is not None:
-                scores = measured
-                intervals = {f"{name}_ci": ci for name, (_, ci) in scores.items()}
-                meter.log(step, **{name: value for name, (value, _) in scores.items()}, **intervals)
-                percent = [f"{name} {100 * value:.1f}% +- {100 * ci:.1f}" for name, (value, ci) in scores.items()]
-                print0(f"step {step:05d} | {args.task}: {' | '.join(percent)}")
         if last:
             break
-        if stop.requested():
+        if run.stop.requested():
             continue  # the evaluation was interrupted: save and leave
 
-        meter.start()
-        lrm = set_rates(optimizer, step, step / num_steps, 0, 1.0, 0.0)
-        groups = sample_groups(engine, tokenizer, task, questions_of(step), compute, args.num_samples, **sampling)
+        run.meter.start()
+        lrm = set_rates(optimizer, run.step, run.step / num_steps, 0, 1.0, 0.0)
+        groups = sample_groups(engine, tokenizer, task, questions_of(run.step), compute, args.num_samples, **sampling)
         loss, tokens, values = policy_step(
-            model, optimizer, groups, compute, max_tokens, args.temperature, args.top_k or None, engine.python_start, loss_scale
-        )
-        step += 1
-        meter.stop(step, step / num_steps, loss, lrm, 1 + (step * args.examples_per_step - 1) // len(task), tokens, **values)
+            model, optimizer, groups, compute, max_tokens, args.temperature, args.top_k or None,
+            engine.python_start, run.loss_scale,
+        )  # fmt: skip
+        run.step += 1
+        epoch = 1 + (run.step * args.examples_per_step - 1) // len(task)
+        run.meter.stop(run.step, run.step / num_steps, loss, lrm, epoch, tokens, **values)
 
-    # The end
-    saver.close()
-    if not last:
-        print0(f"stopped after step {step}; continue with the same flags and --resume-from-step=latest")
-    elif compute.is_main:
-        examples = [
-            (group.conversation["messages"][0], completion_text(tokenizer, engine, group.seqs[0]))
-            for group in groups[:4]
-        ]
-        report.log("Reinforcement learning", {
-            "stage": "rl", "scores": {f"{args.task} {name}": value for name, (value, _) in scores.items()},
-            "model tag": tag, "steps": step, "questions": len(task),
-            "95% intervals": {name: f"+- {ci:.4f}" for name, (_, ci) in scores.items()},
-            "training minutes": meter.total_time / 60, "metrics": str(meter.path),
-            "samples": [[question, {"role": "assistant", "content": reply}] for question, reply in examples],
-            "flags": flags.for_report(parser, args, settings),
-        })  # fmt: skip
-    meter.finish()
-    compute_cleanup(compute)
-    if failures:
-        raise UserError(f"the model is saved in {saver.directory}, but these failed: {', '.join(failures)}")
+    samples = []
+    for group in groups[:4]:
+        reply = completion_text(tokenizer, engine, group.seqs[0])
+        samples.append([group.conversation["messages"][0], {"role": "assistant", "content": reply}])
+    run.finish(last, "Reinforcement learning", {
+        "scores": {f"{args.task} {name}": value for name, value in scores.items() if not name.endswith("_ci")},
+        "95% intervals": {name: f"+- {scores[f'{name}_ci']:.4f}" for name in scores if not name.endswith("_ci")},
+        "questions": len(task), "samples": samples, "flags": flags.for_report(parser, args, settings),
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,23 +19,17 @@ bridge, ending a dispute that had divided the town since last spring's flood. Co
 $18.6 million, two thirds of which will come from the state's transport fund, and to take at least 26 months.
 "We could patch it for a fifth time, or we could do right by our grandchildren," said Mayor Elena Whitcombe,
 who broke with her own party to support the plan. Shop owners along the west bank said they feared losing
-customers during the closure; the council promised a footbridge and free parking. Dr. Samuel Okafor, an engineer
-at the university, told reporters that inspections had found cracks in 11 of the bridge's 32 supports. "It isn't
-going to fall tomorrow," he said, "but it won't wait for another committee, either."
+customers during the closure; the council promised a footbridge and free parking.
 """
 
 KOREAN = """
 지난 주말 서울에는 올해 첫눈이 내렸다. 아침 일찍 눈을 뜬 아이들은 창밖을 보고 소리를 질렀고, 어른들은 출근길을 걱정했다.
 기상청은 이번 눈이 평년보다 열흘쯤 빠르다고 설명했다. 시장에서 만난 한 상인은 “눈이 오면 손님은 줄지만 따뜻한 어묵 국물을
 찾는 사람은 늘어난다”며 웃었다. 오후가 되자 햇볕이 나면서 길 위의 눈은 거의 녹았지만, 한강 공원에는 눈사람을 만드는 가족들의
-발길이 저녁까지 이어졌다. 컴퓨터가 한국어를 이해하려면 먼저 문장을 작은 조각으로 나누어야 하는데, 조사와 어미가 낱말에 붙는
-한국어에서는 이 일이 생각보다 쉽지 않다.
+발길이 저녁까지 이어졌다.
 """
 
 CODE = '''
-from collections import Counter, deque
-
-
 class RollingMedian:
     """Median of the last `size` numbers, in O(size) per update."""
 
@@ -51,19 +45,6 @@ class RollingMedian:
         if len(ordered) % 2 == 1:
             return ordered[middle]
         return (ordered[middle - 1] + ordered[middle]) / 2
-
-
-def most_common_words(path, limit=10):
-    counts = Counter()
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            counts.update(word.strip(".,;:!?\\"'").lower() for word in line.split())
-    return [(word, n) for word, n in counts.most_common(limit) if n > 1]
-
-
-if __name__ == "__main__":
-    median = RollingMedian(size=5)
-    print([median.update(x) for x in (3, 1, 4, 1, 5, 9, 2, 6)])
 '''
 
 MATH = r"""
@@ -71,8 +52,7 @@ MATH = r"""
 \begin{proof} We use induction on $n$. For $n = 1$ both sides equal $1$. Suppose that the claim holds for some
 $n$. Then \[ \sum_{k=1}^{n+1} (2k-1) = n^2 + (2(n+1) - 1) = n^2 + 2n + 1 = (n+1)^2, \] which is the claim for
 $n + 1$. \end{proof}
-\begin{example} Let $f(x) = x^3 - 6x^2 + 11x - 6$. Since $f(1) = 1 - 6 + 11 - 6 = 0$, the factor $(x - 1)$ divides
-$f$, and $f(x) = (x-1)(x^2 - 5x + 6) = (x-1)(x-2)(x-3)$. Its derivative $f'(x) = 3x^2 - 12x + 11$ vanishes at
+\begin{example} The derivative of $f(x) = x^3 - 6x^2 + 11x - 6$, $f'(x) = 3x^2 - 12x + 11$, vanishes at
 $x_{1,2} = 2 \pm \frac{1}{\sqrt{3}} \approx 2 \pm 0.57735$, and $\int_1^3 f(x)\,dx = 0$ by symmetry. \end{example}
 """
 
@@ -82,9 +62,7 @@ reactions, which take place in the thylakoid membranes of the chloroplast, chlor
 wavelengths near 430 nm and 660 nm; the excited electrons pass along a transport chain, pump protons across the
 membrane and finally reduce NADP+ to NADPH. The resulting electrochemical gradient drives ATP synthase. In the
 Calvin cycle the enzyme RuBisCO fixes carbon dioxide: six turns of the cycle consume 18 ATP and 12 NADPH to yield
-one molecule of glucose (C6H12O6). Because RuBisCO also binds oxygen, plants in hot and dry habitats lose up to a
-quarter of the fixed carbon to photorespiration, a loss that C4 grasses such as maize and sugarcane avoid by
-concentrating CO2 in their bundle-sheath cells.
+one molecule of glucose (C6H12O6).
 """
 
 TEXTS = {"news": NEWS, "Korean": KOREAN, "code": CODE, "math": MATH, "science": SCIENCE}

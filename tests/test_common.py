@@ -3,14 +3,12 @@
 import errno
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -21,112 +19,69 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKER = """
 import os, signal, sys, time
 import torch
-from nanochat import common
-
-case = sys.argv[1]
-
-def fail(compute):
-    if case == "user error of all":
-        raise common.UserError("--depth must be positive")
-    if compute.rank == 1:
-        if case == "raise":
-            raise KeyError("own error")
-        if case == "user error of one":
-            raise common.UserError("no such file on this node")
-        if case in ("SIGKILL", "SIGSTOP"):
-            os.kill(os.getpid(), signal.Signals[case])
-        if case == "hang":
-            hang_here()
+from nanochat.common import UserError, compute_init, run_script
 
 def hang_here():
     time.sleep(1000)
 
 def main():
-    print(f"pid {os.getpid()}\\n", end="", flush=True)
-    if case == "starting":
-        hang_here()
-    compute = common.compute_init("cpu")
+    compute = compute_init("cpu")
     print(f"training on {torch.get_num_threads()} threads\\n", end="", flush=True)
     for step in range(10**6):
         compute.sum(torch.ones(1))
         if step == 2:
-            fail(compute)
+            exec(sys.argv[1])
         compute.heartbeat()
         time.sleep(0.05)
 
-if __name__ == "__main__":
-    common.run_script(main)
+run_script(main)
 """
 
 
-class Job:
-    """A torchrun of two ranks."""
-
-    def __init__(self, tmp_path, case, **variables):
-        (tmp_path / "worker.py").write_text(WORKER)
-        self.log = tmp_path / "log"
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "NANOCHAT_BASE_DIR": str(tmp_path / "base"), **variables}
-        env.pop("OMP_NUM_THREADS", None)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py", case]
-        with open(self.log, "w") as log:
-            self.torchrun = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=tmp_path)
-
-    def running(self) -> list[int]:
-        """The ranks that run."""
-        pids = map(int, re.findall(r"^pid (\d+)$", self.log.read_text(), re.M))
-        return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
-
-    def end(self) -> str:
-        """The job's output. It must end by itself, with all its processes."""
-        try:
-            self.torchrun.wait(90)
-            limit = time.monotonic() + 10
-            while self.running():
-                assert time.monotonic() < limit, self.log.read_text()
-                time.sleep(0.1)
-        finally:
-            self.torchrun.kill()
-            for pid in self.running():
-                os.kill(pid, signal.SIGKILL)
-        return self.log.read_text()
+def start_job(tmp_path, at_step_2, **variables):
+    """A torchrun of two ranks, which run a line of code at step 2. Its output ends when the last of its processes does."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "NANOCHAT_BASE_DIR": str(tmp_path / "base"), **variables}
+    env.pop("OMP_NUM_THREADS", None)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py", at_step_2]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, text=True)
 
 
 # -----------------------------------------------------------------------------
 # Several ranks
 
 CAUSE = "Root Cause .first observed failure.:.*rank      : 1 .*"  # torchrun's report on the rank that failed first
+SOON = {"NANOCHAT_HANG_TIMEOUT": "3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
 
 
 @pytest.mark.parametrize(
-    "case, variables, report",
+    "failure, variables, report",
     [
-        ("raise", {}, CAUSE + "KeyError: 'own error'"),
-        ("user error of all", {}, "^error: --depth must be positive$"),
-        pytest.param("user error of one", {}, "^rank 1: error: no such file on this node$.*" + CAUSE, marks=pytest.mark.slow),
-        pytest.param("SIGKILL", {}, CAUSE + "SIGKILL", marks=pytest.mark.slow),
-        ("hang", {"NANOCHAT_HANG_TIMEOUT": "3"}, "Timeout.*in hang_here"),
+        ("assert compute.rank == 0, 'own error'", {}, CAUSE + "AssertionError: own error"),
+        ("raise UserError('--depth must be positive')", {}, "^error: --depth must be positive$"),
+        ("if compute.rank == 1: hang_here()", SOON, "Timeout.*in hang_here"),
+        pytest.param("if compute.rank == 1: raise UserError('no such file on this node')", {},
+                     "^rank 1: error: no such file on this node$.*" + CAUSE, marks=pytest.mark.slow),
+        pytest.param("if compute.rank == 1: os.kill(os.getpid(), signal.SIGKILL)", {}, CAUSE + "SIGKILL", marks=pytest.mark.slow),
         # A stopped process cannot time out itself; the rank that waits for it does
-        pytest.param("SIGSTOP", {"NANOCHAT_HANG_TIMEOUT": "3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}, "Timeout",
-                     marks=pytest.mark.slow),
+        pytest.param("if compute.rank == 1: os.kill(os.getpid(), signal.SIGSTOP)", SOON, "Timeout", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_a_failing_rank_ends_the_job_which_reports_why(tmp_path, case, variables, report):
-    job = Job(tmp_path, case, **variables)
-    output = job.end()
-    assert job.torchrun.returncode == 1 and re.search(report, output, re.M | re.S), output
-    assert len(re.findall("^error: ", output, re.M)) == (case == "user error of all"), "one rank prints it"
+def test_a_failing_rank_ends_the_job_which_reports_why(tmp_path, failure, variables, report):
+    job = start_job(tmp_path, failure, **variables)
+    output = job.communicate(timeout=90)[0]
+    assert job.returncode == 1 and re.search(report, output, re.M | re.S), output
+    assert len(re.findall("^error: ", output, re.M)) == report.startswith("^error"), "one rank prints it"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
-@pytest.mark.parametrize("moment", ["starting", "training"])
-def test_no_rank_outlives_torchrun(tmp_path, moment):
-    job = Job(tmp_path, moment)
-    while job.log.read_text().count("pid" if moment == "starting" else "training") < 2 and job.torchrun.poll() is None:
-        time.sleep(0.1)
-    job.torchrun.kill()
-    output = job.end()
+def test_ranks_share_the_cores_and_none_outlives_torchrun(tmp_path):
+    job = start_job(tmp_path, "")
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert moment == "starting" or output.count(f"training on {threads} threads") == 2, "the ranks share the cores"
+    started = list(islice((line for line in job.stdout if line.startswith("training")), 2))
+    assert started == [f"training on {threads} threads\n"] * 2
+    job.kill()
+    job.communicate(timeout=60)
 
 
 def test_on_main_and_main_first_raise_everywhere(run_ranks):
@@ -194,7 +149,7 @@ def test_the_base_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/x")
     assert get_base_dir() == tmp_path / "x" and (tmp_path / "x").is_dir()
     (tmp_path / "file").touch()
-    for wrong in (tmp_path / "file", tmp_path / "file/below", tmp_path / ("x" * 300), "~nobody.of.that.name/x"):
+    for wrong in (tmp_path / "file/below", tmp_path / ("x" * 300), "~nobody.of.that.name/x"):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(wrong))
         with pytest.raises(UserError, match="NANOCHAT_BASE_DIR"):
             get_base_dir()
@@ -208,18 +163,11 @@ def test_atomic_writes_a_file_or_folder_completely_or_not_at_all(tmp_path, folde
             if folder:
                 tmp.mkdir()
             (tmp / "file" if folder else tmp).write_text("text")
+            assert not target.exists()
             if error:
                 raise error
         assert list((tmp_path / "a").iterdir()) == ([] if error else [target]), "no temporary files are left"
     assert (target / "file" if folder else target).read_text() == "text"
-
-
-def test_atomic_keeps_the_old_file_until_the_new_one_is_complete(tmp_path):
-    (tmp_path / "a").write_text("old")
-    with atomic(tmp_path / "a") as tmp:
-        tmp.write_text("new")
-        assert (tmp_path / "a").read_text() == "old"
-    assert (tmp_path / "a").read_text() == "new"
 
 
 def test_wandb_without_a_login_is_a_user_error(tmp_path):

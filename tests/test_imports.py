@@ -58,7 +58,7 @@ def our_imports(name):
 
 LEAVES = {"cpu", "fp8", "calculator", "execution", "sandbox", "core_eval", "hf_model", "report", "sample_world"}
 USERS_OF_LEAVES = {  # modules of the package that may import a leaf, and which
-    "dataset": {"sample_world"}, "device": {"cpu"}, "finetune": {"report"}, "engine": {"calculator"}, "execution": {"sandbox"},
+    "dataset": {"sample_world"}, "device": {"cpu"}, "training": {"report"}, "engine": {"calculator"}, "execution": {"sandbox"},
 }  # fmt: skip
 SERVING = {"engine", "scheduler", "engine_thread", "server"}
 USERS_OF_SERVING = {"loss_eval", "reinforce", "task_eval"}  # of engine and scheduler only

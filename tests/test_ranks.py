@@ -1,7 +1,4 @@
-"""Many ranks compute what one does, twice the same, and resume after any fault.
-
-`-m slow -k "kills and 5"` is a short version of the long test and takes a minute.
-"""
+"""Many ranks compute what one does, twice the same, and resume after any fault."""
 
 import json
 import os
@@ -12,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -116,11 +112,10 @@ def test_compiled_and_on_all_threads_the_same_command_twice_is_bit_equal(trained
     cores = len(os.sched_getaffinity(0))
     env = {"TORCH_COMPILE_DISABLE": "0", "OMP_NUM_THREADS": str(cores), "TORCHINDUCTOR_CACHE_DIR": str(trained_base / "inductor")}
     for tag in ("compiled", "again"):
-        finish([start([sys.executable], trained_base, base_train(trained_base, tag, "--warmup-steps=0"), cores, **env)])
-    finish([start([sys.executable], trained_base, base_train(trained_base, "eager", "--warmup-steps=0"))])
-    compiled, again, eager = (curve(trained_base, tag) for tag in ("compiled", "again", "eager"))
+        finish([start([sys.executable], trained_base, base_train(trained_base, tag), cores, **env)])
+    compiled, again = (curve(trained_base, tag) for tag in ("compiled", "again"))
     assert compiled == again
-    differences = [abs(a - b) for (_, name, a), (_, _, b) in zip(compiled, eager, strict=True) if name == "raw_loss"]
+    differences = [abs(a - b) for (_, name, a), (_, _, b) in zip(compiled, one, strict=True) if name == "raw_loss"]
     assert 0 < max(differences[:5]) < 1e-3 and max(differences) < 0.1, differences
 
 
@@ -128,8 +123,6 @@ def test_two_nodes_have_the_same_curve_as_one_rank(trained_base, one):
     launcher, command = two_nodes("together"), base_train(trained_base, "nodes")
     outputs = finish([start(launcher, trained_base, command) for _ in range(2)])
     assert sum("saved step 12" in output for output in outputs) == 1, "only one rank writes and prints"
-    saved = sorted(path.name for path in (trained_base / "base_checkpoints/nodes/step_000012").iterdir())
-    assert saved == ["meta.json", "model.safetensors", "optimizer_rank0.safetensors", "optimizer_rank1.safetensors", "vocabulary.json"]
     assert_same_curve(curve(trained_base, "nodes"), one)
 
 
@@ -179,13 +172,11 @@ def test_nodes_that_do_not_share_the_base_folder_are_a_user_error(trained_base, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rounds", [5, 60])
-def test_kills_lose_nothing(trained_base, rounds):
+def test_kills_lose_nothing(trained_base, rounds=24):
     """SIGKILL or SIGTERM to a rank, to torchrun or to all; at start, in a step or during a save."""
     rng, log = random.Random(0), trained_base / "log"
-    reference, killed = (trained_base / "base_checkpoints" / f"{name}{rounds}" for name in ("reference", "killed"))
-    steps_per_round = 12  # at most, before the kill
-    last = 3 * steps_per_round * rounds
+    reference, killed = (trained_base / "base_checkpoints" / name for name in ("reference", "killed"))
+    last = 36 * rounds  # a round trains for at most 12 steps before the kill, and for a few after it
 
     def train(folder, resume="-1"):
         flags = [f"--num-iterations={last}", "--save-every=2", "--keep-last=3", "--eval-every=0", f"--resume-from-step={resume}"]
@@ -193,31 +184,24 @@ def test_kills_lose_nothing(trained_base, rounds):
         with open(log, "w") as stdout:
             return start(torchrun("--standalone", "--nproc-per-node=2"), trained_base, command, stdout=stdout)
 
-    def ranks_of(job):
-        with suppress(psutil.Error, KeyError):  # it has just ended or forked
-            return {child.environ()["RANK"]: child for child in psutil.Process(job.pid).children()}
-        return {}
-
     assert train(reference).wait(600) == 0, log.read_text()
     for number in range(rounds):
         before = max(list_steps(killed), default=0)
         job = train(killed, "latest" if before else "-1")  # a kill may come before the first checkpoint
-        if number % 6 == 0:
-            time.sleep(rng.uniform(0, 6))  # while it starts
-        count = rng.randint(1, steps_per_round) if number % 6 else 0
-        while job.poll() is None and log.read_text().count("\nstep ") < count:
+        steps = rng.randint(1, 12) if number % 6 else 0
+        while job.poll() is None and log.read_text().count("\nstep ") < steps:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.1 if steps else 6))  # the latter: while it starts
         assert job.poll() is None, log.read_text()
 
-        # Kill a rank (if it runs already), torchrun, or all
-        ranks, target = ranks_of(job), ("0", "1", "torchrun", "all")[number % 4]
-        victims = [ranks.get(target, psutil.Process(job.pid)), *(ranks.values() if target == "all" else [])]
-        for victim in victims:
+        torchrun_process = psutil.Process(job.pid)
+        ranks = torchrun_process.children()
+        victims = ([torchrun_process], ranks[:1], ranks[1:], [*ranks, torchrun_process])[number % 4]
+        for victim in victims or [torchrun_process]:
             victim.send_signal(signal.SIGTERM if number % 3 == 0 else signal.SIGKILL)
         job.wait(90)
         deadline = time.monotonic() + 60
-        while any(psutil.pid_exists(rank.pid) and rank.status() != "zombie" for rank in ranks.values()):
+        while any(psutil.pid_exists(rank.pid) and rank.status() != "zombie" for rank in ranks):
             assert time.monotonic() < deadline, f"round {number}: a rank outlives the job"
             time.sleep(0.1)
         assert max(list_steps(killed), default=0) >= before, f"round {number} lost step {before}"

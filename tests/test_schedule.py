@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from nanochat.common import UserError
 from nanochat.schedule import D12_SCALING_PARAMS, D12_TOKENS, batch_lr_scale, check_batch, largest_device_batch, plan
-from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
 
 
 def test_a_batch_that_does_not_divide_names_sizes_that_do():
@@ -49,18 +48,3 @@ def test_the_horizon_is_the_first_that_is_set():
     assert plan(1, D12_SCALING_PARAMS, 96, num_iterations=20).total_batch_size % 96 == 0
     with pytest.raises(UserError, match="--num-iterations"):
         plan(1, 1, 1, target_param_data_ratio=-1)
-
-
-def test_learning_rate_is_a_trapezoid():
-    def lr(step):
-        return lr_multiplier(step, step / 100, warmup_steps=3, warmdown=0.5, final=0.1)
-
-    assert [lr(s) for s in (0, 1, 2, 3, 50)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert lr(75) == pytest.approx(0.55) and lr(100) == pytest.approx(0.1)
-    assert all(lr(s + 1) <= lr(s) for s in range(50, 100))
-
-
-def test_momentum_and_decay():
-    momenta = [muon_momentum(0, 0.0, 0.5), muon_momentum(400, 0.3, 0.5), muon_momentum(1000, 1.0, 0.5)]
-    assert momenta == pytest.approx([0.85, 0.97, 0.90])
-    assert [weight_decay_multiplier(x) for x in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])

@@ -4,7 +4,6 @@ import json
 import math
 import signal
 import time
-from argparse import Namespace
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ from tiny import tiny_gpt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.common import UserError
-from nanochat.device import largest_batch
 from nanochat.optim import MuonAdamW
-from nanochat.training import LossScale, Meter, StopSignal, inherit, set_rates, step_to_resume, train_step
+from nanochat.training import LossScale, Meter, StopSignal, set_rates, step_to_resume, train_step
 
 
 class TinyModel(torch.nn.Module):
@@ -30,21 +28,6 @@ class TinyModel(torch.nn.Module):
         return F.cross_entropy(
             self.table[idx].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=loss_reduction
         )
-
-
-def recorder(model):
-    """An optimizer that records the gradient of each step in `seen`."""
-
-    class Recorder:
-        param_groups = [{"params": [model.table]}]
-
-        def step(self):
-            self.seen = model.table.grad.clone()
-
-        def zero_grad(self):
-            model.table.grad = None
-
-    return Recorder()
 
 
 def batch(B, T, supervised, seed):
@@ -81,15 +64,16 @@ def test_a_step_never_synchronises_and_compiles_once():
         train_step(model, optimizer, [pair, pair], CPU)  # the check works
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_every_target_weighs_the_same_in_any_micro_batch_on_any_rank(run_ranks, world_size):
-    """The gradients of the ranks, which the optimizer sums, add up to that of the mean over all targets."""
+@pytest.mark.parametrize("world_size, scaled", [(1, False), (2, False), (2, True)])
+def test_every_target_weighs_the_same_in_any_micro_batch_on_any_rank(run_ranks, world_size, scaled):
+    """The gradients of the ranks, which the optimizer sums, add up to that of the mean over all targets; loss scaling or not."""
     batches = [batch(2, 6, n, seed=n) for n in (1, 12, 5, 0)]  # one of them has no target
     models = [TinyModel() for _ in range(world_size)]
-    recorders = [recorder(model) for model in models]
 
     def step(compute):
-        return train_step(models[compute.rank], recorders[compute.rank], batches[compute.rank :: world_size], compute)
+        model, mine = models[compute.rank], batches[compute.rank :: world_size]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # subtracts the gradient of this rank
+        return train_step(model, optimizer, mine, compute, LossScale(compute) if scaled else None)
 
     losses = run_ranks(world_size, step)
     x, y = (torch.cat(parts) for parts in zip(*batches))
@@ -97,20 +81,19 @@ def test_every_target_weighs_the_same_in_any_micro_batch_on_any_rank(run_ranks, 
     expected = F.cross_entropy(model.table.double()[x].flatten(0, 1), y.flatten(), ignore_index=-1)
     (gradient,) = torch.autograd.grad(expected, model.table)
     assert losses == [pytest.approx(expected.item(), rel=1e-6)] * world_size
-    assert torch.allclose(sum(recorder.seen for recorder in recorders), gradient, atol=1e-7)
+    assert torch.allclose(sum(TinyModel().table - model.table for model in models), gradient, atol=1e-6)
 
 
 def test_overflow_on_one_rank_skips_the_step_on_all(run_ranks):
     def step(compute):
-        model = TinyModel()
-        optimizer, scale = recorder(model), LossScale(compute)
+        model, scale = TinyModel(), LossScale(compute)
         initial = scale.get_scale()
         if compute.rank == 1:
             model.table.register_hook(lambda grad: grad * math.inf)
-        train_step(model, optimizer, [batch(2, 6, 7, seed=1)], compute, scale)
-        return hasattr(optimizer, "seen"), scale.get_scale() / initial
+        train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), [batch(2, 6, 7, seed=1)], compute, scale)
+        return torch.equal(model.table, TinyModel().table), scale.get_scale() / initial
 
-    assert run_ranks(2, step) == [(False, 0.5)] * 2
+    assert run_ranks(2, step) == [(True, 0.5)] * 2
 
 
 def test_a_step_without_any_target_changes_nothing():
@@ -122,25 +105,17 @@ def test_a_step_without_any_target_changes_nothing():
     assert not any(state.any() for state in optimizer.state_dict().values())
 
 
-def test_loss_scaling_leaves_the_gradient_as_it_is():
-    plain, scaled = TinyModel(), TinyModel()
-    one, two, scale = recorder(plain), recorder(scaled), LossScale(CPU)
-    train_step(plain, one, [batch(2, 6, 7, seed=1)], CPU)
-    train_step(scaled, two, [batch(2, 6, 7, seed=1)], CPU, scale)
-    assert torch.allclose(one.seen, two.seen, rtol=1e-5)
-    resumed = LossScale(CPU)
-    resumed.load_state_dict(json.loads(json.dumps(scale.state_dict())))
-    assert resumed.get_scale() == scale.get_scale()
-
-
-def test_set_rates_updates_the_groups():
+@pytest.mark.parametrize("step, progress, factor, momentum, decay", [
+    (0, 0.0, 0.25, 0.85, 1.0), (2, 0.02, 0.75, 0.8506, 0.999), (100, 0.25, 1.0, 0.88, 0.854), (400, 0.5, 1.0, 0.97, 0.5),
+    (600, 0.75, 0.55, 0.935, 0.146), (800, 1.0, 0.1, 0.90, 0.0),
+])  # fmt: skip
+def test_rates_rise_stay_and_fall(step, progress, factor, momentum, decay):
     group = {"params": [], "weight_decay": 0.4}
     optimizer = MuonAdamW([{"kind": "muon", "lr": 0.02, **group}, {"kind": "adamw", "lr": 0.3, **group}])
-    lrm = set_rates(optimizer, step=75, progress=0.75, warmup_steps=0, warmdown=0.5, final=0.0)
+    assert set_rates(optimizer, step, progress, warmup_steps=3, warmdown=0.5, final=0.1) == pytest.approx(factor)
     muon, adamw = optimizer.param_groups
-    assert lrm == pytest.approx(0.5) and muon["lr"] == pytest.approx(0.01) and adamw["lr"] == pytest.approx(0.15)
-    assert muon["weight_decay"] == pytest.approx(0.4 * 0.5 * (1 + math.cos(0.75 * math.pi)))
-    assert adamw["weight_decay"] == 0.4
+    assert (muon["lr"], adamw["lr"], adamw["weight_decay"]) == pytest.approx((0.02 * factor, 0.3 * factor, 0.4))
+    assert (muon["momentum"], muon["weight_decay"]) == pytest.approx((momentum, 0.4 * decay), abs=5e-4)
 
 
 def meter(path, **state):
@@ -160,22 +135,20 @@ def test_the_smoothed_loss_is_debiased_and_resumes_and_memory_is_measured(tmp_pa
     m = meter(tmp_path)
     stop_step(m, 1, 4.0)
     stop_step(m, 2, 2.0)
-    saved = m.state(2)
+    saved = json.loads(json.dumps(m.state))
+    m.log(2, val_bpb=1.5)  # an evaluation at the saved step is repeated after a resume
     stop_step(m, 3, 3.0)
     weights = [0.1 * 0.9**2, 0.1 * 0.9, 0.1]
-    expected = sum(w * x for w, x in zip(weights, [4.0, 2.0, 3.0])) / sum(weights)
-    lines = logged(tmp_path)
-    assert lines[0]["loss"] == pytest.approx(4.0) and lines[2]["loss"] == pytest.approx(expected)
+    lines = [line for line in logged(tmp_path) if "loss" in line]
+    smooth = sum(w * x for w, x in zip(weights, [4.0, 2.0, 3.0])) / sum(weights)
+    assert [line["loss"] for line in lines] == pytest.approx([4.0, (0.9 * 4 + 2) / 1.9, smooth])
     assert "step 00003 (50.0%)" in capsys.readouterr().out
     [peak] = [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")]
     assert lines[2]["peak_memory"] == pytest.approx(peak, rel=0.05)
 
-    m.log(2, val_bpb=1.5)  # an evaluation at the saved step is repeated after a resume
     m.path.write_text(m.path.read_text() + '{"step": 4, "lo')  # killed in the middle of a line
-    resumed = meter(tmp_path, state=saved)
-    assert [line["step"] for line in logged(tmp_path)] == [1, 2]
-    stop_step(resumed, 3, 3.0)
-    assert [line["loss"] for line in logged(tmp_path)] == [line["loss"] for line in lines]
+    stop_step(meter(tmp_path, state=saved), 3, 3.0)
+    assert [(line["step"], line["loss"]) for line in logged(tmp_path)] == [(line["step"], line["loss"]) for line in lines]
 
 
 def test_on_a_gpu_a_step_is_reported_after_the_next_is_launched_and_nan_stops_the_run(tmp_path):
@@ -193,27 +166,12 @@ def test_on_a_gpu_a_step_is_reported_after_the_next_is_launched_and_nan_stops_th
         assert read == list(range(1, step))
     m.flush()  # before an evaluation, whose time is not a step's
     m.flush()
-    assert read == [1, 2, 3] and m.state(3)["step"] == 3
+    assert read == [1, 2, 3]
     time.sleep(0.2)
     stop_step(m, 4, Loss(math.nan))
     with pytest.raises(UserError, match="became nan at step 4 .*--resume-from-step latest"):
         m.flush()
-    assert [line["raw_loss"] for line in logged(tmp_path)] == [1, 2, 3] and m.total_time < 0.2
-
-
-def test_largest_batch_halves_until_memory_suffices():
-    tried = []
-
-    def attempt(rows, most=24):
-        tried.append(rows)
-        if rows > most:
-            raise torch.OutOfMemoryError
-
-    assert largest_batch(attempt, 128) == 16 and tried == [128, 64, 32, 16]
-    with pytest.raises(UserError, match="not even one row"):
-        largest_batch(lambda rows: attempt(rows, most=0), 4)
-    with pytest.raises(ZeroDivisionError):
-        largest_batch(lambda rows: 1 / 0, 8)
+    assert [line["raw_loss"] for line in logged(tmp_path)] == [1, 2, 3] and m.state["total_time"] < 0.2
 
 
 def test_the_second_sigint_stops_at_once(restored_signals):
@@ -238,10 +196,6 @@ def test_all_ranks_stop_when_one_is_signalled(run_ranks, monkeypatch):
 
 def test_where_to_resume(tmp_path, capsys):
     directory, old = tmp_path / "d4", tmp_path / "d4.old"
-
-    def steps_in(folder):
-        return sorted(path.name for path in folder.glob("step_*"))
-
     assert step_to_resume(directory, "-1", restarted=False) is None
     save(directory, 20)
     save(directory, 10)
@@ -255,15 +209,5 @@ def test_where_to_resume(tmp_path, capsys):
     for step in (10, 30):
         assert step_to_resume(directory, "-1", restarted=False) is None
         assert f"{old}" in capsys.readouterr().out and [path.name for path in directory.iterdir()] == [".lock"]
-        assert steps_in(old) == [f"step_0000{step}"]
-        assert step_to_resume(directory, "-1", restarted=True) is None
+        assert [path.name for path in old.iterdir()] == [f"step_0000{step}"]
         save(directory, 30)
-
-
-def test_inherit_takes_flags_that_were_not_given_from_the_initial_model():
-    args = Namespace(matrix_lr=None, max_seq_len=64, model_tag=None)
-    settings = inherit(args, {"user_config": {"matrix_lr": 0.02, "max_seq_len": 512, "short_run": 2.0, "examples": ["Hi"]}})
-    assert vars(settings) == {"matrix_lr": 0.02, "max_seq_len": 64, "model_tag": None, "short_run": 2.0, "examples": ["Hi"]}
-    assert args.matrix_lr is None, "args stay what was given"
-    with pytest.raises(UserError, match="--matrix-lr"):
-        inherit(Namespace(matrix_lr=None), {"user_config": {}})

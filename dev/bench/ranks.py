@@ -18,7 +18,7 @@ def seconds_of(work, repeat: int, compute) -> float:
     """Seconds per call of `work` on the slowest rank; all ranks start together."""
     import torch
 
-    compute.barrier()
+    compute.gather(None)
     started = time.perf_counter()
     for _ in range(repeat):
         work()
