@@ -89,7 +89,7 @@ def attention_backends(device, dtype, left: int) -> dict:
             flash_attention._override_impl = None
 
     functions = {}
-    for name in ("sdpa", *flash_attention.order(device)):
+    for name in ("sdpa", "fa3", "aten"):
         try:
             forced(name, flash_attention.choose, device, dtype, 4, 2, 128, left)
         except UserError as reason:
