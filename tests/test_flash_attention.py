@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from nanochat import flash_attention
-from nanochat.common import UserError
 from nanochat.flash_attention import CACHE, FULL, WINDOW, flash_attn
 
 
@@ -88,9 +87,9 @@ def breaking_the_graph(q, k, v, window):
 
 CANDIDATES = {  # name: (kernel, beginning of the reason why it is skipped)
     "raising": (fails, "this release has no"),
-    "wrong_gradient": (wrong_gradient, "dv has a relative error of 0.05"),
-    "nan": (attending(lambda y: y.where(y < 2, torch.nan)), "y has a relative error of nan"),
-    "one_too_many": (attending(window_off_by=1), "y has a relative error of 0."),
+    "wrong_gradient": (wrong_gradient, "a relative error of 0.05"),
+    "nan": (attending(lambda y: y.where(y < 2, torch.nan)), "a relative error of nan"),
+    "one_too_many": (attending(window_off_by=1), "a relative error of 0."),
     "breaking": (breaking_the_graph, ""),
     "good": (attending(), None),
     "unused": (attending(), None),
@@ -140,16 +139,12 @@ def test_without_a_correct_kernel_attention_is_exact(offer, capsys):
     assert capsys.readouterr().out == "attention: sdpa (raising: this release has no)\n"
 
 
-def test_an_override_is_the_only_one_tried_and_refused_where_it_does_not_run(offer, monkeypatch):
-    loaded = offer({"raising": fails, "good": attending()})
-    for name in ("good", "sdpa"):
+def test_an_override_is_the_only_one_tried(offer, monkeypatch):
+    loaded = offer({"good": attending(), "raising": fails, "other": attending()})
+    for name, found in {"other": "other", "raising": "sdpa", "sdpa": "sdpa"}.items():
         monkeypatch.setattr(flash_attention, "_override_impl", name)
-        assert choose() == name
-    assert loaded == ["good"]
-    for name, reason in (("raising", "raising: this release"), ("fa5", "the kernels are sdpa, raising, good")):
-        monkeypatch.setattr(flash_attention, "_override_impl", name)
-        with pytest.raises(UserError, match=reason):
-            choose()
+        assert choose() == found
+    assert loaded == ["other", "raising"]
 
 
 def test_the_choice_must_be_made_before_compiling(offer):
@@ -171,8 +166,8 @@ def writing_elsewhere(q, k_cache, *rest, **arguments):
 
 @pytest.mark.parametrize("kernel, line", [
     (flash_attention._cached, "fa3"),
-    (without_window, "sdpa (fa3: y has a relative error of"),
-    (writing_elsewhere, "sdpa (fa3: the key cache has a relative error of"),
+    (without_window, "sdpa (fa3: a relative error of"),
+    (writing_elsewhere, "sdpa (fa3: a relative error of"),
 ])  # fmt: skip
 def test_a_kernel_for_the_cache_is_tried_too(offer, capsys, kernel, line):
     offer({"fa3": kernel})

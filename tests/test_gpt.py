@@ -131,7 +131,8 @@ def test_each_parameter_is_in_exactly_one_group():
 
 def test_missing_extras_of_an_older_checkpoint_are_neutral():
     model, loaded = make(), make(seed=5)
-    old = {name: p for name, p in model.state_dict().items() if name.startswith(("transformer", "lm_head")) and "ve_gate" not in name}
+    plain = ("transformer", "lm_head")
+    old = {name: p for name, p in model.state_dict().items() if name.startswith(plain) and "ve_gate" not in name}
     loaded.load_state_dict(add_missing_weights(old, model.config))
     with torch.no_grad():
         model.resid_lambdas.fill_(1.0)
