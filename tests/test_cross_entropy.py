@@ -47,7 +47,6 @@ def test_losses_per_token_can_be_weighted():
     inputs, advantage = problem(), torch.randn(37, generator=torch.Generator().manual_seed(1))
     got = gradients(lambda *xs: (token_losses(*xs) * advantage).sum(), *inputs)
     assert_equal(got, gradients(lambda *xs: (reference(*xs, "none") * advantage).sum(), *inputs))
-    assert torch.allclose(token_losses(*inputs).double(), reference(*inputs, "none"), atol=1e-5)
     none = gradients(linear_cross_entropy, *inputs[:2], torch.full((37,), -1))
     assert not any(x.any() for x in none), "without a target loss and gradients are zero"
 
