@@ -4,49 +4,46 @@ The layout and the arguments are Flash Attention's: tensors are (B, T, H, D), ke
 queries (grouped-query attention), and `window_size` is `(left, 0)`: a query sees `left` tokens before itself and
 itself; -1 means no limit.
 
-On a GPU the fastest correct kernel is chosen once per kind of call (`choose`): each is compared with exact attention
-in float32, forward and backward, eager and compiled, and skipped with its reason if it raises or its error is too
-large. On other devices, and if all kernels fail, PyTorch's `scaled_dot_product_attention` is used. A window saves work
+A CPU, and any other device without a better kernel, uses PyTorch's `scaled_dot_product_attention`. A window saves work
 there too: queries are cut into blocks of the window's length, and each block attends to its own keys and those of the
-previous block. That is exact and costs O(T * window).
+previous block. That is exact and costs O(T * window). On a GPU the first of `candidates` that agrees with this exact
+attention is used, and a printed line says why no faster one is.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanochat.common import UserError, print0
+from nanochat.common import print0
 from nanochat.decode_attention import decode_attention
 
-_override_impl = None  # tests and benchmarks set "sdpa" or a name of KERNELS
+_override_impl = None  # tests and benchmarks set "sdpa" or the name of the only candidate to try
 
-TRIED_ON = ("cuda",)  # devices with several kernels
-TRIED_TOKENS = 2048  # some kernels refuse long sequences only
-MAX_ERROR = 2e-2  # relative to exact attention; rounding to bfloat16 causes 5e-3, a mask that is off by one 0.8
+FULL, WINDOW, CACHE = "attention", "attention in a window", "attention to a cache"  # the kinds of calls, as printed
+MAX_ERROR = 2e-2  # relative to exact attention; rounding to bfloat16 causes 5e-3, a mask that is off by one 8e-2
 
 
 # -----------------------------------------------------------------------------
-# Kernels for GPUs. Each function returns one, or raises with the reason why it cannot.
+# Kernels for GPUs
 
 
 @lru_cache(maxsize=None)
 def fa3_module():
     """The installed Flash Attention 3, or else a build for this torch from the `kernels` hub, whose builds are versioned."""
-    if find_spec("flash_attn_interface") is not None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        raise RuntimeError("needs a Hopper GPU")
+    try:
         import flash_attn_interface
 
         return flash_attn_interface
-    if find_spec("kernels") is None:
-        raise ImportError("not installed")
-    from kernels import get_kernel
+    except ImportError:
+        from kernels import get_kernel
 
-    return get_kernel("kernels-community/flash-attn3", version=1)
+        return get_kernel("kernels-community/flash-attn3", version=1)
 
 
 def fa3():
@@ -59,124 +56,77 @@ def fa3():
     return attend
 
 
-def aten():
+def aten(q, k, v, window):
     """PyTorch's Flash Attention 2, called directly, since `scaled_dot_product_attention` has no window."""
-
-    def attend(q, k, v, window):
-        T = q.size(1)
-        forward = torch.ops.aten._flash_attention_forward
-        return forward(q, k, v, None, None, T, T, 0.0, True, False, window_size_left=window, window_size_right=0)[0]
-
-    return attend
+    T = q.size(1)
+    forward = torch.ops.aten._flash_attention_forward
+    return forward(q, k, v, None, None, T, T, 0.0, True, False, window_size_left=window, window_size_right=0)[0]
 
 
-def cudnn_sdpa():
-    """cuDNN as PyTorch calls it: without a window."""
+def candidates(device: torch.device, kind: str) -> dict:
+    """{name: function that returns the kernel, or raises} for a kind of call, fastest first.
 
-    def attend(q, k, v, window):
-        if window >= 0:
-            raise RuntimeError("has no window")
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return _sdpa(q, k, v, causal=True).transpose(1, 2)
-
-    return attend
-
-
-KERNELS = {"fa3": fa3, "cudnn_sdpa": cudnn_sdpa, "aten": aten}
-CACHED_KERNELS = {"fa3": lambda: fa3_module().flash_attn_with_kvcache, "triton": lambda: _triton_cached}
-
-
-def order(device: torch.device) -> tuple[str, ...]:
-    """Names of KERNELS to try on a device, fastest first; exact attention comes after them.
-
-    On an H100 at head dimension 128 Flash Attention 3 runs at 521 TFLOP/s (forward, causal) and 501 (backward, not
-    causal), cuDNN 9 at 484 and 465, Flash Attention 2, which is aten's, at 298 and 291 (arXiv:2407.08608, figures 5
-    and 6; not measured by us, `dev/bench/gpu.py` does that).
+    On an H100 at head dimension 128 Flash Attention 3 runs at 521 TFLOP/s (forward, causal), cuDNN 9 at 484, Flash
+    Attention 2 at 298 (arXiv:2407.08608, figure 5; not measured by us, `dev/bench/gpu.py` does that). Without a window
+    PyTorch itself prefers cuDNN on Hopper and Blackwell and Flash Attention 2 elsewhere.
     """
     if device.type != "cuda":
-        return ()
-    major = torch.cuda.get_device_capability(device)[0]
-    if major == 9:  # Hopper
-        return "fa3", "cudnn_sdpa", "aten"
-    if major == 10:  # Blackwell in data centres
-        return "cudnn_sdpa", "aten"
-    return "aten", "cudnn_sdpa"  # PyTorch itself prefers its Flash Attention 2 here
+        return {}
+    if kind == CACHE:
+        return {"fa3": lambda: fa3_module().flash_attn_with_kvcache, "triton": lambda: _triton_cached}
+    return {"fa3": fa3, "aten": lambda: aten} if kind == WINDOW else {"fa3": fa3}
 
 
 # -----------------------------------------------------------------------------
 # Selection
 
 _chosen = {}  # kind of call -> (name, function)
-_printed = set()
 
 
-def choose(device, dtype: torch.dtype, n_head: int, n_kv_head: int, head_dim: int, window: int = -1) -> str:
+def choose(device: torch.device, dtype: torch.dtype, n_head: int, n_kv_head: int, head_dim: int, window: int = -1) -> str:
     """The name of the kernel for calls of this kind. The first call tests the kernels, for seconds, and prints a line.
 
-    Call this for each window of a model before it is compiled or captured in a CUDA graph; eager calls do so
-    themselves. Raises UserError if `_override_impl` names a kernel that does not run here.
+    Call this for each window of a model before it is compiled or captured in a CUDA graph; eager calls do so themselves.
     """
-    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-    return _kernel(device, dtype, (n_head, n_kv_head, head_dim), window)[0]
+    return _kernel(device, dtype, (n_head, n_kv_head, head_dim), FULL if window < 0 else WINDOW)[0]
 
 
-def _kernel(device, dtype, heads, use):
-    """(name, function) for a window, or for a cache when `use` is "cache"."""
-    if _override_impl == "sdpa" or _override_impl is None and device.type not in TRIED_ON:
-        return "sdpa", _cached if use == "cache" else _blockwise
-    key = (device, dtype, heads, use, _override_impl)
-    if key not in _chosen:  # a compiled graph treats the entry as a constant and recompiles if it changes
-        if torch.compiler.is_compiling() or device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("call flash_attention.choose for this shape before compiling, or attend once before capturing")
-        _chosen[key] = _first_correct(device, dtype, heads, use)
-    return _chosen[key]
+def _kernel(device, dtype, heads, kind):
+    """(name, function) for calls of this kind; chosen once."""
+    key = (device, dtype, heads, kind, _override_impl)
+    if key in _chosen:  # a compiled graph treats the entry as a constant and recompiles if it changes
+        return _chosen[key]
+    exact, check = (_cached, _check_cached) if kind == CACHE else (_blockwise, _check)
+    kernels = {name: load for name, load in candidates(device, kind).items() if _override_impl in (None, name)}
+    if not kernels:
+        return "sdpa", exact
+    if torch.compiler.is_compiling() or device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("call flash_attention.choose for this shape before compiling, or attend once before capturing")
 
-
-def _first_correct(device, dtype, heads, use):
-    """The first kernel that passes its self test, and a printed line that says why no faster one does."""
-    kernels, check = (CACHED_KERNELS, _check_cached) if use == "cache" else (KERNELS, _check)
-    names = [name for name in (*order(device), "triton") if name in kernels and _override_impl in (None, name)]
     reasons = []
-    if dtype not in (torch.bfloat16, torch.float16):
-        names, reasons = [], [f"no kernel supports {str(dtype).removeprefix('torch.')}"]
-    for name in names:
+    for name, load in kernels.items():
         try:
-            attend = kernels[name]()
-            check(attend, device, dtype, heads, use)
+            attend = load()
+            check(attend, device, dtype, heads, kind)
             break
         except Exception as error:  # any failure: its reason is printed, and the next kernel is tried
-            reasons.append(f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0][:100]}")
+            reason = str(error).strip() or type(error).__name__
+            reasons.append(f"{name}: {reason.splitlines()[0][:100]}")
     else:
-        if _override_impl is not None and use != "cache":
-            known = f"choose from {', '.join(('sdpa', *order(device)))}"
-            raise UserError(f"attention kernel {_override_impl} does not run here: {'; '.join(reasons) or known}")
-        name, attend = "sdpa", _cached if use == "cache" else _blockwise
-    found = name + (f" ({'; '.join(reasons)})" if reasons else "")
-    if (use == "cache", found) not in _printed:  # most windows have the result of the full context
-        _printed.add((use == "cache", found))
-        where = " with a cache" if use == "cache" else f" in a window of {use}" if use >= 0 else ""
-        print0(f"attention{where}: {found}")
-    return name, attend
+        name, attend = "sdpa", exact
+    print0(f"{kind}: {name} ({'; '.join(reasons)})" if reasons else f"{kind}: {name}")
+    _chosen[key] = name, attend
+    return _chosen[key]
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _check(attend, device, dtype, heads, window) -> None:
-    """Raise unless `attend` agrees with exact attention, forward and backward, eager and as one compiled graph.
-
-    The queries are made similar to the keys that a mask off by one would show or hide: the next token's, the first
-    in the window and the last before it.
-    """
-    import torch._dynamo
-
+def _check(attend, device, dtype, heads, kind) -> None:
+    """Raise unless `attend` agrees with exact attention, forward and backward, eager and as one compiled graph."""
     H, H_kv, D = heads
-    T = max(TRIED_TOKENS, 2 * window)
+    window = 32 if kind == WINDOW else -1
     g = torch.Generator(device).manual_seed(0)
-    q, k, v, d_y = (torch.randn(2, T, h, D, generator=g, device=device) for h in (H, H_kv, H_kv, H))
-    for distance in (-1, window, window + 1) if window >= 0 else (-1,):
-        q += 6 / D**0.5 * k.roll(distance, dims=1).repeat_interleave(H // H_kv, dim=2)
-    inputs = [x.to(dtype) for x in (q, k, v, d_y)]
+    inputs = [torch.randn(2, 256, h, D, generator=g, device=device).to(dtype) for h in (H, H_kv, H_kv, H)]
 
     def run(attend, q, k, v, d_y):
         leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -184,33 +134,32 @@ def _check(attend, device, dtype, heads, window) -> None:
         return y.detach(), *torch.autograd.grad(y, leaves, d_y)
 
     expected = run(_blockwise, *(x.float() for x in inputs))
-    with torch._dynamo.config.patch(recompile_limit=256):  # one per kind of call
-        for how in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=False)):
-            _compare(("y", "dq", "dk", "dv"), run(how, *(x.clone() for x in inputs)), expected)
+    for how in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=False)):
+        _compare(run(how, *(x.clone() for x in inputs)), expected)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _check_cached(attend, device, dtype, heads, _use) -> None:
-    """Raise unless `attend` agrees with `_cached` for two rows of different lengths, with and without a window."""
+def _check_cached(attend, device, dtype, heads, kind) -> None:
+    """Raise unless `attend` agrees with `_cached` for two rows of different lengths, prefilling and decoding."""
     H, H_kv, D = heads
     g = torch.Generator(device).manual_seed(0)
-    lengths, rows = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([7, 280], [2, 0]))
-    for new, queries, window in ((3, 2, -1), (3, 2, 5), (1, 1, -1), (1, 1, 5)):
-        shapes = ((2, queries, H), (4, 300, H_kv), (4, 300, H_kv), (2, new, H_kv), (2, new, H_kv))
+    lengths = torch.tensor([7, 280], dtype=torch.int32, device=device)
+    rows = torch.tensor([2, 0], dtype=torch.int32, device=device)
+    for new, window in ((3, -1), (1, 5)):
+        shapes = (2, new, H), (4, 300, H_kv), (4, 300, H_kv), (2, new, H_kv), (2, new, H_kv)
         inputs = [torch.randn(*shape, D, generator=g, device=device).to(dtype) for shape in shapes]
-        found = []
-        for how, xs in ((attend, [x.clone() for x in inputs]), (_cached, [x.float() for x in inputs])):
-            y = how(*xs, cache_seqlens=lengths, cache_batch_idx=rows, causal=True, window_size=(window, 0))
-            found.append((y, *xs[1:3]))
-        _compare(("y", "the key cache", "the value cache"), *found)
+        exact = [x.to(torch.float32, copy=True) for x in inputs]
+        arguments = {"cache_seqlens": lengths, "cache_batch_idx": rows, "causal": True, "window_size": (window, 0)}
+        y, expected = attend(*inputs, **arguments), _cached(*exact, **arguments)
+        _compare([y, *inputs[1:3]], [expected, *exact[1:3]])  # the caches, too
 
 
-def _compare(names, got, expected) -> None:
-    for name, a, b in zip(names, got, expected):
+def _compare(got, expected) -> None:
+    for a, b in zip(got, expected):
         error = ((a.float() - b).norm() / b.norm()).item()
         if not error <= MAX_ERROR:  # also if it is NaN
-            raise ValueError(f"{name} has a relative error of {error:.2g}")
+            raise ValueError(f"a relative error of {error:.2g}")
 
 
 # -----------------------------------------------------------------------------
@@ -222,16 +171,14 @@ def _sdpa(q, k, v, mask=None, causal=False):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
 
 
-def _band_mask(window: int, device: torch.device) -> torch.Tensor:
-    """Which of the 2w keys of (previous block, own block) the w queries of a block see: (w, 2w) bool.
+def _mask(keys: torch.Tensor, queries: torch.Tensor, window: int) -> torch.Tensor:
+    """Which of the keys at positions (S,) the queries at positions (..., 1) see: (..., S) bool.
 
-    Query r stands at key column w + r and sees columns r .. w + r, e.g. for w = 2:
+    For the keys of two blocks of 2, the queries of the second one and a window of 2:
         1 1 1 0
         0 1 1 1
     """
-    r = torch.arange(window, device=device)[:, None]
-    c = torch.arange(2 * window, device=device)[None, :]
-    return (c >= r) & (c <= r + window)
+    return (keys <= queries) & (keys >= queries - window)
 
 
 def _windowed(q, k, v, window: int):
@@ -251,7 +198,8 @@ def _windowed(q, k, v, window: int):
         return fold(torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3))
 
     later = fold(q[:, :, window:].unflatten(2, (blocks - 1, window)))
-    later = _sdpa(later, with_previous(k), with_previous(v), mask=_band_mask(window, q.device))
+    positions = torch.arange(2 * window, device=q.device)
+    later = _sdpa(later, with_previous(k), with_previous(v), mask=_mask(positions, positions[window:, None], window))
     later = later.unflatten(0, (B, blocks - 1)).transpose(1, 2).flatten(2, 3)
     return torch.cat([first, later], dim=2)[:, :, :T]
 
@@ -275,7 +223,7 @@ def flash_attn_func(q, k, v, causal=True, window_size=(-1, -1)):
     """
     assert causal, "only causal attention is implemented"
     left = window_size[0] if 0 <= window_size[0] < q.size(1) - 1 else -1
-    _, attend = _kernel(q.device, q.dtype, (q.size(2), k.size(2), q.size(3)), left)
+    _, attend = _kernel(q.device, q.dtype, (q.size(2), k.size(2), q.size(3)), FULL if left < 0 else WINDOW)
     return attend(q, k, v, left)
 
 
@@ -294,7 +242,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, cache_batc
     assert causal, "only causal attention is implemented"
     attend = _cached  # always in a compiled graph: the compiler does not see that Flash Attention 3 writes to the cache
     if not torch.compiler.is_compiling():
-        _, attend = _kernel(q.device, q.dtype, (q.size(2), k_cache.size(2), q.size(3)), "cache")
+        _, attend = _kernel(q.device, q.dtype, (q.size(2), k_cache.size(2), q.size(3)), CACHE)
     return attend(
         q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx,
         causal=True, window_size=window_size,
@@ -318,8 +266,7 @@ def _cached(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=None, caus
     window = window_size[0] if window_size[0] >= 0 else k_cache.size(1)
     if q.device.type == "cpu":
         return _cached_by_groups(q, k_cache, v_cache, rows.tolist(), positions[:, T - Q].tolist(), window)
-    columns, positions = torch.arange(k_cache.size(1), device=q.device), positions[:, T - Q :, None]
-    mask = (columns <= positions) & (columns >= positions - window)  # (B, Q, S)
+    mask = _mask(torch.arange(k_cache.size(1), device=q.device), positions[:, T - Q :, None], window)  # (B, Q, S)
     if cache_batch_idx is not None:
         k_cache, v_cache = k_cache.index_select(0, rows), v_cache.index_select(0, rows)
     q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
@@ -339,9 +286,8 @@ def _cached_by_groups(q, k_cache, v_cache, rows: list[int], starts: list[int], w
         k, v = (cache[cached].transpose(1, 2).to(q.dtype) for cache in (k_cache, v_cache))  # (n, H_kv, end - start, D)
         mask = None
         if Q > 1 or min(group) < max(group):
-            columns = torch.arange(start, end)
             positions = torch.tensor(group)[:, None, None] + torch.arange(Q)[:, None]  # (n, Q, 1)
-            mask = ((columns <= positions) & (columns >= positions - window))[:, None]
+            mask = _mask(torch.arange(start, end), positions, window)[:, None]
         outputs.append(_sdpa(q[first:last].transpose(1, 2), k, v, mask=mask))
         first = last
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).transpose(1, 2)

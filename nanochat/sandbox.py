@@ -91,7 +91,6 @@ def judge(request: dict, program: int, channel, secret: bytes, requests, report:
 
 def run_tests(channel, secret: bytes, source: str) -> str | None:
     """Run tests in which the module `program` stands for the other process. Returns why they failed, or None."""
-    lost = []
 
     def remote(name):
         def function(*args, **kwargs):
@@ -100,8 +99,7 @@ def run_tests(channel, secret: bytes, source: str) -> str | None:
             if kind == "value":
                 return value
             if kind != "raised":
-                lost.append(name)  # the tests fail even if they handle this exception
-                raise RuntimeError("the program ended during a call")
+                raise SystemExit("the program ended during a call")  # tests that expect an Exception do not catch it
             error, _, message = f"{value}".partition(": ")
             error = getattr(builtins, error, None)
             raise (error if isinstance(error, type) and issubclass(error, Exception) else RuntimeError)(message)
@@ -110,8 +108,7 @@ def run_tests(channel, secret: bytes, source: str) -> str | None:
 
     module = sys.modules["program"] = type(sys)("program")
     module.__getattr__ = remote
-    error = execute(source, "tests.py")
-    return "the program ended during a call" if error is None and lost else error
+    return execute(source, "tests.py")
 
 
 def run_program(request: dict, layers: list, channel: int, secret: bytes) -> None:

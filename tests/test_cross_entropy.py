@@ -17,11 +17,11 @@ def problem(N=37, d=16, V=50, scale=1.0):
 
 
 def gradients(loss, hidden, weight, targets):
-    """(loss, d hidden, d weight), all float64."""
+    """(loss, d hidden, d weight)."""
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
     value = loss(*leaves, targets)
     value.backward()
-    return value.detach().double(), *(x.grad.double() for x in leaves)
+    return value.detach(), *(x.grad for x in leaves)
 
 
 def reference(hidden, weight, targets, reduction="sum"):
@@ -31,7 +31,7 @@ def reference(hidden, weight, targets, reduction="sum"):
 
 def assert_equal(got, expected):
     for a, b in zip(got, expected):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+        assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-5 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64])
@@ -47,7 +47,6 @@ def test_losses_per_token_can_be_weighted():
     inputs, advantage = problem(), torch.randn(37, generator=torch.Generator().manual_seed(1))
     got = gradients(lambda *xs: (token_losses(*xs) * advantage).sum(), *inputs)
     assert_equal(got, gradients(lambda *xs: (reference(*xs, "none") * advantage).sum(), *inputs))
-    assert torch.allclose(token_losses(*inputs).double(), reference(*inputs, "none"), atol=1e-5)
     none = gradients(linear_cross_entropy, *inputs[:2], torch.full((37,), -1))
     assert not any(x.any() for x in none), "without a target loss and gradients are zero"
 
@@ -77,15 +76,11 @@ def test_a_sampled_token_that_rounding_puts_outside_of_the_top_k_is_counted_in()
 
 def test_bfloat16_activations_with_float32_weights():
     hidden, weight, targets = problem(N=64)
-    h, w = hidden.bfloat16().requires_grad_(), weight.clone().requires_grad_()
-    loss = linear_cross_entropy(h, w, targets)
-    loss.backward()
-    assert loss.dtype == torch.float32 and w.grad.dtype == torch.float32 and h.grad.dtype == torch.bfloat16
-    expected, _, d_weight = gradients(reference, hidden.bfloat16(), weight, targets)
-    assert abs(loss.item() / expected.item() - 1) < 1e-2
-    assert F.cosine_similarity(w.grad.double().flatten(), d_weight.flatten(), dim=0) > 0.999
-    logits = softcapped_logits(100 * hidden.bfloat16(), weight)
-    assert logits.dtype == torch.float32 and logits.abs().max() <= 15
+    got = gradients(linear_cross_entropy, hidden.bfloat16(), weight, targets)
+    expected = gradients(reference, hidden.bfloat16(), weight, targets)
+    assert [x.dtype for x in got] == [torch.float32, torch.bfloat16, torch.float32]
+    assert got[0].item() == pytest.approx(expected[0].item(), rel=1e-2)
+    assert F.cosine_similarity(got[2].flatten(), expected[2].flatten(), dim=0) > 0.999
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")

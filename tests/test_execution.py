@@ -38,18 +38,15 @@ if __name__ == "__main__":
     assert result.error is None and not result.timeout and not result.memory_exceeded and result.layers == ACTIVE
 
 
-@pytest.mark.parametrize(
-    "code, error",
-    [
-        ("1 / 0", "ZeroDivisionError: division by zero"), ("assert 1 == 2, 'no'", "AssertionError: no"),
-        ("def f(:", "SyntaxError"), ("a\0b", ("SyntaxError", "ValueError")),  # the second before Python 3.12
-        ("'\ud800'", "UnicodeEncodeError"), ("raise ValueError('\\ud800' + 'x' * 10**7)", "ValueError: \\ud800xxx"),
-        ("raise KeyboardInterrupt", "KeyboardInterrupt"), ("exit()", "SystemExit"), ("input()", "EOFError"),
-        ("import ctypes; ctypes.string_at(0)", "killed by signal 11"), ("import nanochat", "ModuleNotFoundError"),
-        ("import os; os._exit(3)", "left early with code 3"), ("import os; os.fork()", "PermissionError"),
-        ("import atexit, os; atexit.register(os._exit, 7)", "left after its end with code 7"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("code, error", [
+    ("1 / 0", "ZeroDivisionError: division by zero"), ("assert 1 == 2, 'no'", "AssertionError: no"),
+    ("def f(:", "SyntaxError"), ("a\0b", ("SyntaxError", "ValueError")),  # the second before Python 3.12
+    ("'\ud800'", "UnicodeEncodeError"), ("raise ValueError('\\ud800' + 'x' * 10**7)", "ValueError: \\ud800xxx"),
+    ("raise KeyboardInterrupt", "KeyboardInterrupt"), ("exit()", "SystemExit"), ("input()", "EOFError"),
+    ("import ctypes; ctypes.string_at(0)", "killed by signal 11"), ("import nanochat", "ModuleNotFoundError"),
+    ("import os; os._exit(3)", "left early with code 3"), ("import os; os.fork()", "PermissionError"),
+    ("import atexit, os; atexit.register(os._exit, 7)", "left after its end with code 7"),
+])  # fmt: skip
 def test_failures_are_named(code, error):
     result = execute_code(code)
     assert not result.success and result.error.startswith(error) and len(result.error) < 600, result
@@ -67,14 +64,10 @@ def test_timeout_kills_the_program_and_keeps_its_output():
     assert result.stdout == "started\n" and result.layers == ACTIVE
 
 
-@pytest.mark.parametrize("ending", ["", "import time; time.sleep(60)"])
+@pytest.mark.parametrize("ending", ["", "time.sleep(60)"])
 def test_unsafe_children_end_with_the_program(ending):
-    code = f"""
-import subprocess, sys
-print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid, flush=True)
-{ending}
-"""
-    result = execute_code(code, timeout=1, allow_unsafe=True, layers=("limits",))
+    code = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); "
+    result = execute_code(code + ending, timeout=1, allow_unsafe=True, layers=("limits",))
     assert result.timeout == bool(ending) and result.layers == ("limits",)
     child, deadline = int(result.stdout), time.monotonic() + 5
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
@@ -95,17 +88,11 @@ def test_output_is_bounded_and_decoded():
 @on_linux
 def test_the_folder_is_empty_is_writable_with_namespaces_only_and_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = """
-import os, tempfile
-print(os.listdir("."))
-open("a", "w").write("x")
-os.rename("a", "b")
-print(tempfile.gettempdir(), os.listdir("."))
-"""
+    code = "import os, tempfile; print(os.listdir()); open('a', 'w').close(); print(tempfile.gettempdir(), os.listdir())"
     result = execute_code(code, layers=LAYERS[1:])
     assert result.stdout == "[]\n" and result.error.startswith("PermissionError")
     if "namespaces" in ACTIVE:
-        assert execute_code(code).stdout == "[]\n/tmp ['b']\n"
+        assert execute_code(code).stdout == "[]\n/tmp ['a']\n"
     assert os.listdir(tmp_path) == []
 
 
@@ -127,36 +114,23 @@ def test_a_system_that_forbids_mounts_falls_back_to_the_other_layers(monkeypatch
     assert execute_code("print(1)").layers == LAYERS[1:]
 
 
-@pytest.mark.parametrize(
-    "body, tests",
-    [
-        ("return 2 * x", "assert f(2) == 4 and f(x=-1) == -2"),
-        ("return (None, [2.5, {'a': {3}}], frozenset({4}), b'\\xff', True, 1j, 10**400)",
-         "assert f(0) == (None, [2.5, {'a': {3}}], frozenset({4}), b'\\xff', True, 1j, 10**400)"),
-        ("return x", "assert f(float('inf')) == float('inf') and f('\\ud800\\0草') == '\\ud800\\0草'"),
-        ("import collections; return collections.Counter(x)", "assert f('aab') == {'a': 2, 'b': 1}"),
-        ("import collections; return collections.namedtuple('P', 'x y')(x, 2)", "assert f(1) == (1, 2)"),
-        ("import enum; return enum.IntEnum('E', 'A B').B", "assert f(0) == 2"),
-        ("return {}[x]", "try: f(7)\nexcept KeyError: pass\nelse: raise SystemExit"),
-        ("class E(Exception): pass\n    raise E('no')", "try: f(7)\nexcept RuntimeError as e: assert str(e) == 'no'"),
-    ],
-)  # fmt: skip
-def test_functions_pass_their_tests(body, tests):
-    result = execute_code(f"def f(x):\n    {body}\n", tests=f"from program import f\n{tests}")
-    assert result.success, result
-
-
-@pytest.mark.parametrize(
-    "code, tests, error",
-    [
-        ("def f(x): return 2", "assert f(2) == 5, 'no'", "AssertionError: no"),
-        ("def g(x): pass", "f(1)", "AttributeError"),
-        ("1 / 0", "f(1)", "ZeroDivisionError"),
-        ("def f(x): return open", "f(1)", "TypeError: a builtin_function_or_method is not plain data"),
-        ("def f(x): return 1", "f(open)", "TypeError: a builtin_function_or_method is not plain data"),
-        ("def f(x): return 1", "while True: f(1)", "timed out"),
-        ("def f(x): return 1", "x = [0] * 10**9", "MemoryError"),
-    ],
-)
-def test_failing_tests_are_named(code, tests, error):
-    assert execute_code(code, timeout=2, tests=f"from program import f\n{tests}").error.startswith(error)
+@pytest.mark.parametrize("body, tests, error", [
+    ("return 2 * x", "assert f(2) == 4 and f(x=-1) == -2", None),
+    ("return (None, [2.5, {'a': {3}}], frozenset({4}), b'\\xff', True, 1j, 10**400)",
+     "assert f(0) == (None, [2.5, {'a': {3}}], frozenset({4}), b'\\xff', True, 1j, 10**400)", None),
+    ("return x", "assert f(float('inf')) == float('inf') and f('\\ud800\\0草') == '\\ud800\\0草'", None),
+    ("import collections; return collections.Counter(x)", "assert f('aab') == {'a': 2, 'b': 1}", None),
+    ("import enum; return enum.IntEnum('E', 'A B').B", "assert f(0) == 2", None),
+    ("return {}[x]", "try: f(7)\nexcept KeyError: pass\nelse: raise SystemExit", None),
+    ("class E(Exception): pass\n    raise E('no')", "try: f(7)\nexcept RuntimeError as e: assert str(e) == 'no'", None),
+    ("return 2", "assert f(2) == 5, 'no'", "AssertionError: no"),
+    ("pass\ndel f", "f(1)", "AttributeError"),
+    ("pass\n1 / 0", "f(1)", "ZeroDivisionError"),
+    ("return open", "f(1)", "TypeError: a builtin_function_or_method is not plain data"),
+    ("return 1", "f(open)", "TypeError: a builtin_function_or_method is not plain data"),
+    ("return 1", "while True: f(1)", "timed out"),
+    ("return 1", "x = [0] * 10**9", "MemoryError"),
+])  # fmt: skip
+def test_tests_call_the_functions_of_a_program(body, tests, error):
+    result = execute_code(f"def f(x):\n    {body}\n", timeout=2 if error else 5, tests=f"from program import f\n{tests}")
+    assert (result.error or "").startswith(error or "") and result.success == (error is None), result

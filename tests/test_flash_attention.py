@@ -3,28 +3,20 @@
 The choice is tested on a CPU that passes for a device with kernels, some of which are wrong.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from nanochat import flash_attention
-from nanochat.common import UserError
-from nanochat.flash_attention import flash_attn
+from nanochat.flash_attention import CACHE, FULL, WINDOW, flash_attn
 
 
-def naive(q, k, v, left, q_positions):
-    """One query at a time in float64: softmax over the keys it may see. q (T, H, D), k and v (S, H_kv, D)."""
-    T, H, D = q.shape
-    group = H // k.size(1)
-    out = torch.zeros(T, H, D, dtype=torch.float64)
-    for t in range(T):
-        p = q_positions[t]
-        first = 0 if left < 0 else max(0, p - left)
-        for h in range(H):
-            keys, values = k[first : p + 1, h // group].double(), v[first : p + 1, h // group].double()
-            out[t, h] = torch.softmax(keys @ q[t, h].double() / D**0.5, dim=0) @ values
-    return out
+def naive(q, k, v, left, positions):
+    """Softmax in float64 over the keys that each query may see. q (T, H, D) at `positions`, k and v (S, H_kv, D)."""
+    k, v = (x.double().repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+    columns, positions = torch.arange(len(k)), torch.tensor(positions)[:, None]
+    hidden = (columns > positions) | (columns < positions - left if left >= 0 else False)  # (T, S)
+    scores = torch.einsum("thd,shd->hts", q.double(), k) / q.size(2) ** 0.5
+    return torch.einsum("hts,shd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
 def tensors(B, T, S, H, H_kv, D=8, seed=0):
@@ -74,27 +66,18 @@ def test_with_cache(rows, lens, T, Q, left, H, H_kv):
 # -----------------------------------------------------------------------------
 # The choice
 
-HEADS = {"n_head": 4, "n_kv_head": 2, "head_dim": 16}
-
 
 def fails(*_, **__):
     raise RuntimeError("this release has no\n  window")
 
 
-def not_installed():
-    raise ImportError("not installed")
+def attending(change=lambda y: y, window_off_by=0):
+    """Exact attention with its output or its window changed."""
+    return lambda q, k, v, window: change(flash_attention._blockwise(q, k, v, window + window_off_by))
 
 
-def attending(change_y=lambda y: y, change_gradient=None, window_off_by=0):
-    """A loader of exact attention with one thing changed: the output, the gradient by v or the window."""
-
-    def attend(q, k, v, window):
-        if change_gradient is not None:
-            v = v.clone()
-            v.register_hook(change_gradient)
-        return change_y(flash_attention._blockwise(q, k, v, window + window_off_by if window >= 0 else window))
-
-    return lambda: attend
+def wrong_gradient(q, k, v, window):
+    return flash_attention._blockwise(q, k, 1.05 * v - 0.05 * v.detach(), window)
 
 
 def breaking_the_graph(q, k, v, window):
@@ -102,170 +85,113 @@ def breaking_the_graph(q, k, v, window):
     return flash_attention._blockwise(q, k, v, window)
 
 
-CANDIDATES = {  # name: (function that returns the kernel, beginning of the reason why it is skipped)
-    "absent": (not_installed, "not installed"),
-    "raising": (lambda: fails, "this release has no"),
-    "wrong": (attending(lambda y: 1.05 * y), "y has a relative error of 0.05"),
-    "wrong_gradient": (attending(change_gradient=lambda d_v: 1.05 * d_v), "dv has a relative error of 0.05"),
-    "nan": (attending(lambda y: y.where(y < 2, torch.nan)), "y has a relative error of nan"),
-    "one_too_many": (attending(window_off_by=1), "y has a relative error of 0."),
-    "one_too_few": (attending(window_off_by=-1), "y has a relative error of 0."),
-    "breaking": (lambda: breaking_the_graph, ""),
+CANDIDATES = {  # name: (kernel, beginning of the reason why it is skipped)
+    "raising": (fails, "this release has no"),
+    "wrong_gradient": (wrong_gradient, "a relative error of 0.05"),
+    "nan": (attending(lambda y: y.where(y < 2, torch.nan)), "a relative error of nan"),
+    "one_too_many": (attending(window_off_by=1), "a relative error of 0."),
+    "breaking": (breaking_the_graph, ""),
     "good": (attending(), None),
+    "unused": (attending(), None),
 }
 
 
 @pytest.fixture
-def tried(monkeypatch):
-    """A CPU that passes for a device with these kernels; returns a list of those that were loaded."""
+def offer(monkeypatch):
+    """`offer(kernels)` makes the CPU pass for a device with these kernels; returns a list of those that were loaded."""
     loaded = []
-    kernels = {name: lambda name=name, load=load: loaded.append(name) or load() for name, (load, _) in CANDIDATES.items()}
-    monkeypatch.setattr(flash_attention, "KERNELS", kernels)
-    monkeypatch.setattr(flash_attention, "TRIED_ON", ("cpu",))
-    monkeypatch.setattr(flash_attention, "TRIED_TOKENS", 48)
-    monkeypatch.setattr(flash_attention, "_chosen", {})
-    monkeypatch.setattr(flash_attention, "_printed", set())
-    order(monkeypatch, *kernels)
-    return loaded
+
+    def patch(kernels):
+        loaders = {name: lambda name=name: loaded.append(name) or kernels[name] for name in kernels}
+        monkeypatch.setattr(flash_attention, "candidates", lambda device, kind: loaders)
+        monkeypatch.setattr(flash_attention, "_chosen", {})
+        return loaded
+
+    return patch
 
 
-def order(monkeypatch, *names):
-    monkeypatch.setattr(flash_attention, "order", lambda device: names)
-
-
-def choose(window=-1, dtype=torch.bfloat16):
-    return flash_attention.choose("cpu", dtype, **HEADS, window=window)
+def choose(window=-1):
+    return flash_attention.choose(torch.device("cpu"), torch.bfloat16, n_head=4, n_kv_head=2, head_dim=16, window=window)
 
 
 def bfloat16s(B=1, T=20):
     return [x.bfloat16() for x in tensors(B, T, T, 4, 2, D=16)]
 
 
-def test_the_first_correct_kernel_is_chosen_and_one_line_says_why_no_other(tried, capsys):
+def test_the_first_correct_kernel_is_chosen_once_and_one_line_says_why_no_other(offer, capsys):
+    loaded = offer({name: kernel for name, (kernel, _) in CANDIDATES.items()})
     before = torch.get_rng_state()
     with torch.inference_mode():  # as an engine calls it
-        assert choose(window=10) == "good"
+        assert choose(window=10) == choose(window=12) == "good"
     assert torch.equal(before, torch.get_rng_state())
     line = capsys.readouterr().out
-    assert line.count("\n") == 1 and line.startswith("attention in a window of 10: good (absent: not installed; ")
+    assert line.count("\n") == 1 and line.startswith("attention in a window: good (raising: this release has no; ")
     reasons = dict(reason.split(": ", 1) for reason in line.split("(", 1)[1].rstrip(")\n").split("; "))
-    assert tried == list(CANDIDATES) == [*reasons, "good"]
+    assert loaded == [*reasons, "good"] == list(CANDIDATES)[:-1]
     assert all(reason.startswith(CANDIDATES[name][1]) and reason for name, reason in reasons.items()), reasons
 
 
-def test_each_kind_of_call_is_tried_once(tried, monkeypatch, capsys):
-    order(monkeypatch, "one_too_many", "good")
+def test_without_a_correct_kernel_attention_is_exact(offer, capsys):
+    assert choose() == "sdpa" and not capsys.readouterr().out, "on a CPU nothing is tried"
+    offer({"raising": fails})
     q, k, v = bfloat16s()
-    for _ in range(2):
-        flash_attn.flash_attn_func(q, k, v)
-    flash_attn.flash_attn_func(q, k, v, window_size=(19, 0))  # which is everything
-    assert capsys.readouterr().out == "attention: one_too_many\n" and tried == ["one_too_many"]
-    flash_attn.flash_attn_func(q, k, v, window_size=(5, 0))  # a window may find another kernel than the full context
-    assert capsys.readouterr().out.startswith("attention in a window of 5: good (one_too_many: ")
-    assert choose(dtype=torch.float16) == "one_too_many"
-    assert capsys.readouterr().out == "", "a result that was printed is not printed again"
+    assert torch.equal(flash_attn.flash_attn_func(q, k, v), flash_attention._blockwise(q, k, v, -1))
+    assert capsys.readouterr().out == "attention: sdpa (raising: this release has no)\n"
 
 
-def test_without_a_correct_kernel_attention_is_exact(tried, monkeypatch, capsys):
-    order(monkeypatch, "absent", "nan")
-    assert choose() == choose(dtype=torch.float32) == "sdpa"
-    assert capsys.readouterr().out.splitlines() == [
-        "attention: sdpa (absent: not installed; nan: y has a relative error of nan)", "attention: sdpa (no kernel supports float32)",
-    ]  # fmt: skip
-    monkeypatch.setattr(flash_attention, "TRIED_ON", ("cuda",))
-    monkeypatch.setattr(flash_attention, "_first_correct", fails)
-    assert choose(dtype=torch.float16) == "sdpa", "on a CPU nothing is tried"
-
-
-def test_an_override_is_the_only_one_tried_and_refused_where_it_does_not_run(tried, monkeypatch):
-    for name in ("good", "sdpa"):
+def test_an_override_is_the_only_one_tried(offer, monkeypatch):
+    loaded = offer({"good": attending(), "raising": fails, "other": attending()})
+    for name, found in {"other": "other", "raising": "sdpa", "sdpa": "sdpa"}.items():
         monkeypatch.setattr(flash_attention, "_override_impl", name)
-        assert choose() == name
-    assert tried == ["good"]
-    for name, reason in (("nan", "nan: y has a relative error"), ("fa5", "choose from sdpa, absent, raising")):
-        monkeypatch.setattr(flash_attention, "_override_impl", name)
-        with pytest.raises(UserError, match=reason):
-            choose()
+        assert choose() == found
+    assert loaded == ["other", "raising"]
 
 
-def test_the_choice_is_a_constant_of_a_compiled_graph(tried, monkeypatch):
-    """It must be made before; there is no second graph while it stays the same, and another one when it does not."""
-    order(monkeypatch, "good")
-    q, k, v = (x.requires_grad_() for x in bfloat16s())
-    graphs = []
-
-    def two_layers(q, k, v):
-        y = flash_attn.flash_attn_func(q, k, v, window_size=(8, 0))
-        return flash_attn.flash_attn_func(y, k, v)
-
-    compiled = torch.compile(two_layers, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, dynamic=False)
+def test_the_choice_must_be_made_before_compiling(offer):
+    loaded = offer({"good": attending()})
+    compiled = torch.compile(flash_attn.flash_attn_func, backend="eager", fullgraph=True, dynamic=False)
     with pytest.raises(Exception, match="before compiling"):
-        compiled(q, k, v)
-    assert not tried and [choose(window) for window in (-1, 8)] == ["good", "good"]
-    compiled(q, k, v).sum().backward()
-    assert torch.equal(compiled(q, k, v), two_layers(q, k, v)) and len(graphs) == 1
-    good = flash_attention._chosen
-    double = {key: ("double", lambda q, k, v, window: 2 * flash_attention._blockwise(q, k, v, window)) for key in good}
-    monkeypatch.setattr(flash_attention, "_chosen", double)
-    assert torch.equal(compiled(q, k, v), two_layers(q, k, v)) and len(graphs) == 2
+        compiled(*bfloat16s())
+    assert not loaded and choose() == "good"
+    assert torch.equal(compiled(*bfloat16s()), flash_attn.flash_attn_func(*bfloat16s()))
 
 
-def cached_with(**changes):
-    def attend(q, *caches, **arguments):
-        return flash_attention._cached(q, *caches, **{**arguments, **changes})
-
-    return attend
+def without_window(*inputs, **arguments):
+    return flash_attention._cached(*inputs, **{**arguments, "window_size": (-1, -1)})
 
 
-def writing_elsewhere(q, k_cache, *rest, **more):
-    return flash_attention._cached(q, k_cache.clone(), *rest, **more)
+def writing_elsewhere(q, k_cache, *rest, **arguments):
+    return flash_attention._cached(q, k_cache.clone(), *rest, **arguments)
 
 
-@pytest.mark.parametrize("attend, line", [
-    (cached_with(), "fa3"),
-    (cached_with(window_size=(-1, -1)), "sdpa (fa3: y has a relative error of"),
-    (writing_elsewhere, "sdpa (fa3: the key cache has a relative error of"),
-    (fails, "sdpa (fa3: this release has no"),
+@pytest.mark.parametrize("kernel, line", [
+    (flash_attention._cached, "fa3"),
+    (without_window, "sdpa (fa3: a relative error of"),
+    (writing_elsewhere, "sdpa (fa3: a relative error of"),
 ])  # fmt: skip
-def test_a_kernel_for_the_cache_is_tried_too(tried, monkeypatch, capsys, attend, line):
-    monkeypatch.setattr(flash_attention, "CACHED_KERNELS", {"fa3": lambda: attend})
-    order(monkeypatch, "fa3", "aten")
+def test_a_kernel_for_the_cache_is_tried_too(offer, capsys, kernel, line):
+    offer({"fa3": kernel})
     q, k, v = bfloat16s(B=2, T=1)
     caches = [torch.zeros(2, 20, 2, 16, dtype=torch.bfloat16) for _ in range(2)]
     lens = torch.tensor([0, 0], dtype=torch.int32)
     y = flash_attn.flash_attn_with_kvcache(q, *caches, k=k, v=v, cache_seqlens=lens, window_size=(3, 0))
-    assert capsys.readouterr().out.startswith(f"attention with a cache: {line}")
+    assert capsys.readouterr().out.startswith(f"attention to a cache: {line}")
     assert torch.allclose(y, v.repeat_interleave(2, dim=2)), "of one token alone: its own value"
-
-
-# -----------------------------------------------------------------------------
-# The kernels' wrappers
 
 
 @pytest.mark.parametrize("window", [-1, 5])
 def test_the_installed_torch_has_the_aten_kernel_with_our_arguments(window):
     """On the meta device, where arguments are bound and shapes are computed, forward and backward."""
     leaves = [x.to("meta").requires_grad_() for x in bfloat16s()]
-    y = flash_attention.aten()(*leaves, window)
+    y = flash_attention.aten(*leaves, window)
     y.sum().backward()
     assert y.shape == leaves[0].shape and [x.grad.shape for x in leaves] == [x.shape for x in leaves]
-    names = [a.name for a in torch.ops.aten._flash_attention_forward.default._schema.arguments]
-    expected = "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask"
-    assert names[:10] == expected.split() and {"window_size_left", "window_size_right"} <= set(names)
 
 
-@pytest.mark.parametrize("result", ["y", ("y", "log-sum-exp")])
-def test_builds_of_flash_attention_3_that_return_the_log_sum_exp_work_too(monkeypatch, result):
-    def flash_attn_func(q, k, v, causal, window_size):
-        assert (q, k, v, causal, window_size) == (1, 2, 3, True, (5, 0))
-        return result
-
-    monkeypatch.setattr(flash_attention, "fa3_module", lambda: SimpleNamespace(flash_attn_func=flash_attn_func))
-    assert flash_attention.fa3()(1, 2, 3, 5) == "y"
-
-
-def test_each_chip_has_an_order_of_known_names(monkeypatch):
-    for major in (7, 8, 9, 10, 12):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
-        names = flash_attention.order(torch.device("cuda:0"))
-        assert set(names) <= set(flash_attention.KERNELS) and ("fa3" in names) == (major == 9)
+def test_flash_attention_3_is_tried_first_on_a_gpu_and_refused_without_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    for kind, names in {FULL: ["fa3"], WINDOW: ["fa3", "aten"], CACHE: ["fa3", "triton"]}.items():
+        kernels = flash_attention.candidates(torch.device("cuda:0"), kind)
+        assert list(kernels) == names
+        with pytest.raises(RuntimeError, match="needs a Hopper GPU"):
+            kernels["fa3"]()

@@ -69,10 +69,6 @@ def test_zeros_give_finite_results_and_values_that_are_not_finite_stay_visible(o
 
 def test_layouts_are_those_that_cuda_requires():
     """A CPU accepts any layout; the meta device checks CUDA's rules. Inputs may be transposed or expanded."""
-    a, b = (torch.empty(*shape, dtype=fp8.E4M3, device="meta") for shape in ((64, 128), (128, 256)))
-    one = torch.ones(())
-    with pytest.raises(RuntimeError, match="col_major"):
-        torch._scaled_mm(a, b, one, one)
     weight = torch.empty(256, 128, device="meta", requires_grad=True)
     for x in (torch.empty(64, 128, device="meta"), torch.empty(128, 64, device="meta").t()):
         for grad in (torch.empty(256, 64, device="meta").t(), torch.empty(256, device="meta").expand(64, 256)):
@@ -83,15 +79,13 @@ def test_layouts_are_those_that_cuda_requires():
 
 
 def test_eligible_linears_of_the_blocks_are_converted_and_nothing_else_changes():
-    model, plain = (make(n_embd=256, n_head=2) for _ in range(2))
+    model = make(n_embd=256, n_head=2)
+    before = dict(model.named_parameters())
     assert fp8.convert(model) == 12  # q, k, v, projection and two of the MLP, twice
     others = [name for name, module in model.named_modules() if type(module) is Linear]
     assert others == ["transformer.h.1.attn.ve_gate", "lm_head", "smear_gate"]
     assert [fp8.eligible(Linear(1280, size)) for size in (144, 112, 1288)] == [True, False, False]
-    ours, theirs = model.state_dict(), plain.state_dict()
-    assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    names = [[name for name, _ in group["params"]] for group in model.param_groups()]
-    assert names == [[name for name, _ in group["params"]] for group in plain.param_groups()]
+    assert all(p is before.pop(name) for name, p in model.named_parameters()) and not before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,64 +94,40 @@ def test_evaluation_is_bit_equal_to_the_plain_model(dtype):
     fp8.convert(model)
     with torch.no_grad():
         assert torch.equal(model(ids()), plain(ids()))
-        assert torch.equal(model(ids(), ids(2), loss_reduction="none"), plain(ids(), ids(2), loss_reduction="none"))
     assert not torch.equal(model(ids(), ids(2)), plain(ids(), ids(2))), "with gradients it is float8"
     uneven = ids(T=60), ids(2, T=60)  # 120 rows, not a multiple of 16
     assert torch.equal(model(*uneven), plain(*uneven))
 
 
-def test_compiled_training_has_no_graph_break_and_no_recompilation():
-    """While weights change and evaluations come between; gradients equal the uncompiled ones."""
-    model = make(n_layer=1)
-    fp8.convert(model)
-    torch._dynamo.reset()
-    compiled = torch.compile(model.hidden, backend="aot_eager", fullgraph=True, dynamic=False)  # without the loss
-    blocks = {name: p for name, p in model.named_parameters() if name.startswith("transformer.h.")}
-    pull = torch.randn(2, 64, 128)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for step in range(3):
-            expected = torch.autograd.grad((model.hidden(ids(step)) * pull).sum(), blocks.values())
-            grads = torch.autograd.grad((compiled(ids(step)) * pull).sum(), blocks.values())
-            for name, ours, eager in zip(blocks, grads, expected):
-                assert torch.allclose(ours, eager, atol=1e-4 * eager.abs().max()), name
-            with torch.no_grad():
-                model(ids(step))
-                for p, grad in zip(blocks.values(), grads):
-                    p -= 1e-3 * grad
-    torch._dynamo.reset()
-
-
-def test_training_follows_float32():
+def test_training_follows_float32_compiled_without_graph_breaks_or_recompilation():
     """On a task that is soon learned: the target is the successor of the input."""
 
     def losses(float8):
         model = make(noise=0.0)
+        optimizer, compute = MuonAdamW(model.param_groups()), Compute(CPU, torch.float32)
         if float8:
             fp8.convert(model)
-        optimizer, compute = MuonAdamW(model.param_groups()), Compute(CPU, torch.float32)
+            model.hidden = torch.compile(model.hidden, backend="aot_eager", fullgraph=True, dynamic=False)
         return [train_step(model, optimizer, [(ids(step), (ids(step) + 1) % 12)], compute).item() for step in range(6)]
 
-    full, low = losses(False), losses(True)
+    full = losses(False)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        low = losses(True)
     assert full[0] > 2.4 and full[-1] < 0.1  # log(12) = 2.48
     assert full != low == pytest.approx(full, abs=0.01)
 
 
-@pytest.mark.parametrize("name, capability, product, reason", [
-    ("NVIDIA A100", (8, 0), None, "and this is a NVIDIA A100"),
-    ("NVIDIA H100", (9, 0), lambda y: y, None),
-    ("NVIDIA H100", (9, 0), None, "float8 products fail here: TypeError: 'NoneType' object is not callable"),
-    ("NVIDIA H100", (9, 0), lambda y: 1.5 * y, "wrong here, by 5.%"),
-    ("NVIDIA H100", (9, 0), lambda y: y * float("nan"), "wrong here, by nan%"),
+@pytest.mark.parametrize("capability, product, reason", [
+    ((8, 0), None, "and this is a NVIDIA A100"),
+    ((9, 0), lambda y: y, "None"),
+    ((9, 0), None, "float8 products fail here: TypeError: 'NoneType' object is not callable"),
+    ((9, 0), lambda y: 1.5 * y, "wrong here, by 5.%"),
 ])  # fmt: skip
-def test_a_device_must_be_supported_and_pass_the_self_test(monkeypatch, name, capability, product, reason):
+def test_a_device_must_be_supported_and_pass_the_self_test(monkeypatch, capability, product, reason):
     self_test, original = fp8.self_test, torch._scaled_mm
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(fp8, "self_test", lambda device, dtype: self_test(CPU, dtype))
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **options: product(original(*args, **options)))
-    before = torch.get_rng_state()
-    with torch.no_grad():
-        found = fp8.unsupported_reason(torch.device("cuda"), torch.bfloat16)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert found is None if reason is None else re.search(reason + "$", found)
-    assert fp8.unsupported_reason(CPU, torch.float32).endswith("and this is a cpu")
+    assert re.search(f"{reason}$", str(fp8.unsupported_reason(torch.device("cuda"), torch.bfloat16)))

@@ -1,14 +1,12 @@
 """Programs that try to break out, take everything, stay forever, or fake their success. None may.
 
-All programs run once with all layers and once without namespaces; then the surroundings are compared with what they
-were. No output may hold the secret that lies in a file, in the environment, in an inherited descriptor and in the
-memory of this process.
+All programs run with all layers and without namespaces; then the surroundings are compared with what they were. No
+output may hold the secret that lies in a file, in the environment, in an inherited descriptor and in our memory.
 """
 
 import os
 import platform
 import re
-import resource
 import socket
 import subprocess
 import sys
@@ -52,7 +50,6 @@ def sleep_in_threads():
 REFUSED = """
 each(lambda call: call(), os.fork, os.forkpty, pty.fork, os.setsid, multiprocessing.Process(target=print).start)
 each(subprocess.run, ['/bin/true'], [sys.executable])
-concurrent.futures.ProcessPoolExecutor(2).submit(abs, 1).result()
 shell(f'touch {OUTSIDE}/made')
 each(lambda p: os.execv(p, [p, '/bin/true']), '/bin/sh', '/lib64/ld-linux-x86-64.so.2', '/lib/ld-linux-aarch64.so.1')
 each(lambda flags: syscall('clone', flags, 0, 0, 0, 0), 17, 0x100, 0x4111, 0x10000011, 0x20000011, 0x100d0f00)
@@ -64,25 +61,22 @@ each(lambda pid: resource.prlimit(pid, resource.RLIMIT_NOFILE), 2, PARENT, os.ge
 each(raise_limit, 'AS', 'CPU', 'FSIZE', 'NOFILE', 'CORE')
 each(lambda a: a[0](PARENT, a[1]), (os.setpgid, 0), (os.sched_setaffinity, [0]), (os.killpg, 9))
 each(lambda a: a[0](a[1]), (os.setuid, 0), (os.setgid, 0), (os.setgroups, [0]), (os.nice, -5), (os.memfd_create, 'x'))
-each(read, '/etc/passwd', '/etc/shadow', '/etc/hostname', PROJECT + '/nanochat/gpt.py', KEY, '../' * 40 + KEY)
+each(read, '/etc/passwd', '/etc/hostname', PROJECT + '/nanochat/gpt.py', KEY, '../' * 40 + KEY)
+each(read, '/dev/mem', '/dev/kmsg', '/dev/tty', '/dev/ptmx', '/dev/vda', '/dev/sda', '/dev/shm/x', '/dev/fuse')
+each(lambda pid: each(lambda f: read(f'/proc/{pid}/{f}'), 'environ', 'maps', 'mem', 'fd/1', 'cwd/x'), 'self', 1, PARENT)
 each(os.listdir, '/', '/etc', '/root', '/home', '/usr', '/var', '/proc', '/sys', '/dev', PROJECT, OUTSIDE, '../' * 40)
 each(lambda a: (os.symlink(a[0], a[1]), read(a[1] + a[2])), (OUTSIDE, 'l', '/.ssh/id_rsa'), ('/', 'r', '/etc/passwd'))
 (os.link(KEY, 'h'), read('h'))
 (os.chdir(OUTSIDE), read('.ssh/id_rsa'))
 each(lambda fd: os.open('etc/passwd', 0, dir_fd=fd), *range(64))
-each(lambda pid: each(lambda f: read(f'/proc/{pid}/{f}'), 'environ', 'maps', 'mem', 'fd/1', 'cwd/x'), 'self', 1, PARENT)
-each(read, '/dev/mem', '/dev/kmsg', '/dev/tty', '/dev/ptmx', '/dev/vda', '/dev/sda', '/dev/shm/x', '/dev/fuse')
 each(lambda device: os.mknod('d', *device), (0o20666, os.makedev(1, 1)), (0o60666, os.makedev(254, 0)))
 each(lambda p: open(p, 'w'), OUTSIDE + '/made', '/dev/shm/x', '/made', LIBRARY + '/evil.py', CANARY, os.__file__)
-each(lambda p: open(p, 'r+'), CANARY, os.__file__)
-each(os.mkdir, OUTSIDE + '/made', LIBRARY + '/evil', '/made')
-each(lambda call: call(OUTSIDE + '/made'), os.mkfifo, lambda p: os.symlink('x', p), lambda p: os.link(CANARY, p))
+each(lambda call: each(call, CANARY, os.__file__), lambda p: open(p, 'r+'), lambda p: os.truncate(p, 0), os.remove)
+each(lambda call: each(call, CANARY, os.__file__), lambda p: os.chmod(p, 0o777), lambda p: os.utime(p, (0, 0)))
+each(lambda call: call(OUTSIDE + '/made'), os.mkdir, os.mkfifo, lambda p: os.symlink('x', p), lambda p: os.link(CANARY, p))
 os.open(OUTSIDE, os.O_TMPFILE | os.O_RDWR)
 each(lambda a: os.rename(*a), (CANARY, 'made'), ('.', OUTSIDE + '/made'), (os.__file__, LIBRARY + '/2'), ('/lib', '/l'))
-each(os.remove, CANARY, '/etc/passwd', os.__file__)
 each(os.rmdir, OUTSIDE + '/empty', '/lib')
-each(lambda p: each(lambda c: c(p), lambda p: os.truncate(p, 0), lambda p: os.open(p, os.O_TRUNC)), CANARY, os.__file__)
-each(lambda p: each(lambda c: c(p), lambda p: os.chmod(p, 0o777), lambda p: os.utime(p, (0, 0))), CANARY, os.__file__)
 each(os.chroot, '/', '.')
 each(lambda host: socket.create_connection((host, PORT), 1), '127.0.0.1', '::1')
 socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT))
@@ -92,72 +86,56 @@ each(lambda kind: socket.socketpair(socket.AF_UNIX, kind)[0].sendto(b'x', ABSTRA
 """
 
 # What must be seen -> programs.
-ENDS, LATE, FAILS, EITHER = "it ends", "it times out", "it fails", "it ends or fails"
-FULL = "File too large|No space left|Permission denied"
+ENDS, LATE, FAILS, CHEATS = "it ends", "it times out", "it fails", "it fails its tests"
 PROGRAMS = {
     LATE: [
-        "while True: pass", "while True:\n    try: os.fork()\n    except OSError: pass",
-        "threading.Thread(target=time.sleep, args=(99,)).start()",
-        "import hashlib\ndef f():\n    while True: hashlib.sha256(bytes(2**20))\n"
-        "for _ in range(8): threading.Thread(target=f).start()",
-        "import re; re.match('(a+)+$', 'a' * 99 + 'b')", "x = 3 ** 10**9", "time.sleep(99)",
-        "lock = threading.Lock(); lock.acquire(); lock.acquire()", "os.read(3, 1)",
+        "while True: pass", "while True:\n    try: os.fork()\n    except OSError: pass", "time.sleep(99)", "os.read(3, 1)",
+        "def f():\n    while True: pass\nfor _ in range(8): threading.Thread(target=f).start()",
+        "import re; re.match('(a+)+$', 'a' * 99 + 'b')",
         "for s in {*signal.valid_signals()} - {9, 19}: signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
         "signal.pthread_sigmask(0, signal.valid_signals()); time.sleep(99)",
-        "import atexit; atexit.register(time.sleep, 99)",
-        "class A:\n    def __del__(self, sleep=time.sleep): sleep(99)\na = A()",
-        "os.closerange(0, 256); time.sleep(99)",
+        "import atexit; atexit.register(time.sleep, 99)", "os.closerange(0, 256); time.sleep(99)",
         "signal.signal(14, lambda *_: None); signal.setitimer(0, 1e-5, 1e-5)\nwhile True: pass",
-        "sys.settrace(lambda *_: time.sleep(99))\n(lambda: 0)()",
         "x = []\ntry:\n    while True: x.append(bytearray(2**20))\nexcept MemoryError: pass\ntime.sleep(99)",
     ],
-    "MemoryError:": [
-        "x = []\nwhile True: x.append([])", "x = bytearray(10**9)", "x = 'x' * 10**12", "x = 1 << 10**10",
-    ],
+    "MemoryError:": ["x = []\nwhile True: x.append([])", "x = bytearray(10**9)", "x = 1 << 10**10"],
     "Cannot allocate memory|Permission denied": [
         "x = [mmap.mmap(-1, 2**24, mmap.MAP_SHARED) for _ in range(99)]",
         "f = open('f', 'wb+'); f.truncate(2**24 - 1); x = [mmap.mmap(f.fileno(), 0) for _ in range(99)]",
     ],
     "can't start new thread|MemoryError": ["sleep_in_threads()", "threading.stack_size(2**26)\nsleep_in_threads()"],
     "RecursionError": ["def f(): f()\nf()"],
-    FULL: [
-        "f = open('f', 'wb')\nwhile True: f.write(bytes(2**20))",
+    "File too large|No space left|Permission denied": [
+        "f = open('f', 'wb')\nwhile True: f.write(bytes(2**20))", "while True: os.mkdir('d'); os.chdir('d')",
         "for i in range(10**6): open(str(i), 'wb').write(bytes(2**20))",
-        "for i in range(10**6): open(str(i), 'wb').close()", "while True: os.mkdir('d'); os.chdir('d')",
-        "open('f', 'wb').truncate(2**40)", "f = open('f', 'wb'); os.posix_fallocate(f.fileno(), 0, 2**40)",
-        "open('f', 'w').close()\nfor i in range(10**6): os.link('f', str(i))", "while True: print('x' * 9999)",
+        "f = open('f', 'wb'); os.posix_fallocate(f.fileno(), 0, 2**40)",
+        "open('f', 'w').close()\nfor i in range(10**6): os.link('f', str(i))",
         "while True: os.write(1, b'x' * 99999)", "os.lseek(1, 2**40, 0)\nos.write(1, b'x')", "os.ftruncate(1, 2**40)",
     ],
     "Too many open files|Permission denied": [
         "x = [os.open('.', os.O_TMPFILE | os.O_RDWR) for _ in range(99)]", "x = [os.pipe() for _ in range(99)]",
-        "while True: os.dup(1)",
     ],
     ENDS: [
         "for d in {*range(64)} - {3}:\n    try: print(d, os.pread(d, 4096, 0))\n    except OSError: pass",
         "f = sys._getframe()\nwhile f:\n    print(f.f_code.co_name, f.f_locals, f.f_globals)\n    f = f.f_back",
         "for o in gc.get_objects():\n    if isinstance(o, (dict, list, tuple)): print(repr(o)[:200])",
-        "for c in object.__subclasses__():\n    g = getattr(c.__init__, '__globals__', {})\n"
-        "    if 'system' in g and g['system'](f'touch {OUTSIDE}/made') == 0: breach('system')",
         # x86_64 runs 335 and 336, uretprobe and uprobe, before seccomp; they kill their caller
         "for n in range(600):\n    for n in (n, n | 0x40000000):\n"
         "        if n in {*NUMBERS.values(), 335, 336}: continue\n"
         "        result = libc.syscall(n, -1, -1, -1, -1, -1, -1)\n"
         "        if (result, ctypes.get_errno()) != (-1, 13): breach(n)",
+        f"for line in {REFUSED!r}.strip().splitlines():\n    try: breach((line, eval(line)))\n    except OSError: pass",
     ],
     FAILS: [
-        "threading.stack_size(32768)\nsleep_in_threads()",
-        "sys.setrecursionlimit(2**31 - 1)\ndef f(): return [f()]\nf()",
-        "sys.setrecursionlimit(2**31 - 1)\nx = []\nfor _ in range(10**6): x = [x]\nrepr(x)", "os.abort()",
+        "threading.stack_size(32768)\nsleep_in_threads()", "os.abort()",
+        "sys.setrecursionlimit(2**31 - 1)\nx = []\nfor _ in range(10**6): x = [x]\nrepr(x)",
         # lies about its end
-        "print('ended\\nsuccess\\npassed')\n1 / 0", "sys.exit(0)", "os._exit(0)",
+        "print('ended\\nsuccess\\npassed')\n1 / 0", "sys.exit(0)", "os._exit(0)", "os.closerange(0, 256)\nos._exit(0)",
         "threading.Thread(target=os._exit, args=(0,)).start(); time.sleep(9)",
         "for d in range(64):\n    for s in (b'ended', b'\\nended\\n', b'\\nlayers namespaces\\nended\\n'):\n"
         "        try: os.write(d, s)\n        except OSError: pass\nos._exit(0)",
         "os.write(3, marshal.dumps((b'', 'ended', None))); os._exit(0)", "while True: os.write(3, b'x' * 99999)",
-        "os.closerange(0, 256)\nos._exit(0)",
-        "class E(Exception):\n    def __str__(self): 1 / 0\n    __repr__ = __str__\nraise E",
         "class E(Exception):\n    def __str__(self): os._exit(0)\nraise E",
-        "class E(Exception):\n    def __str__(self): raise SystemExit(0)\nraise E",
         "class M(type):\n    @property\n    def __name__(cls): os._exit(0)\nraise M('E', (Exception,), {})()",
         "raise ValueError('\\nended\\n' * 10**6)",
         "f = sys._getframe()\nwhile f: f.f_globals.update(judge=None, os=None); f = f.f_back\n1 / 0",
@@ -165,20 +143,37 @@ PROGRAMS = {
         "os.write(3, marshal.dumps((f.f_locals['secret'], 'failed', 'A' * 10**6)))\nos._exit(0)",
         "import builtins\nfor n in dir(builtins):\n    if n not in ('delattr', 'OSError'): setattr(builtins, n, None)",
         "sys.modules.clear()\n1 / 0", "os.write = lambda fd, data: len(data)",
-        "sys.excepthook = sys.__excepthook__ = lambda *_: os._exit(0)\n1 / 0",
     ],
-    EITHER: ["for n in list(sys.modules): sys.modules[n] = None"],
+    CHEATS: [  # pretend to add a number which only the tests know
+        "class A:\n    __eq__ = __ne__ = lambda *_: True\ndef f(x): return A()",
+        "class A(int):\n    __eq__ = __ne__ = lambda *_: True\ndef f(x): return A()",
+        "class A:\n    __class__ = int\n    __int__ = __index__ = lambda s: 0\ndef f(x): return A()",
+        "g = 1", "def f(x): return float('nan')", "def f(x): raise StopIteration", "def f(x): return 'x' * 10**7",
+        "def f(x): os._exit(0)", "def f(x): os.closerange(3, 64)", "def f(x):\n    while True: pass",
+        "def f(x):\n    y = []\n    while True: y.append([])", "x = []\nx.append(x)\ndef f(_): return x",
+        "def f(x): return open(f'/proc/{os.getppid()}/mem', 'rb').read(1)",
+        "import builtins\nbuiltins.AssertionError = Warning\nbuiltins.int = str\ndef f(x): return 0",
+        "import random\nrandom.randrange = lambda *_: 0\ndef f(x): return 987654321 if x == 0 else 0",
+        "for module in list(sys.modules.values()): vars(module).update(f=lambda x: 0, x=0)\ndef f(x): return 0",
+        "import re\ndef f(x):\n    for o in gc.get_objects():\n"
+        "        if found := re.search(r'== x \\+ (\\d+)', repr(o)[:10**6]): return x + int(found[1])",
+        "def f(x):\n    for d in {*range(64)} - {3}:\n        try: print(os.pread(d, 10**6, 0))\n"
+        "        except OSError: pass\n    return 0",
+        # speaks the protocol
+        "f = sys._getframe()\nwhile 'secret' not in f.f_locals: f = f.f_back\n"
+        "for kind in ('ended', 'ended', 'value', 'failed', 'raised'):\n"
+        "    os.write(3, marshal.dumps((f.f_locals['secret'], kind, '')))\nos._exit(0)",
+        "marshal.dumps = lambda message: b'[\\xff\\xff\\xff\\x7f'\ndef f(x): return 0",
+        "def f(x): raise type('eval', (Exception,), {})(f'open({OUTSIDE + \"/made\"!r}, \"w\")')",
+    ],
 }  # fmt: skip
 if platform.machine() == "x86_64":  # mov eax, 20 (getpid of 32 bits); int 0x80; ret
     PROGRAMS["killed by signal (31|11)"] = [
         "m = mmap.mmap(-1, 4096, prot=7)\nm.write(bytes.fromhex('b814000000cd80c3'))\n"
         "breach(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))())"
     ]
-ATTEMPTS = "for line in {!r}.strip().splitlines():\n    try: breach((line, eval(line)))\n    except OSError: pass"
-PROGRAMS[ENDS].append(ATTEMPTS.format(REFUSED))
 WAYS = {"all layers": LAYERS, "without namespaces": LAYERS[1:]}
 
-# Programs that pretend to add a number which only the tests know.
 TESTS = """
 import random
 from program import f
@@ -186,55 +181,23 @@ for _ in range(4):
     x = random.randrange(10**9)
     assert f(x) == x + 987654321
 """
-ANYTHING = "class A({}):\n    __eq__ = __ne__ = lambda *_: True\n    {}\ndef f(x): return A()"
-CHEATS = [
-    ANYTHING.format("object", "pass"),
-    ANYTHING.format("int", "pass"),
-    ANYTHING.format("object", "__class__ = int\n    __int__ = __index__ = lambda s: 0"),
-    "def f(x): pass", "g = 1", "def f(x): return float('nan')", "def f(x): raise StopIteration",
-    "def f(x): sys.exit(0)", "def f(x): os._exit(0)", "def f(x): os.closerange(3, 64)",
-    "def f(x):\n    while True: pass", "def f(x):\n    y = []\n    while True: y.append([])",
-    "def f(x): return open(f'/proc/{os.getppid()}/mem', 'rb').read(1)", "def f(x): return 'x' * 10**7",
-    "x = []\nx.append(x)\ndef f(_): return x",
-    "import builtins\nbuiltins.AssertionError = Warning\nbuiltins.int = str\ndef f(x): return 0",
-    "import unittest\nunittest.TestCase.run = unittest.TestCase.assertEqual = lambda *_: None\ndef f(x): return 0",
-    "import random\nrandom.randrange = lambda *_: 0\ndef f(x): return 987654321 if x == 0 else 0",
-    "for module in list(sys.modules.values()): vars(module).update(f=lambda x: 0, x=0)\ndef f(x): return 0",
-    "import re\ndef f(x):\n    for o in gc.get_objects():\n"
-    "        if found := re.search(r'== x \\+ (\\d+)', repr(o)[:10**6]): return x + int(found[1])",
-    "def f(x):\n    for d in range(64):\n        if d != 3:\n            try: print(os.pread(d, 10**6, 0))\n"
-    "            except OSError: pass\n    return 0",
-    # speaks the protocol
-    "import marshal\nf = sys._getframe()\nwhile 'secret' not in f.f_locals: f = f.f_back\n"
-    "for kind in ('ended', 'ended', 'value', 'failed', 'raised'):\n"
-    "    os.write(3, marshal.dumps((f.f_locals['secret'], kind, '')))\nos._exit(0)",
-    "import threading\ndef flood():\n    while True: os.write(3, b'x')\n"
-    "threading.Thread(target=flood, daemon=True).start()\ndef f(x): return 0",
-    "import marshal\nmarshal.dumps = lambda message: b'[\\xff\\xff\\xff\\x7f'\ndef f(x): return 0",
-    "def f(x): raise type('eval', (Exception,), {})('open(\"/tmp/made\", \"w\")')",
-]  # fmt: skip
-CASES = [(seen, program) for seen, programs in PROGRAMS.items() for program in programs]
-CASES += [("cheat", f"import gc, os, sys\n{program}") for program in CHEATS]
+SECRET = os.urandom(16).hex()
+ACTIVE = set(execute_code("", allow_unsafe=True).layers)
 
 
-def world(folder):
+def surroundings(folder):
     """What must be the same afterwards."""
     library, me = Path(os.__file__), psutil.Process()
-    states = [(str(p), p.lstat()) for p in [folder, *folder.rglob("*"), library, library.parent]]
-    entries = [(path, s.st_mode, s.st_uid, s.st_mtime_ns, s.st_size) for path, s in states]
-    texts = [p.read_bytes() for p in [*sorted(folder.rglob("*")), library] if p.is_file()]
-    limits = [resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_NOFILE)]
-    return entries, texts, limits, os.nice(0), os.sched_getaffinity(0), me.children(), me.num_fds()
+    paths = [folder, *sorted(folder.rglob("*")), library, library.parent]
+    files = [(str(p), p.read_bytes() if p.is_file() else b"", p.lstat().st_mode, p.lstat().st_mtime_ns) for p in paths]
+    limits = [me.rlimit(kind) for kind in (psutil.RLIMIT_AS, psutil.RLIMIT_CPU, psutil.RLIMIT_NOFILE)]
+    return files, limits, me.nice(), me.cpu_affinity(), me.children(), me.num_fds()
 
 
 def running(parent):
     """Processes of sandboxes that `parent` has started, also those that init has adopted."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        command = process.info["cmdline"] or ()
-        if SANDBOX in command and command[-1] == str(parent) and process.info["status"] != "zombie":
-            found.append(process)
-    return found
+    processes = [(process, process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]  # () for a zombie
+    return [process for process, command in processes if SANDBOX in command and command[-1] == str(parent)]
 
 
 def all_gone(parent):
@@ -246,15 +209,12 @@ def all_gone(parent):
 
 @pytest.fixture(scope="module")
 def aftermath(tmp_path_factory):
-    """Runs all programs. {(way, program): (result, seconds)}, the surroundings before and after, the secret."""
-    secret, patch = os.urandom(16).hex(), pytest.MonkeyPatch()
+    """Runs all programs. {(way, program): (result, seconds)}, the surroundings before and after."""
     folder, scratch = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("scratch")
     (folder / ".ssh").mkdir()
     (folder / "empty").mkdir()
     for name in (".ssh/id_rsa", "canary"):
-        (folder / name).write_text(secret)
-    patch.setenv("API_KEY", secret)
-    patch.setattr(tempfile, "tempdir", str(scratch))
+        (folder / name).write_text(SECRET)
     inherited = os.open(folder / ".ssh/id_rsa", os.O_RDWR)
     os.set_inheritable(inherited, True)
     abstract = f"\0nanochat-{os.getpid()}".encode()
@@ -262,50 +222,49 @@ def aftermath(tmp_path_factory):
     for listener, address in zip(listeners[1:], (str(folder / "socket"), abstract)):
         listener.bind(address)
         listener.listen()
-    numbers = system_calls({"x86_64": 0, "aarch64": 1}[platform.machine()])
     values = {
         "OUTSIDE": str(folder), "KEY": str(folder / ".ssh/id_rsa"), "CANARY": str(folder / "canary"),
         "ABSTRACT": abstract, "PROJECT": str(Path(SANDBOX).parent.parent), "LIBRARY": os.path.dirname(os.__file__),
-        "PARENT": os.getpid(), "PORT": listeners[0].getsockname()[1], "NUMBERS": numbers,
+        "PARENT": os.getpid(), "PORT": listeners[0].getsockname()[1],
+        "NUMBERS": system_calls({"x86_64": 0, "aarch64": 1}[platform.machine()]),
     }  # fmt: skip
     prelude = PRELUDE + "".join(f"{key} = {value!r}\n" for key, value in values.items())
 
     def run(case):
         way, seen, program = case
-        started = time.monotonic()
-        code, tests = (program, TESTS) if seen == "cheat" else (prelude + program, None)
-        result = execute_code(code, timeout=2 if seen in (LATE, "cheat") else 8, tests=tests, layers=WAYS[way])
+        started, timeout = time.monotonic(), 2 if seen in (LATE, CHEATS) else 8
+        result = execute_code(prelude + program, timeout, tests=TESTS if seen == CHEATS else None, layers=WAYS[way])
         return (way, program), (result, time.monotonic() - started)
 
-    before = world(folder)
-    with ThreadPoolExecutor(6) as pool:
-        results = dict(pool.map(run, [(way, *case) for way in WAYS for case in CASES]))
-    patch.undo()
-    yield results, before, (world(folder), os.listdir(scratch)), secret
+    before = surroundings(folder)
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(6) as pool:
+        patch.setenv("API_KEY", SECRET)
+        patch.setattr(tempfile, "tempdir", str(scratch))
+        cases = [(way, seen, program) for way in WAYS for seen in PROGRAMS for program in PROGRAMS[seen]]
+        results = dict(pool.map(run, cases))
+    yield results, before, (surroundings(folder), os.listdir(scratch))
     for listener in listeners:
         listener.close()
     os.close(inherited)
 
 
 def test_the_surroundings_are_unchanged(aftermath):
-    _, before, after, _ = aftermath
+    _, before, after = aftermath
     assert after == (before, []) and all_gone(os.getpid())
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("seen, program", CASES)
+@pytest.mark.parametrize("seen, program", [(seen, program) for seen in PROGRAMS for program in PROGRAMS[seen]])
 def test_hostile_program(aftermath, way, seen, program):
-    (result, seconds), secret = aftermath[0][way, program], aftermath[3]
+    result, seconds = aftermath[0][way, program]
     said = result.stdout + result.stderr
-    assert "BREACH" not in said and secret not in said and "987654321" not in result.stdout, said[:2000]
+    assert "BREACH" not in said and SECRET not in said and "987654321" not in result.stdout, said[:2000]
     assert len(result.stdout) <= 2**20 and len(result.stderr) <= 2**20 and len(result.error or "") <= 510
-    assert seconds < 12 and set(result.layers) >= set(WAYS[way]) & set(execute_code("").layers)
-    if seen != EITHER:
-        assert result.success == (seen == ENDS), result
-    assert result.timeout == (seen == LATE) or seen in (FAILS, "cheat"), result
+    assert seconds < 12 and set(result.layers) >= set(WAYS[way]) & ACTIVE
+    assert result.success == (seen == ENDS), result
+    assert result.timeout == (seen == LATE) or seen in (FAILS, CHEATS), result
     assert result.memory_exceeded or seen != "MemoryError:", result
-    if seen not in (ENDS, LATE, FAILS, EITHER, "cheat"):
-        assert re.search(seen, result.error), result
+    assert seen in (ENDS, LATE, FAILS, CHEATS) or re.search(seen, result.error), result
 
 
 def test_tests_fail_if_the_program_ends_in_a_call_whose_exceptions_they_handle():
@@ -315,25 +274,12 @@ def test_tests_fail_if_the_program_ends_in_a_call_whose_exceptions_they_handle()
         assert not execute_code(f"import os\ndef f(x): {body}", tests=tests, timeout=2).success
 
 
-def test_no_descriptor_is_inherited_from_a_parent_with_many():
-    opened = [os.dup(1) for _ in range(600)]
-    program = "import os\nfor fd in range(5, 2000):\n    try: print(fd, os.fstat(fd))\n    except OSError: pass"
-    results = [execute_code(program, layers=layers) for layers in WAYS.values()]
-    for fd in opened:
-        os.close(fd)
-    assert [(result.success, result.stdout) for result in results] == [(True, "")] * 2
-
-
 def test_most_of_the_standard_library_works():
     program = """
-import asyncio, collections, csv, datetime, decimal, hashlib, json, logging, os, pathlib, random, re, secrets, shutil
-import signal, sqlite3, statistics, sys, tempfile, time, typing, unittest, uuid, zlib, zoneinfo
+import asyncio, csv, datetime, decimal, hashlib, json, logging, os, pathlib, random, re, secrets, shutil, signal, sqlite3
+import statistics, tempfile, time, typing, unittest, uuid, zlib, zoneinfo
 from concurrent.futures import ThreadPoolExecutor
-
-async def three():
-    return await asyncio.gather(*[asyncio.sleep(0.001, number) for number in range(3)])
-
-assert asyncio.run(three()) == [0, 1, 2]
+assert asyncio.run(asyncio.sleep(0.001, 7)) == 7
 assert list(ThreadPoolExecutor(4).map(abs, range(-3, 0))) == [3, 2, 1]
 assert sqlite3.connect(":memory:").execute("select 6 * 7").fetchone() == (42,)
 assert len(secrets.token_bytes(8)) == 8 and uuid.uuid4() and hashlib.sha256(b"x").hexdigest()
