@@ -1,11 +1,11 @@
-"""Any causal language model of the `transformers` library behind the few names that our evaluations use.
+"""Any causal language model of the `transformers` library behind the few names that CORE and bits per byte use.
 
-CORE and bits per byte use only `hidden`, `logits`, the losses, `config.sequence_len` and the device of a model, and
-of a tokenizer what `HFTokenizer` has. Nothing is trained, exported or converted.
+Nothing is trained, exported or converted.
 """
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,14 +23,12 @@ def load_hf_model(path: str, compute: Compute) -> tuple[HFModel, HFTokenizer]:
     """A model and its tokenizer from a folder or a hub id. Raises UserError if they cannot be loaded."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise UserError("--hf-path needs the transformers library: uv pip install transformers") from None
-    try:
+
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (ImportError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--hf-path {path} could not be loaded (give a folder or a hub id): {reason}") from None
+        raise UserError(f"--hf-path {path} could not be loaded: {reason}") from None
     return HFModel(model.to(device=compute.device, dtype=compute.dtype).eval()), HFTokenizer(tokenizer, path)
 
 
@@ -40,8 +38,7 @@ class HFModel:
         config = model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
         self.config = SimpleNamespace(sequence_len=context, vocab_size=config.vocab_size)
-        # Some families scale or cap their logits after the head. If head(hidden) differs from the model's own
-        # logits, these take the place of the hidden states.
+        # Some families scale or cap their logits after the head; then the logits take the place of the hidden states
         self.whole = False
         probe = torch.arange(4, device=self.get_device())[None]
         with torch.inference_mode():
@@ -51,7 +48,7 @@ class HFModel:
         return self.model.device
 
     def hidden(self, idx: torch.Tensor) -> torch.Tensor:
-        """idx (B, T) -> what `logits` takes: (B, T, d), or (B, T, vocab_size) for the families named above."""
+        """idx (B, T) -> what `logits` takes: (B, T, d), or (B, T, vocab_size) if `whole`."""
         if self.whole:
             return self.model(idx, use_cache=False).logits
         return self.model.base_model(idx, use_cache=False).last_hidden_state
@@ -67,18 +64,11 @@ class HFModel:
         losses = [F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks]
         return torch.cat(losses).view_as(targets)
 
-    @torch.inference_mode()
     def complete(self, tokenizer: HFTokenizer, prompt: str, max_tokens: int = 16) -> str:
         """The prompt with its greedy continuation, up to the end of the document."""
-        bos = tokenizer.get_bos_token_id()
-        ids = tokenizer.encode(prompt, prepend=bos)
-        for _ in range(max_tokens):
-            window = torch.tensor([ids[-self.config.sequence_len :]], device=self.get_device())
-            token = int(self.logits(self.hidden(window)[:, -1]).argmax())
-            if token == bos:
-                break
-            ids.append(token)
-        return tokenizer.tokenizer.decode(ids[1:])
+        ids = torch.tensor([tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())], device=self.get_device())
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
+        return tokenizer.tokenizer.decode(output[0], skip_special_tokens=True)
 
 
 class HFTokenizer:
@@ -100,22 +90,19 @@ class HFTokenizer:
         """Ids of a text, or of each text of a list. Special tokens spelt out in a text are encoded as text."""
         if isinstance(text, str):
             return self.encode([text], prepend)[0]
-        if not text:
-            return []
         first = [] if prepend is None else [prepend]
         many = self.tokenizer(list(text), add_special_tokens=False, split_special_tokens=True, verbose=False)
         return [first + ids for ids in many["input_ids"]]
 
     def encode_to_numpy(self, texts: list[str], num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
-        """Concatenated ids of all texts and their offsets. The library chooses its own number of threads."""
+        """Concatenated ids of all texts and their offsets."""
         return concatenate_ids(self.encode(texts), 2**32 - 1)
 
     def token_bytes(self) -> torch.Tensor:
-        """(vocab_size,) int32: bytes of text behind each id, 0 for special tokens.
+        """(vocab_size,) int32: bytes of text behind each id, 0 for special tokens. UserError for an unknown kind of tokenizer.
 
         Read off the vocabulary's own spelling, since decoding a lone id turns part of a character into U+FFFD.
         Byte-level vocabularies write one character per byte; SentencePiece writes a blank as "▁" and a byte as "<0x0A>".
-        Raises UserError for any other kind.
         """
         vocab = self.tokenizer.get_vocab()
         byte_level = "Ġ" in vocab  # such vocabularies write a space like this
@@ -129,7 +116,7 @@ class HFTokenizer:
                 continue
             if byte_level and token not in added:
                 counts[i] = len(token)
-            elif not byte_level and len(token) == 6 and token.startswith("<0x"):
+            elif not byte_level and re.fullmatch("<0x..>", token):
                 counts[i] = 1
             else:
                 counts[i] = len(token.replace("▁", " ").encode())

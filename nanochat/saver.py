@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import threading
 from contextlib import suppress
 from datetime import timedelta
@@ -22,7 +21,7 @@ class Saver:
     >>> saver.save(step, model.state_dict(), optimizer.state_dict(), meta, tokenizer)  # training may continue at once
     >>> saver.close()  # the last one is on the disk, or its error is raised
 
-    Every rank calls all of these. A run that is being stopped has `timeout` seconds to release the folder, then UserError.
+    Every rank calls all of these. A run that is being stopped has `timeout` seconds to release the folder.
     """
 
     def __init__(self, directory: Path, compute: Compute, keep_last: int = -1, timeout: float = 60):
@@ -45,10 +44,6 @@ class Saver:
                 f"another run is training into {self.directory}; stop it, or give this one another --model-tag. "
                 f"If no such run exists any more, delete {self.lock.lock_file}"
             ) from None
-        except (NotImplementedError, OSError) as error:
-            if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
-                raise
-            print0(f"files cannot be locked in {self.directory}: make sure that no other run trains into it")
 
     def save(self, step: int, model_state: State, optimizer_state: State | None, meta: dict, tokenizer) -> None:
         """Copy all tensors to host memory and save them from there (see `save_checkpoint`). `meta` is not copied.
