@@ -37,6 +37,7 @@ STAGES = {  # stage -> (folder, the script that trains it)
     "sft": ("chatsft_checkpoints", "chat_sft"),
     "rl": ("chatrl_checkpoints", "chat_rl"),
 }
+MODEL_FILES = ["model.safetensors", VOCABULARY_FILE]
 State = dict[str, torch.Tensor]
 
 
@@ -214,7 +215,7 @@ def load_checkpoint(directory: Path, step: int, compute: Compute) -> tuple[State
 
     `meta` is what was saved, with "model_tag" set to the name of the present folder.
     """
-    meta = verify(directory, step, ["model.safetensors"])
+    meta = verify(directory, step, MODEL_FILES)
     state = load_file(step_folder(directory, step) / "model.safetensors", device=str(compute.device))
     return state, {**meta, "model_tag": directory.name}
 
@@ -277,14 +278,11 @@ def list_steps(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def find_last_step(directory: Path, weights_only: bool = False) -> int:
-    """The highest complete step; a damaged one is reported and skipped. `weights_only` checks the model's weights only.
-
-    Raises UserError if there is none.
-    """
+def find_last_step(directory: Path, names: list[str] | None = None) -> int:
+    """The highest step whose files `names` (None: all) are complete; a damaged one is reported. UserError if there is none."""
     for step in reversed(list_steps(directory)):
         try:
-            verify(directory, step, ["model.safetensors"] if weights_only else None)
+            verify(directory, step, names)
             return step
         except UserError as error:
             print0(f"skipping step {step}: {error}")
@@ -314,14 +312,13 @@ def resolve_checkpoint(stage: str, tag: str | None = None, step: int | None = No
     if tag is not None and tag not in tags:
         raise UserError(f"no {stage} checkpoint has the tag {tag!r}; there are {', '.join(tags)}")
     directory = checkpoint_dir(stage, tag or tags[0])
-    return directory, find_last_step(directory, weights_only=True) if step is None else step
+    return directory, find_last_step(directory, MODEL_FILES) if step is None else step
 
 
 def load_model(stage: str, compute: Compute, model_tag: str | None = None, step: int | None = None):
     """(model in eval mode on the device, its tokenizer, meta) of a stage's checkpoint; see `resolve_checkpoint`."""
     # One rank decides, since another run may be saving meanwhile
     directory, step = compute.on_main(lambda: resolve_checkpoint(stage, model_tag, step))
-    verify(directory, step, [VOCABULARY_FILE])
     state, meta = load_checkpoint(directory, step, compute)
     model = build_model(state, meta["model_config"], compute)
     return model.eval(), RustBPETokenizer.from_directory(step_folder(directory, step)), meta

@@ -90,6 +90,8 @@ class HFTokenizer:
         """Ids of a text, or of each text of a list. Special tokens spelt out in a text are encoded as text."""
         if isinstance(text, str):
             return self.encode([text], prepend)[0]
+        if not text:  # the library fails
+            return []
         first = [] if prepend is None else [prepend]
         many = self.tokenizer(list(text), add_special_tokens=False, split_special_tokens=True, verbose=False)
         return [first + ids for ids in many["input_ids"]]

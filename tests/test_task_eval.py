@@ -9,7 +9,7 @@ from tiny import ByteTokenizer, tiny_gpt
 
 from nanochat.common import Compute, UserError
 from nanochat.engine import Engine
-from nanochat.task_eval import count_right, pass_at_k, run_task, standard_error
+from nanochat.task_eval import count_right, pass_at_k
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 TOKENIZER = ByteTokenizer()
