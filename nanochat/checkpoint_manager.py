@@ -1,15 +1,13 @@
 """Checkpoints: written by all ranks together, verified when loaded, for any number of ranks, found by stage, tag and step.
 
 A checkpoint is a folder that appears by one rename, so it is complete or absent. Its meta.json has the size and SHA-256
-of every other file and a checksum of itself, so damage is noticed before anything is used. With the tokenizer in it,
-one folder is one model. saver.py writes checkpoints in the background.
+of every other file and a checksum of itself, so damage is noticed before anything is used. Nothing here executes what it
+reads: safetensors and JSON are data. saver.py writes checkpoints in the background.
 
     BASE_DIR/base_checkpoints/d20/step_005000/model.safetensors
                                               optimizer_rank0.safetensors ...
                                               vocabulary.json
                                               meta.json
-
-Nothing here executes what it reads: safetensors and JSON are data.
 """
 
 from __future__ import annotations
@@ -211,10 +209,7 @@ def meta_digest(meta: dict) -> str:
 
 
 def load_checkpoint(directory: Path, step: int, compute: Compute) -> tuple[State, dict]:
-    """(model state on the device, meta) of one step, verified.
-
-    `meta` is what was saved, with "model_tag" set to the name of the present folder.
-    """
+    """(model state on the device, meta) of one step, verified. "model_tag" is the name of the present folder."""
     meta = verify(directory, step, MODEL_FILES)
     state = load_file(step_folder(directory, step) / "model.safetensors", device=str(compute.device))
     return state, {**meta, "model_tag": directory.name}
@@ -228,32 +223,31 @@ def load_optimizer(directory: Path, step: int, like: State, rank: int) -> State:
     with an unchanged world size it holds everything. Raises UserError if a file is damaged or something is missing.
     """
     folder, own = step_folder(directory, step), f"optimizer_rank{rank}.safetensors"
-    saved_files = verify(directory, step, names=[])["files"]
-    files = sorted((name for name in saved_files if name.startswith("optimizer_")), key=lambda name: name != own)
+    files = [name for name in verify(directory, step, names=[])["files"] if name.startswith("optimizer_")]
     if not files:
         raise UserError(f"checkpoint {folder} was saved without an optimizer state")
-    state = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in like.items()}
-    missing = {key: tensor.numel() for key, tensor in state.items()}  # elements still to be loaded
-    ranges = {key: _range_of(key, tensor.shape) for key, tensor in state.items()}
-    needed = {name: (key, start, end) for key, (name, start, end) in ranges.items()}
+    state, missing, needed = {}, {}, {}
+    for key, tensor in like.items():
+        name, start, end = _range_of(key, tensor.shape)
+        state[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        missing[key] = end - start  # elements that are still to be loaded
+        needed[name] = key, start, end
 
     loaded = set()  # several ranks may have saved the same tensor
-    for file_name in files:
+    for file_name in sorted(files, key=lambda name: name != own):
         if not any(missing.values()):
             break
         verify(directory, step, [file_name])
         with safe_open(folder / file_name, "pt") as file:
             for saved_key in set(file.keys()) - loaded:
-                shape = file.get_slice(saved_key).get_shape()
-                name, first, last = _range_of(saved_key, shape)
+                name, first, last = _range_of(saved_key, file.get_slice(saved_key).get_shape())
                 key, start, end = needed.get(name, (None, 0, 0))
                 a, b = max(start, first), min(end, last)  # the elements that are both saved here and needed
-                if a >= b or (saved_key == key and shape != list(state[key].shape)):
-                    continue
-                saved = file.get_tensor(saved_key).view(-1)
-                state[key].view(-1)[a - start : b - start] = saved[a - first : b - first]
-                missing[key] -= b - a
-                loaded.add(saved_key)
+                if a < b:
+                    saved = file.get_tensor(saved_key).view(-1)
+                    state[key].view(-1)[a - start : b - start] = saved[a - first : b - first]
+                    missing[key] -= b - a
+                    loaded.add(saved_key)
     for key, count in missing.items():
         if count != 0:
             raise UserError(f"the optimizer state in {folder} is of another model: {key} is missing or incomplete")
@@ -293,11 +287,10 @@ def find_tags(stage: str) -> list[str]:
     """Tags of a stage that have a checkpoint, the most recently saved one first."""
 
     def saved_at(run: Path) -> float:
-        """When the newest readable checkpoint was saved, in seconds since the epoch; 0 if none can be read."""
         for step in reversed(list_steps(run)):
             with suppress(UserError):
                 return verify(run, step, names=[])["saved_at"]
-        return 0.0
+        return 0.0  # none can be read
 
     runs = filter(list_steps, (base_dir_path() / STAGES[stage][0]).glob("*"))
     return [run.name for run in sorted(runs, key=saved_at, reverse=True)]
@@ -335,6 +328,9 @@ def build_model(state: State, config: dict, compute: Compute):
         model.to_empty(device=compute.device)
         model.set_compute_dtype(compute.dtype)
         model.load_state_dict(add_missing_weights(state, config))
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, RuntimeError) as error:  # an unknown field; missing weights, or weights of other shapes
-        raise UserError(f"the checkpoint is not of a model that this code knows: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the checkpoint is not of a model that this code knows: {reason}") from error
     return model

@@ -1,11 +1,9 @@
 """CORE: the score of a base model on the 22 in-context tasks of the DCLM paper (arXiv:2406.11794, appendix G).
 
-Every question becomes a few *options*, each a list of token ids and the position where scoring starts.
-Multiple choice has one context and several continuations, a schema several contexts and one continuation,
-language modelling one of each. The answer to the first two is the option with the lowest mean loss of its
-scored tokens; a language modelling question is right if each scored token is the argmax.
-
-Prompts, few-shot examples and the order of the rows are those of the published scores.
+Every question becomes a few *options*, each a list of token ids and the position where scoring starts. Multiple choice
+has one context and several continuations, a schema several contexts and one continuation; the answer is the option with
+the lowest mean loss of its scored tokens. Language modelling has one of each and is right if each scored token is the
+argmax. Prompts, few-shot examples and the order of the rows are those of the published scores.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import os
 import random
 import time
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Callable, NamedTuple
@@ -41,8 +38,7 @@ class Question(NamedTuple):
     gold: int  # index of the right one
 
 
-@dataclass(frozen=True)
-class CoreTask:
+class CoreTask(NamedTuple):
     label: str
     kind: str  # "multiple_choice", "schema" or "language_modeling"
     questions: list[Question]
@@ -84,8 +80,7 @@ def fetch_bundle(compute: Compute) -> Path:
 def load_tasks(bundle: Path, max_questions: int = -1) -> list[CoreTask]:
     """The tasks of core.yaml, with the random baselines of eval_meta_data.csv (in percent there).
 
-    The questions of each are shuffled as for published scores and then cut to `max_questions` (-1: all).
-    Raises UserError if anything in the bundle is damaged.
+    Questions are shuffled as for published scores, then cut to `max_questions` (-1: all). UserError if anything is damaged.
     """
     tasks, path, end = [], bundle / "core.yaml", None if max_questions < 0 else max_questions
     try:
@@ -111,22 +106,18 @@ def load_tasks(bundle: Path, max_questions: int = -1) -> list[CoreTask]:
 
 def parse_question(row: dict, kind: str) -> Question:
     """`{"query": "2+2=", "choices": ["3", "4"], "gold": 1}` has the options ("2+2=", "3") and ("2+2=", "4")."""
-    if kind == "multiple_choice":
-        several, gold = row["choices"], row["gold"]
-        options = [(row["query"], choice) for choice in several]
-    elif kind == "schema":
-        several, gold = row["context_options"], row["gold"]
-        options = [(context, row["continuation"]) for context in several]
-    elif kind == "language_modeling":
-        several, gold = [row["context"]], 0
-        options = [(row["context"].strip(), row["continuation"])]
-    else:
-        raise ValueError(f"unknown task type {kind!r}")
+    match kind, row:
+        case "multiple_choice", {"query": str(query), "choices": [*choices], "gold": int(gold)}:
+            options = [(query, choice) for choice in choices]
+        case "schema", {"context_options": [*contexts], "continuation": str(answer), "gold": int(gold)}:
+            options = [(context, answer) for context in contexts]
+        case "language_modeling", {"context": str(context), "continuation": str(answer)}:
+            options, gold = [(context.strip(), answer)], 0
+        case _:
+            options, gold = [], 0
     texts = [text for option in options for text in option]
-    if type(several) is not list or type(gold) is not int or not all(type(text) is str for text in texts):
-        raise TypeError(f"values of other types in {row}")
-    if not 0 <= gold < len(options):
-        raise ValueError(f"no option {gold} in {row}")
+    if gold not in range(len(options)) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"no question of type {kind!r}: {row}")
     return Question(options, gold)
 
 
@@ -176,8 +167,8 @@ def mark_options(sequences: list[list[int]], kind: str, context: int) -> list[Op
 
 
 @torch.inference_mode()
-def score_options(model, options: list[Option], batch_tokens: int) -> list[tuple[float, list[int]]]:
-    """(mean loss in nats, greedy tokens) of the scored tokens ids[start:] of each option (ids, start).
+def score_options(model, options: list[Option], batch_tokens: int) -> list[tuple[float, bool]]:
+    """(mean loss in nats, whether each is the argmax) of the scored tokens ids[start:] of each option (ids, start).
 
     The input is ids[:-1], padded on the right, which causal attention does not see; a batch has up to `batch_tokens` tokens.
     Options that differ in their last token only ("A", "B", "C", "D") share one input, and equal options tie exactly.
@@ -190,8 +181,8 @@ def score_options(model, options: list[Option], batch_tokens: int) -> list[tuple
         longest = len(rows[0])
         size = max(1, batch_tokens // longest)
         batch, rows = rows[:size], rows[size:]
-        inputs = torch.tensor([row + (0,) * (longest - len(row)) for row in batch], device=model.get_device())
-        hidden = model.hidden(inputs)  # (B, T, d)
+        inputs = torch.tensor([row + (0,) * (longest - len(row)) for row in batch])
+        hidden = model.hidden(inputs.to(model.get_device()))  # (B, T, d)
         scored, used, targets = [], [], []
         for b, row in enumerate(batch):
             for i in options_of[row]:
@@ -200,22 +191,22 @@ def score_options(model, options: list[Option], batch_tokens: int) -> list[tuple
                 used.append(hidden[b, start - 1 : len(ids) - 1])
                 targets.append(torch.tensor(ids[start:]))
         # Only the positions that are scored go through the head, which would otherwise be most of the work
-        losses, greedy, counts = [], [], [len(ids) for ids in targets]
-        for h, t in zip(torch.cat(used).split(LOGIT_ROWS), torch.cat(targets).to(hidden.device).split(LOGIT_ROWS)):
+        counts = [len(ids) for ids in targets]
+        used, targets = torch.cat(used), torch.cat(targets).to(hidden.device)
+        losses, greedy = [], []
+        for h, t in zip(used.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
             logits = model.logits(h)  # (n, vocab_size) float32
-            losses.append(F.cross_entropy(logits, t, reduction="none").cpu().double())
-            greedy.append(logits.argmax(dim=-1).cpu())
-        for i, nats, tokens in zip(scored, torch.cat(losses).split(counts), torch.cat(greedy).split(counts)):
-            scores[i] = nats.mean().item(), tokens.tolist()
+            losses.append(F.cross_entropy(logits, t, reduction="none"))
+            greedy.append(logits.argmax(dim=-1) == t)
+        losses = torch.cat(losses).cpu().double().split(counts)
+        greedy = torch.cat(greedy).cpu().split(counts)
+        for i, nats, is_argmax in zip(scored, losses, greedy):
+            scores[i] = nats.mean().item(), bool(is_argmax.all())
     return scores
 
 
-# -----------------------------------------------------------------------------
-# Tasks and CORE
-
-
-def answer_questions(model, tokenizer, task: CoreTask, which: range, batch_tokens: int) -> list[tuple]:
-    """(answer, whether it is right) for the questions of `which`; an answer is the chosen option, or the greedy tokens."""
+def answer_questions(model, tokenizer, task: CoreTask, which: range, batch_tokens: int) -> list[int | None]:
+    """The option that the model chooses for each question of `which`; for language modelling 0, or None if it is wrong."""
     prompts = [render_prompts(task, i) for i in which]
     all_texts = [text for texts in prompts for text in texts]
     encoded = iter(tokenizer.encode(all_texts, prepend=tokenizer.get_bos_token_id()))
@@ -223,31 +214,33 @@ def answer_questions(model, tokenizer, task: CoreTask, which: range, batch_token
     marked = [mark_options([next(encoded) for _ in texts], task.kind, context) for texts in prompts]
     scores = iter(score_options(model, [option for options in marked for option in options], batch_tokens))
     answers = []
-    for i, options in zip(which, marked):
+    for options in marked:
         losses, greedy = zip(*(next(scores) for _ in options))
         if task.kind == "language_modeling":
-            ids, start = options[0]
-            answer, gold = greedy[0], ids[start:]
+            answers.append(0 if greedy[0] else None)
         else:
-            answer, gold = losses.index(min(losses)), task.questions[i].gold  # of options that tie, the first
-        answers.append((answer, answer == gold))
+            answers.append(losses.index(min(losses)))  # of options that tie, the first
     return answers
 
 
 def evaluate_core(
-    model, tokenizer, compute: Compute, bundle: Path, max_per_task: int = -1, batch_tokens: int | None = None,
-    say: Callable[[str], None] = lambda line: None, stop: Callable[[], bool] | None = None,
-) -> dict | None:  # fmt: skip
+    model,
+    tokenizer,
+    compute: Compute,
+    bundle: Path,
+    max_per_task: int = -1,
+    say: Callable[[str], None] = lambda line: None,
+    stop: Callable[[], bool] | None = None,
+) -> dict | None:
     """CORE and its tasks: {"core", "stderr", "tasks": {label: {"accuracy", "centered", "stderr", "examples"}}}.
 
-    `model` has `hidden`, `logits`, `get_device` and `config.sequence_len`. Chunks of questions are assigned to the ranks
-    in turn; the result does not depend on their number. `stderr` is one standard error of the centred value due to the
-    sample of questions (binomial). `stop` is polled between chunks, equally often on all ranks, and must return the
-    same on all of them; if it returns True, the result is None.
+    `model` has `hidden`, `logits`, `get_device` and `config.sequence_len`. Accuracies are centred so that guessing scores
+    0 and a perfect model 1; `stderr` is the standard error of that due to the sample of questions (binomial). Chunks of
+    questions are assigned to the ranks in turn; the result does not depend on their number. `stop` is polled between
+    chunks and must return the same on all ranks; then the result is None.
     """
-    batch_tokens = batch_tokens or BATCH_TOKENS[compute.device.type]
     tasks = load_tasks(bundle, max_per_task)
-    counts = torch.zeros(len(tasks), 2, dtype=torch.int64)  # right answers, questions
+    right = torch.zeros(len(tasks), dtype=torch.int64, device=compute.device)  # answers to each task
     turn = 0
     for t, task in enumerate(tasks):
         began, total = time.monotonic(), len(task.questions)
@@ -256,19 +249,16 @@ def evaluate_core(
                 return None
             if turn % compute.world_size == compute.rank:
                 which = range(first, min(first + CHUNK, total))
-                answers = answer_questions(model, tokenizer, task, which, batch_tokens)
-                counts[t] += torch.tensor([sum(right for _, right in answers), len(answers)])
+                answers = answer_questions(model, tokenizer, task, which, BATCH_TOKENS[compute.device.type])
+                right[t] += sum(answer == task.questions[i].gold for i, answer in zip(which, answers))
                 compute.heartbeat()
             turn += 1
         say(f"{t + 1:2d}/{len(tasks)} {task.label}: {total} questions, {time.monotonic() - began:.1f} s")
-    return summarize(tasks, compute.sum(counts.to(compute.device)).tolist())
 
-
-def summarize(tasks: list[CoreTask], counts: list[list[int]]) -> dict:
-    """Accuracies from (right, questions) per task; centred so that guessing scores 0 and a perfect model 1."""
     results = {}
-    for task, (right, total) in zip(tasks, counts):
-        accuracy, room = right / total, 1 - task.baseline
+    for task, count in zip(tasks, compute.sum(right).tolist()):
+        total, room = len(task.questions), 1 - task.baseline
+        accuracy = count / total
         results[task.label] = {
             "accuracy": accuracy,
             "centered": (accuracy - task.baseline) / room,

@@ -29,9 +29,9 @@ SAMPLE_PROMPTS = [
 
 
 def eval_batches(tokens: int, B: int, T: int, compute: Compute) -> tuple[int, int]:
-    """How the ranks share a measurement over about `tokens` tokens: (rows in total, micro-batches of this rank).
+    """How the ranks share a measurement over about `tokens` tokens (-1: 20 * 2^20, on a CPU 2^16).
 
-    -1 tokens stand for 20 * 2^20, on a CPU for 2^16. Pass the rows as the loader's `rows_per_step`: they depend neither
+    Returns (rows in total, micro-batches of this rank). Pass the rows as the loader's `rows_per_step`: they depend neither
     on B nor on the ranks, so neither does the result.
     """
     if tokens == -1:

@@ -40,10 +40,8 @@ class Saver:
         try:
             self.lock.acquire(timeout=timeout)
         except Timeout:
-            raise UserError(
-                f"another run is training into {self.directory}; stop it, or give this one another --model-tag. "
-                f"If no such run exists any more, delete {self.lock.lock_file}"
-            ) from None
+            hint = f"stop it, or give this one another --model-tag. If there is no such run, delete {self.lock.lock_file}"
+            raise UserError(f"another run is training into {self.directory}; {hint}") from None
 
     def save(self, step: int, model_state: State, optimizer_state: State | None, meta: dict, tokenizer) -> None:
         """Copy all tensors to host memory and save them from there (see `save_checkpoint`). `meta` is not copied.
@@ -53,9 +51,9 @@ class Saver:
         self._join()
         model_state = _copy_to_host(model_state) if self.compute.is_main else {}
         optimizer_state = optimizer_state and _copy_to_host(optimizer_state)
-        # Not a daemon: a process that exits early, for example because of an error, still finishes the save
         arguments = step, model_state, optimizer_state, meta, tokenizer
-        self.thread = threading.Thread(target=self._save, name="save", args=arguments)
+        # Not a daemon: a process that exits early, for example because of an error, still finishes the save
+        self.thread = threading.Thread(target=self._save, args=arguments)
         self.thread.start()
 
     def _save(self, step: int, *arguments) -> None:

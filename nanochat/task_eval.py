@@ -1,11 +1,8 @@
 """How many of a task's problems a chat model solves.
 
 A categorical task offers letters: only the logits of the letters where the reply would start are compared. In a
-generative task the engine samples replies, which the task grades; with several samples a problem counts as solved if
-any of them is right (pass@n).
-
-Blocks of problems are assigned to the ranks in turn, and only sums are communicated. Nothing here depends on the
-number of ranks: padding is on the right, where causal attention does not see it, and a problem's seed is its index.
+generative task the engine samples replies, which the task grades. Nothing depends on the number of ranks: padding is on
+the right, where causal attention does not see it, and a problem's seed is its index.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -87,12 +84,19 @@ def count_right(
     return right
 
 
-def render_prompts(task, tokenizer, indices, room: int):
-    """Yield (index, conversation, prompt ids, was_cropped); a prompt keeps its last `room` tokens."""
+class Prompt(NamedTuple):
+    index: int  # of the problem in its task
+    conversation: dict
+    ids: list[int]
+    was_cropped: bool
+
+
+def render_prompts(task, tokenizer, indices, room: int) -> Iterator[Prompt]:
+    """The prompts of some problems, each cropped to its last `room` tokens."""
     for index in indices:
         conversation = task[index]
         ids = tokenizer.render_for_completion(conversation)
-        yield index, conversation, ids[-room:], len(ids) > room
+        yield Prompt(index, conversation, ids[-room:], len(ids) > room)
 
 
 @torch.no_grad()
@@ -102,20 +106,21 @@ def _categorical(task, model, tokenizer, compute, n, batch_size):
     for block in compute.shard(-(-n // size)):
         # Problems of similar length share a batch, so that little is padding
         indices = range(block * size, min((block + 1) * size, n))
-        prompts = sorted(render_prompts(task, tokenizer, indices, model.config.sequence_len), key=lambda prompt: -len(prompt[2]))
+        prompts = list(render_prompts(task, tokenizer, indices, model.config.sequence_len))
+        prompts.sort(key=lambda prompt: -len(prompt.ids))
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            longest = len(batch[0][2])
-            padded = torch.tensor([ids + [0] * (longest - len(ids)) for _, _, ids, _ in batch], device=model.get_device())
-            hidden = model.hidden(padded)  # (B, T, d)
+            longest = len(batch[0].ids)
+            padded = torch.tensor([prompt.ids + [0] * (longest - len(prompt.ids)) for prompt in batch])
+            hidden = model.hidden(padded.to(model.get_device()))  # (B, T, d)
             # The head is the largest matrix of a small model: it is applied to one position per row, not to all
-            ends = torch.stack([row[len(ids) - 1] for row, (_, _, ids, _) in zip(hidden, batch)])
-            for (index, conversation, _, was_cropped), logits in zip(batch, model.logits(ends).cpu()):  # (V,)
-                letters = conversation["letters"]
+            ends = torch.stack([row[len(prompt.ids) - 1] for row, prompt in zip(hidden, batch)])
+            for prompt, logits in zip(batch, model.logits(ends).cpu()):  # (vocab_size,)
+                letters = prompt.conversation["letters"]
                 choices = [tokenizer.encode(letter) for letter in letters]
                 assert all(len(ids) == 1 for ids in choices), f"letters {letters} must be one token each to be compared"
                 answer = letters[int(logits[[ids[0] for ids in choices]].argmax())]
-                yield index, int(task.evaluate(conversation, answer)), was_cropped
+                yield prompt.index, int(task.evaluate(prompt.conversation, answer)), prompt.was_cropped
 
 
 def _generative(task, tokenizer, engine, compute, n, num_samples, settings):
@@ -125,19 +130,17 @@ def _generative(task, tokenizer, engine, compute, n, num_samples, settings):
     """
     # At least a quarter of the context is left for the reply
     room = engine.context - min(settings["max_tokens"], engine.context // 4)
-    problem_of = {}  # sequence -> what `render_prompts` yielded
-    for problem in render_prompts(task, tokenizer, compute.shard(n), room):
-        index, _, ids, _ = problem
+    prompt_of = {}  # sequence -> Prompt
+    for prompt in render_prompts(task, tokenizer, compute.shard(n), room):
         for i in range(num_samples):
-            problem_of[engine.submit(ids, **settings, seed=index, sample_index=i)] = problem
+            seq = engine.submit(prompt.ids, **settings, seed=prompt.index, sample_index=i)
+            prompt_of[seq] = prompt
 
     def grade(seq: Sequence) -> bool:
-        _, conversation, _, _ = problem_of[seq]
-        return task.evaluate(conversation, completion_text(tokenizer, engine, seq))
+        return task.evaluate(prompt_of[seq].conversation, completion_text(tokenizer, engine, seq))
 
     for seq, passed in generate_and_grade(engine, grade, compute):
-        index, _, _, was_cropped = problem_of[seq]
-        yield index, int(passed), was_cropped
+        yield prompt_of[seq].index, int(passed), prompt_of[seq].was_cropped
 
 
 def completion_text(tokenizer, engine, seq: Sequence) -> str:

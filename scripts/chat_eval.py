@@ -8,10 +8,8 @@ ChatCORE is the mean over six tasks of (accuracy - baseline) / (1 - baseline), w
 guessing. It is printed only if all six tasks were run. Accuracies are shown with their standard error.
 """
 
-import json
-
 from nanochat import flags
-from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, print0, run_script
+from nanochat.common import UserError, compute_cleanup, compute_init, print0, run_script
 
 CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 TASK_NAMES = (*CHATCORE, "SampleWorld")
@@ -132,11 +130,7 @@ def main(argv=None):
             "chat": converse(engine, tokenizer, meta.get("user_config", {}).get("examples") or DEFAULT_QUESTIONS),
             "flags": flags.for_report(parser, args),
         }
-        path = get_base_dir() / "report" / f"chat_eval_{args.stage}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(data, indent=2) + "\n")
         report.log(f"Chat evaluation ({args.stage})", data)
-        print0(f"Results: {path}")
     compute_cleanup(compute)
 
 
