@@ -1,17 +1,15 @@
 """Saving in the background: what is saved, errors, the lock of a run's folder."""
 
-import errno
 import os
-import re
 import resource
 import subprocess
 import sys
 import threading
-from unittest.mock import Mock
 
 import pytest
 import torch
-from test_checkpoint_manager import BYTES, CPU, OPTIMIZER, assert_same, names_in, some_state
+from test_checkpoint_manager import BYTES, OPTIMIZER, assert_same, names_in, some_state
+from tiny import CPU
 
 from nanochat import checkpoint_manager as cm
 from nanochat.checkpoint_manager import list_steps, load_checkpoint, load_optimizer, verify
@@ -47,27 +45,15 @@ def test_a_failed_save_is_printed_at_once_and_raised_at_the_end_only(tmp_path, c
         saver.thread.join()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert re.fullmatch(
-        r"error: step 1 was not saved: \[Errno 27\] File too large: '.*model.safetensors'; "
-        r"training continues, earlier checkpoints are intact\n", capsys.readouterr().out,
-    )  # fmt: skip
-    with pytest.raises(OSError, match="File too large"):
+    out = capsys.readouterr().out
+    assert out.startswith("error: step 1 was not saved: cannot write ") and "File too large" in out and out.count("\n") == 1
+    with pytest.raises(UserError, match="File too large"):
         saver.wait()
     assert names_in(tmp_path) == [".lock"]
     saver.save(2, some_state(), None, {}, BYTES)
     saver.close()
     assert list_steps(tmp_path) == [2]
     Saver(tmp_path, CPU, timeout=1).close()  # the folder was released
-
-
-@pytest.mark.parametrize("error", [NotImplementedError("flock"), OSError(errno.ENOLCK, "No locks available")])
-def test_saving_works_where_files_cannot_be_locked(tmp_path, monkeypatch, capsys, error):
-    monkeypatch.setattr("nanochat.saver.FileLock.acquire", Mock(side_effect=error))
-    saver = Saver(tmp_path, CPU)
-    assert capsys.readouterr().out.startswith(f"files cannot be locked in {tmp_path}: ")
-    saver.save(1, some_state(), None, {}, BYTES)
-    saver.close()
-    assert list_steps(tmp_path) == [1]
 
 
 HOLDER = """
@@ -90,7 +76,7 @@ time.sleep(600)
 
 @pytest.fixture
 def start_holder(tmp_path):
-    """A process that holds the folder, with the imports of this one."""
+    """Starts a process that holds the folder, with the imports of this one."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     started = []
 
