@@ -19,12 +19,8 @@ BYTES = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, SPE
 
 
 def assert_same(a, b):
-    """Same names, dtypes, shapes and bits (NaN and -0.0 included)."""
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
-        one, other = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a[name], b[name]))
-        assert torch.equal(one, other), name
+    """Same names, dtypes, shapes and values, NaN included."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def names_in(folder):
@@ -52,10 +48,6 @@ def save(directory, step, **kwargs):
     return save_checkpoint(directory, step, some_state(), OPTIMIZER, {}, BYTES, CPU, **kwargs)
 
 
-# -----------------------------------------------------------------------------
-# Round trip
-
-
 def test_round_trip_is_bit_exact_for_every_dtype(tmp_path):
     meta = {"model_config": {"n_layer": 2}, "loader_state": None, "lr": 0.1 + 0.2, "val_bpb": None}
     optimizer = {"a.exp_avg": torch.randn(4).bfloat16(), "a.step": torch.tensor(5)}
@@ -68,10 +60,6 @@ def test_round_trip_is_bit_exact_for_every_dtype(tmp_path):
     save_checkpoint(tmp_path, 2, some_state(), None, {}, BYTES, CPU)
     with pytest.raises(UserError, match="saved without an optimizer state"):
         cm.load_optimizer(tmp_path, 2, OPTIMIZER, rank=0)
-
-
-# -----------------------------------------------------------------------------
-# Damage
 
 
 DAMAGES = {  # the bytes of a file, and of the same file of another step -> what is left of them
@@ -97,9 +85,6 @@ def test_damage_is_named_in_one_line_and_the_previous_step_is_used(tmp_path, run
     with nullcontext() if usable else pytest.raises(UserError, match=message):
         cm.load_checkpoint(tmp_path, 4, CPU)
 
-
-# -----------------------------------------------------------------------------
-# Another number of ranks
 
 WHOLE = {  # the complete state of an optimizer, unsharded
     "emb.exp_avg": torch.arange(35.0).view(7, 5),
@@ -135,34 +120,23 @@ def load_as(rank, world_size, directory):
     return cm.load_optimizer(directory, 1, {key: torch.zeros_like(value) for key, value in shard(rank, world_size).items()}, rank)
 
 
-@pytest.mark.parametrize("then", [1, 2, 3])
 @pytest.mark.parametrize("before", [1, 2, 3])
-def test_optimizer_state_is_resharded_exactly(tmp_path, run_ranks, before, then):
+def test_optimizer_state_is_resharded_exactly(tmp_path, run_ranks, before):
     save_on(run_ranks, before, tmp_path)
-    for rank in range(then):
-        assert_same(load_as(rank, then, tmp_path), shard(rank, then))
+    for rank, world_size in ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)):
+        assert_same(load_as(rank, world_size, tmp_path), shard(rank, world_size))
+    for key, shape in (("m3.momentum", (2, 2)), ("emb.exp_avg", (8, 5)), ("emb.exp_avg[30:40]", (10,))):
+        with pytest.raises(UserError, match=rf"is of another model: {re.escape(key)} is missing"):
+            cm.load_optimizer(tmp_path, 1, {key: torch.zeros(shape)}, rank=0)
 
 
 def test_only_needed_files_are_read_and_each_is_verified(tmp_path, run_ranks):
     path = save_on(run_ranks, 3, tmp_path) / "optimizer_rank2.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
     load_as(0, 3, tmp_path)  # as many ranks as before: its own file has it all
-    needed = {"emb.exp_avg[4:20]": torch.zeros(16)}  # of the first two ranks
-    assert cm.load_optimizer(tmp_path, 1, needed, rank=0)["emb.exp_avg[4:20]"].tolist() == list(range(4, 20))
     for rank, world_size in ((2, 3), (0, 1), (1, 2)):
         with pytest.raises(UserError, match="damaged: optimizer_rank2"):
             load_as(rank, world_size, tmp_path)
-
-
-@pytest.mark.parametrize("key, shape", [("m3.momentum", (2, 2)), ("emb.exp_avg", (8, 5)), ("emb.exp_avg[30:40]", (10,))])
-def test_the_optimizer_state_of_another_model_is_refused_by_name(tmp_path, run_ranks, key, shape):
-    save_on(run_ranks, 2, tmp_path)
-    with pytest.raises(UserError, match=rf"is of another model: {re.escape(key)} is missing"):
-        cm.load_optimizer(tmp_path, 1, {key: torch.zeros(shape)}, rank=0)
-
-
-# -----------------------------------------------------------------------------
-# Finding
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):
@@ -183,10 +157,6 @@ def test_the_newest_tag_is_the_default(base_dir):
     assert cm.find_tags("base") == ["d8", "d4", "d12", "cut"], "one damaged run does not affect the others"
     for arguments, found in (((), ("d8", 1)), (("d4",), ("d4", 20)), (("d4", 10), ("d4", 10))):
         assert cm.resolve_checkpoint("base", *arguments) == (base_dir / "base_checkpoints" / found[0], found[1])
-
-
-# -----------------------------------------------------------------------------
-# Models
 
 
 def test_a_model_is_loaded_with_its_own_tokenizer(base_dir):
@@ -210,10 +180,6 @@ def test_a_config_with_unknown_fields_or_other_weights_is_refused(change, messag
         cm.build_model(model.state_dict(), {**dataclasses.asdict(model.config), **change}, CPU)
 
 
-# -----------------------------------------------------------------------------
-# Complete or absent
-
-
 @pytest.mark.parametrize("moment", ["_write_tensors", "_write_meta", "_hidden", "flush_to_disk"])
 def test_a_failure_at_any_moment_leaves_earlier_checkpoints(tmp_path, monkeypatch, moment):
     with pytest.raises(UserError, match="no complete checkpoint"):
@@ -235,22 +201,18 @@ def test_a_failure_at_any_moment_leaves_earlier_checkpoints(tmp_path, monkeypatc
     assert names_in(tmp_path) == ["step_000001", "step_000003"], "leftovers are removed by the next save"
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "part"), RuntimeError("unexpected")])
-def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_nothing(tmp_path, run_ranks, monkeypatch, error):
+def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_nothing(tmp_path, run_ranks, monkeypatch):
     write = cm._write_tensors
 
     def fail(path, state):
         if path.name == "optimizer_rank2.safetensors":
-            raise error
+            raise OSError(errno.ENOSPC, "No space left on device", "part")
         return write(path, state)
 
     def work(compute):
-        with pytest.raises((OSError, RuntimeError)) as raised:
+        with pytest.raises(OSError, match="No space left"):
             save_checkpoint(tmp_path, 2, some_state(), OPTIMIZER, {}, BYTES, compute)
-        return raised.value
 
     monkeypatch.setattr(cm, "_write_tensors", fail)
-    *others, raised = run_ranks(3, work)
-    assert raised is error and names_in(tmp_path) == []
-    for other in others:
-        assert "on rank 2: " in str(other) and other.errno == getattr(error, "errno", errno.EIO)
+    run_ranks(3, work)
+    assert names_in(tmp_path) == []

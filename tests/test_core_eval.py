@@ -24,10 +24,6 @@ def task_of(kind, rows, num_fewshot=0, delimiter=" "):
     return CoreTask("a task", kind, [parse_question(row, kind) for row in rows], num_fewshot, delimiter, 0.0)
 
 
-# -----------------------------------------------------------------------------
-# Prompts
-
-
 def test_prompts_join_examples_by_a_blank_line_and_the_delimiter():
     rows = [{"query": f"Q{i}", "choices": [f"no{i}", f"yes{i}"], "gold": 1} for i in range(2)]
     shot = "Q1\nAnswer: yes1\n\n"
@@ -61,10 +57,6 @@ def test_fewshot_examples_are_the_published_sample_of_all_other_questions(n, num
 ])  # fmt: skip
 def test_where_scoring_starts(kind, sequences, context, options):
     assert mark_options(sequences, kind, context) == options
-
-
-# -----------------------------------------------------------------------------
-# Answers and CORE
 
 
 @pytest.fixture(scope="module")
@@ -121,34 +113,22 @@ def test_answers_equal_those_of_a_slow_reference(model, batch_tokens):
         assert len(set(answers)) > 1, "a model that always answers the same would test little"
 
 
-def test_core_depends_neither_on_ranks_nor_on_batches(model, bundle, run_ranks, monkeypatch):
+def test_core_is_the_mean_of_centred_accuracies_whatever_the_ranks_and_batches(model, bundle, run_ranks, monkeypatch):
     monkeypatch.setattr(core_eval, "CHUNK", 5)
     lines = []
     expected = evaluate_core(model, TOKENIZER, CPU, bundle, say=lines.append)
     monkeypatch.setitem(core_eval.BATCH_TOKENS, "cpu", 1)
     assert run_ranks(2, lambda compute: evaluate_core(model, TOKENIZER, compute, bundle)) == [expected] * 2
     assert len(lines) == 3 and lines[0].startswith(" 1/3 questions: 12 questions")
+    for task, baseline in zip(expected["tasks"].values(), (0.25, 0.5, 0.0)):
+        a = task["accuracy"]
+        stderr = pytest.approx((a * (1 - a) / 12) ** 0.5 / (1 - baseline))
+        assert task == {"accuracy": a, "centered": (a - baseline) / (1 - baseline), "stderr": stderr, "examples": 12}
+    assert expected["core"] == pytest.approx(sum(task["centered"] for task in expected["tasks"].values()) / 3)
     limited = evaluate_core(model, TOKENIZER, CPU, bundle, max_per_task=1)
     assert [task["examples"] for task in limited["tasks"].values()] == [1] * 3
     stops = run_ranks(2, lambda compute: evaluate_core(model, TOKENIZER, compute, bundle, stop=lambda: True))
     assert stops == [None] * 2
-
-
-def test_core_is_the_mean_of_centred_accuracies_with_its_error(model, bundle, monkeypatch):
-    """Three of four right where guessing scores a half (0.5 +- 0.4330), and one of two where it scores 0 (0.5 +- 0.3536)."""
-    rows = [{"context": "c", "continuation": "x"}] * 4
-    tasks = [task_of("language_modeling", rows)._replace(label="a", baseline=0.5), task_of("language_modeling", rows[:2])]
-    answers = {4: [0, None, 0, 0], 2: [0, None]}
-    monkeypatch.setattr(core_eval, "load_tasks", lambda *args: tasks)
-    monkeypatch.setattr(core_eval, "answer_questions", lambda model, tokenizer, task, which, n: answers[len(which)])
-    result = evaluate_core(model, TOKENIZER, CPU, bundle)
-    expected = {"accuracy": 0.75, "centered": 0.5, "stderr": pytest.approx(0.4330, abs=1e-4), "examples": 4}
-    assert result["tasks"]["a"] == expected and result["core"] == 0.5
-    assert result["stderr"] == pytest.approx((0.1875 + 0.125) ** 0.5 / 2)
-
-
-# -----------------------------------------------------------------------------
-# The bundle
 
 
 def test_the_bundle_is_downloaded_once_and_its_rows_are_shuffled_and_then_cut(hub, bundle, base_dir):
