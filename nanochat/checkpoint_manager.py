@@ -168,10 +168,7 @@ def _hidden(folder: Path) -> Path:
 
 
 def verify(directory: Path, step: int, names: list[str] | None = None) -> dict:
-    """The meta of a checkpoint, once the files `names` (None: all) have been checked against it.
-
-    Raises UserError if there is no such step, or if anything is damaged.
-    """
+    """The meta of a checkpoint whose files `names` (None: all) are complete; UserError if they are not, or there is none."""
     folder = step_folder(directory, step)
     if not folder.is_dir():
         raise UserError(f"no checkpoint of step {step} in {directory}; there are steps {list_steps(directory)}")

@@ -18,11 +18,11 @@ DEFAULT_QUESTIONS = ["Who are you?", "Why is the sky blue?"]  # for a model whos
 
 def chosen_tasks(task_name: list[str] | None) -> tuple[str, ...]:
     """The names given with -a, in order and without duplicates; the six of ChatCORE by default."""
-    names = tuple(dict.fromkeys(name.strip() for name in "|".join(task_name or CHATCORE).split("|")))
+    names = [name.strip() for name in "|".join(task_name or CHATCORE).split("|")]
     for name in names:
         if name not in TASK_NAMES:
             raise UserError(f"unknown task {name!r}; choose from {', '.join(TASK_NAMES)}")
-    return names
+    return tuple(dict.fromkeys(names))
 
 
 def make_task(name: str, allow_unsafe_code: bool = False):
@@ -52,10 +52,7 @@ def chat_core(results: dict[str, dict]) -> float:
 
 
 def converse(engine, tokenizer, questions: list[str], max_tokens: int = 128) -> list[dict]:
-    """The messages of one conversation in which the model is asked these questions; replies are greedy.
-
-    It ends early where the context is full.
-    """
+    """The messages of one conversation with these questions and greedy replies; it ends early where the context is full."""
     tokens, messages = [tokenizer.get_bos_token_id()], []
     for question in questions:
         message = {"role": "user", "content": question}

@@ -51,9 +51,8 @@ def test_fewshot_examples_are_the_published_sample_of_all_other_questions(n, num
     ("multiple_choice", [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 6]], 4, [([2, 3, 4, 5], 2), ([1, 2, 3, 6], 3)]),
     # When even the continuation does not fit, all that has a token before it counts
     ("multiple_choice", [[0, 1, 2, 3, 4], [0, 9, 9]], 3, [([2, 3, 4], 1), ([0, 9, 9], 1)]),
-    # An option that is a prefix of the others, or equal to them, still has a token to score
+    # An option that is a prefix of the others still has a token to score
     ("multiple_choice", [[0, 5, 6], [0, 5, 6, 7]], 9, [([0, 5, 6], 2), ([0, 5, 6, 7], 3)]),
-    ("schema", [[0, 5], [0, 5]], 9, [([0, 5], 1), ([0, 5], 1)]),
 ])  # fmt: skip
 def test_where_scoring_starts(kind, sequences, context, options):
     assert mark_options(sequences, kind, context) == options
@@ -86,12 +85,6 @@ def reference_answer(model, texts: list[str], kind: str):
     return (0 if greedy[0] else None) if kind == "language_modeling" else losses.index(min(losses))
 
 
-def greedy_text(model, context: str, n: int) -> str:
-    """What the model would continue with, as far as it is ASCII."""
-    ids = list(model.generate([BOS, *context.encode()], max_tokens=n, temperature=0.0))
-    return bytes(id for id in ids if id < 128).decode()
-
-
 @pytest.mark.parametrize("batch_tokens", [1, 1000])
 def test_answers_equal_those_of_a_slow_reference(model, batch_tokens):
     """Mean losses after the common prefix (multiple choice) or of the common suffix (schema), or greedy tokens."""
@@ -100,10 +93,13 @@ def test_answers_equal_those_of_a_slow_reference(model, batch_tokens):
     def words(n):
         return " ".join(rng.choice(["ab", "cde", "f", "gh", "abc"]) for _ in range(n))
 
+    def likely(letter):  # often what the model would continue with
+        return chr(int(model(torch.tensor([[BOS, ord(letter)]]))[0, -1, :128].argmax()))
+
     rows = {
         "multiple_choice": [{"query": words(i % 9 + 1), "choices": [words(n) for n in (1, 2, 3)], "gold": 0} for i in range(20)],
         "schema": [{"context_options": [words(2), words(3)], "continuation": words(2), "gold": 0} for _ in range(20)],
-        "language_modeling": [{"context": chr(i), "continuation": greedy_text(model, chr(i), 1) or "x"} for i in range(33, 90)],
+        "language_modeling": [{"context": letter, "continuation": likely(letter)} for letter in "abcdefghijklmnopqrs"],
     }
     rows["multiple_choice"].append({"query": "q", "choices": ["x", "abc", "y", "abc"], "gold": 0})  # equal options
     for kind, rows in rows.items():

@@ -19,31 +19,26 @@ tokenizers = pytest.importorskip("tokenizers")  # comes with transformers
 TEXT = 'The café sells naïve tea, 東京 style: 3.50 €. 🙂 Once upon a time there was a tea pot; it said "no".\n'
 
 
-def make_tokenizer(tokens, blank, special, **parts):
-    """A BPE tokenizer that joins t+e, te+a and blank+tea."""
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {token: i for i, token in enumerate([*tokens, "te", "tea", blank + "tea"])}
-    merges = [("t", "e"), ("te", "a"), (blank, "tea")]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, byte_fallback="<0x00>" in vocab))
-    for name, part in parts.items():
-        setattr(tokenizer, name, part)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
 def byte_level_tokenizer():
     """As GPT-2's: BPE over bytes, each written as one character. Most characters beyond ASCII are several tokens."""
-    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens, join = ["<|endoftext|>", *sorted(split.alphabet())], tokenizers.decoders.ByteLevel()
-    return make_tokenizer(tokens, "Ġ", {"eos_token": "<|endoftext|>"}, pre_tokenizer=split, decoder=join)
+    from transformers import PreTrainedTokenizerFast
+
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator([TEXT], 270, special_tokens=["<|endoftext|>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<|endoftext|>")
 
 
 def sentencepiece_tokenizer():
     """As Llama 2's: BPE over characters with "▁" for the blank, falling back to bytes."""
-    tokens = ["<s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyzT", "é"]
-    to_mark, parts = tokenizers.normalizers.Replace(" ", "▁"), tokenizers.decoders
-    join = parts.Sequence([parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse()])
-    return make_tokenizer(tokens, "▁", {"bos_token": "<s>"}, normalizer=to_mark, decoder=join)
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyzT", "é", "te", "tea"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("t", "e"), ("te", "a")], byte_fallback=True))
+    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    parts = tokenizers.decoders
+    tokenizer.decoder = parts.Sequence([parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +127,9 @@ def test_base_eval_writes_a_csv_and_a_section_or_says_why_not(gpt2_folder, base_
     arguments = ["--hf-path", str(gpt2_folder), "--device-type", "cpu"]
     main(arguments)
     [path] = (base_dir / "base_eval").iterdir()
-    with open(path, newline="") as file:
-        *tasks, core = csv.DictReader(file)
-    centered = {task["label"]: float(task["centered"]) for task in tasks}
-    assert [task["examples"] for task in tasks] == ["12"] * 3
-    assert core["label"] == "CORE" and float(core["centered"]) == pytest.approx(sum(centered.values()) / 3, abs=1e-5)
+    *tasks, core = csv.DictReader(path.read_text().splitlines())
+    centered = {task["label"]: float(task["centered"]) for task in [*tasks, core]}
+    assert [task["examples"] for task in tasks] == ["12"] * 3 and core["label"] == "CORE"
     [entry] = read_jsonl(base_dir / "report" / "report.jsonl")
     assert {label: entry["data"][label] for label in centered} == pytest.approx(centered, abs=1e-4)
 
@@ -147,11 +140,10 @@ def test_base_eval_writes_a_csv_and_a_section_or_says_why_not(gpt2_folder, base_
     assert "CORE skipped: cannot download eval_bundle.zip" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tokens", ["400", "100"])  # also less than a batch
-def test_base_loss_measures_a_folder_of_parquet_files(gpt2_folder, prepared_base, base_dir, capsys, tokens):
+def test_base_loss_measures_a_folder_of_parquet_files(gpt2_folder, prepared_base, base_dir, capsys):
     from scripts.base_loss import main
 
-    source = ["--source", str(prepared_base / "text"), "--device-batch-size", "4", "--split-tokens", tokens]
+    source = ["--source", str(prepared_base / "text"), "--device-batch-size", "4", "--split-tokens", "100"]
     main(["--hf-path", str(gpt2_folder), "--device-type", "cpu", *source])
     out = capsys.readouterr().out
     assert "train bpb" in out and "val bpb" in out and "The capital of France is" in out

@@ -37,11 +37,10 @@ def brute_force(model, batches):
     for inputs, targets, _ in batches:
         with torch.no_grad():
             log_probabilities = F.log_softmax(model(inputs).double(), dim=-1)
-        for row, row_targets in zip(log_probabilities, targets.tolist()):
-            for t, target in enumerate(row_targets):
-                if target >= 0 and TOKEN_BYTES[target] > 0:
-                    nats -= row[t, target].item()
-                    n_bytes += TOKEN_BYTES[target].item()
+        for row, target in zip(log_probabilities.flatten(0, 1), targets.flatten()):
+            if target >= 0 and TOKEN_BYTES[target] > 0:
+                nats -= row[target].item()
+                n_bytes += TOKEN_BYTES[target].item()
     return nats / n_bytes / math.log(2)
 
 
