@@ -140,7 +140,7 @@ def _generative(task, tokenizer, engine, compute, n, num_samples, settings):
         return task.evaluate(prompt_of[seq].conversation, completion_text(tokenizer, engine, seq))
 
     for seq, passed in generate_and_grade(engine, grade, compute):
-        yield prompt_of[seq].index, int(passed), prompt_of[seq].was_cropped
+        yield prompt_of[seq].index, int(bool(passed)), prompt_of[seq].was_cropped
 
 
 def completion_text(tokenizer, engine, seq: Sequence) -> str:

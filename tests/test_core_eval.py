@@ -161,7 +161,7 @@ SCHEMA = {"context_options": ["a", "b"], "continuation": "c", "gold": 1}
 
 @pytest.mark.parametrize("name, text", [
     *(("questions", json.dumps({key: value for key, value in GOOD.items() if key != missing})) for missing in GOOD),
-    *(("questions", json.dumps({**GOOD, **change})) for change in ({"choices": "ab"}, {"choices": ["a", 2]}, {"gold": 2}, {"gold": "1"})),
+    *(("questions", json.dumps({**GOOD, **change})) for change in ({"choices": "ab"}, {"choices": ["a", 2]}, {"gold": 2})),
     *(("pronouns", json.dumps({key: value for key, value in SCHEMA.items() if key != missing})) for missing in SCHEMA),
     ("facts", '{"context": "a"}'), ("facts", "[1]"), ("facts", '{"context": '), ("facts", "\n"),
     ("core.yaml", "icl_tasks: [1]"), ("core.yaml", "a: ["), ("eval_meta_data.csv", "Eval Task,Random baseline\nfacts,25\n"),

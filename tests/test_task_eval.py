@@ -94,7 +94,8 @@ def test_right_answers_are_counted_problem_by_problem_on_any_number_of_ranks(mod
     assert count(kind(5), model, max_problems=3, **options) == counts[:3]
 
     def stopped(compute):  # on one rank, which stops all
-        return count_right(kind(5), model, TOKENIZER, Engine(model, TOKENIZER), compute, stop=lambda: compute.rank == 1, **options)
+        stop = {"stop": lambda: compute.rank == 1}
+        return count_right(kind(5), model, TOKENIZER, Engine(model, TOKENIZER), compute, **stop, **options)
 
     assert run_ranks(2, stopped) == [None, None]
 
