@@ -1,33 +1,30 @@
 """Checkpoints: written by all ranks together, verified when loaded, for any number of ranks, found by stage, tag and step.
 
-A checkpoint is a folder that appears by one rename, so it is complete or absent. Its meta.json lists every other file
-with size and SHA-256 and carries a checksum of itself, so damage is noticed before anything is used. The folder also
-holds the tokenizer, so that one folder is one model. saver.py writes checkpoints in the background.
+A checkpoint is a folder that appears by one rename, so it is complete or absent. Its meta.json has the size and SHA-256
+of every other file and a checksum of itself, so damage is noticed before anything is used. Nothing here executes what it
+reads: safetensors and JSON are data. saver.py writes checkpoints in the background.
 
     BASE_DIR/base_checkpoints/d20/step_005000/model.safetensors
                                               optimizer_rank0.safetensors ...
                                               vocabulary.json
                                               meta.json
-
-Nothing here executes what it reads: safetensors and JSON are data.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
-import os
 import re
 import secrets
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from nanochat.common import Compute, UserError, atomic, base_dir_path, flush_to_disk, print0
 from nanochat.tokenizer import VOCABULARY_FILE, RustBPETokenizer
@@ -38,6 +35,7 @@ STAGES = {  # stage -> (folder, the script that trains it)
     "sft": ("chatsft_checkpoints", "chat_sft"),
     "rl": ("chatrl_checkpoints", "chat_rl"),
 }
+MODEL_FILES = ["model.safetensors", VOCABULARY_FILE]
 State = dict[str, torch.Tensor]
 
 
@@ -62,11 +60,11 @@ def save_checkpoint(
 ) -> Path:  # fmt: skip
     """Write one checkpoint and return its folder. Every rank calls this, each with its shard of the optimizer state.
 
-    `model_state`, `meta` (what JSON can hold) and the tokenizer are the main rank's. Step, time, world size and the list
-    of files are added to `meta`. Only the `keep_last` complete checkpoints of the highest steps are kept (-1: all).
-    `group` is the process group to synchronise in. One run at a time may write into `directory`; `Saver` ensures that.
+    `model_state`, `meta` (what JSON can hold) and the tokenizer are the main rank's. Of the checkpoints up to this step the
+    last `keep_last` are kept (-1: all). `group` is the process group to synchronise in. One run at a time may write into
+    `directory`; `Saver` ensures that.
 
-    Raises OSError on every rank if writing fails on any; then nothing is left behind and older checkpoints stand.
+    Raises the error of any rank on all of them; then nothing is left behind and older checkpoints stand.
     """
     target = step_folder(directory, step)
 
@@ -89,7 +87,7 @@ def save_checkpoint(
         return files
 
     def publish() -> None:
-        files = {name: description for part in written for name, description in part.items()}
+        files = {name: description for of_rank in written for name, description in of_rank.items()}
         added = {"step": step, "saved_at": time.time(), "world_size": compute.world_size, "files": files}
         _write_meta(tmp, {**meta, **added})
         if target.exists():  # damaged, or saved by a run that resumed from an earlier step
@@ -97,7 +95,8 @@ def save_checkpoint(
         tmp.rename(target)
         flush_to_disk(directory)
         if keep_last > 0:
-            _remove_old(directory, keep_last, step)
+            for old in [old for old in list_steps(directory) if old <= step][:-keep_last]:
+                _remove(step_folder(directory, old))
 
     tmp = compute.on_main(prepare, group)
     try:
@@ -116,17 +115,14 @@ def update_meta(directory: Path, step: int, **values) -> None:
 
 
 def set_aside(directory: Path, after: int | None = None) -> Path | None:
-    """Move everything in a run's folder (except the lock) to TAG.old, whose former content is deleted.
+    """Move a run (everything in its folder except the lock) to TAG.old, whose former content is deleted.
 
     With `after`, move only the checkpoints of later steps, and leave what else is in TAG.old. Returns TAG.old, or None if
     there was nothing to move.
     """
-    if not directory.is_dir():
-        return None
     old = directory.with_name(f"{directory.name}.old")
     if after is None:
-        paths = [path for path in directory.iterdir() if path.name != ".lock"]
-        replaced = [old]
+        paths, replaced = [path for path in directory.glob("*") if path.name != ".lock"], [old]
     else:
         paths = [step_folder(directory, step) for step in list_steps(directory) if step > after]
         replaced = [old / path.name for path in paths]
@@ -141,16 +137,11 @@ def set_aside(directory: Path, after: int | None = None) -> Path | None:
 
 
 def _write_tensors(path: Path, state: State) -> dict:
-    """Write a safetensors file and flush it to the disk; returns its {"size", "sha256"}."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+    """Write a safetensors file and flush it to the disk; returns its description."""
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, path)
-    except SafetensorError as error:
-        system_error = re.search(r"os error (\d+)", str(error))  # a full disk, for example
-        number = int(system_error[1]) if system_error else errno.EIO
-        raise OSError(number, os.strerror(number), str(path)) from error
+    except SafetensorError as error:  # a full disk, for example
+        raise UserError(f"cannot write {path}: {error}") from error
     flush_to_disk(path)
     return _describe(path)
 
@@ -158,20 +149,6 @@ def _write_tensors(path: Path, state: State) -> dict:
 def _write_meta(folder: Path, meta: dict) -> None:
     with atomic(folder / "meta.json") as tmp:
         tmp.write_text(json.dumps({**meta, "sha256": meta_digest(meta)}), encoding="utf-8")
-
-
-def _remove_old(directory: Path, keep_last: int, just_saved: int) -> None:
-    """Remove the checkpoints below the `keep_last` highest complete steps; `just_saved` always stays."""
-    complete = 1
-    for step in reversed(list_steps(directory)):
-        if step == just_saved:
-            continue
-        with suppress(UserError, OSError):  # a damaged one does not count
-            if complete < keep_last:
-                verify(directory, step, sizes_only=True)
-                complete += 1
-            else:
-                _remove(step_folder(directory, step))
 
 
 def _remove(folder: Path) -> None:
@@ -190,42 +167,31 @@ def _hidden(folder: Path) -> Path:
 # Verifying
 
 
-def verify(directory: Path, step: int, names: list[str] | None = None, sizes_only: bool = False) -> dict:
-    """The meta of a checkpoint, once the files `names` (None: all) have been checked against it.
-
-    `sizes_only` compares the sizes of the files without reading them. Raises UserError if anything is damaged.
-    """
+def verify(directory: Path, step: int, names: list[str] | None = None) -> dict:
+    """The meta of a checkpoint whose files `names` (None: all) are complete; UserError if they are not, or there is none."""
     folder = step_folder(directory, step)
     if not folder.is_dir():
         raise UserError(f"no checkpoint of step {step} in {directory}; there are steps {list_steps(directory)}")
     name = "meta.json"
     try:
         meta = json.loads((folder / name).read_text(encoding="utf-8"))
-        if meta.get("sha256") != meta_digest(meta):
-            raise ValueError("the checksum does not match")
-        if meta["step"] != step:
-            raise ValueError(f"its content was saved as step {meta['step']}")
+        if meta["sha256"] != meta_digest(meta) or meta["step"] != step:
+            raise ValueError("its content does not match its checksum or its step")
         for name in meta["files"] if names is None else names:
-            path, saved = folder / name, meta["files"][name]
-            if path.stat().st_size != saved["size"]:
-                raise ValueError(f"it has {path.stat().st_size} bytes, not {saved['size']}")
-            if not sizes_only and file_digest(path) != saved["sha256"]:
-                raise ValueError("the checksum does not match")
+            if _describe(folder / name) != meta["files"][name]:
+                raise ValueError("its content does not match its checksum")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last three: not a meta.json of ours
         raise UserError(f"checkpoint {folder} is damaged: {name}: {error}") from error
     return meta
 
 
 def _describe(path: Path) -> dict:
-    return {"size": path.stat().st_size, "sha256": file_digest(path)}
-
-
-def file_digest(path: Path) -> str:
+    """{"size", "sha256"} of a file."""
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             sha.update(block)
-    return sha.hexdigest()
+    return {"size": path.stat().st_size, "sha256": sha.hexdigest()}
 
 
 def meta_digest(meta: dict) -> str:
@@ -240,19 +206,9 @@ def meta_digest(meta: dict) -> str:
 
 
 def load_checkpoint(directory: Path, step: int, compute: Compute) -> tuple[State, dict]:
-    """(model state on the device, meta) of one step, verified.
-
-    `meta` is what was saved, with "model_tag" set to the name of the present folder. Raises UserError if there is no such
-    step, or if it is damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    meta = verify(directory, step, ["model.safetensors"])
-    try:
-        state = load_file(step_folder(directory, step) / "model.safetensors", device=str(compute.device))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {step_folder(directory, step)} is damaged: {error}") from error
+    """(model state on the device, meta) of one step, verified. "model_tag" is the name of the present folder."""
+    meta = verify(directory, step, MODEL_FILES)
+    state = load_file(step_folder(directory, step) / "model.safetensors", device=str(compute.device))
     return state, {**meta, "model_tag": directory.name}
 
 
@@ -263,37 +219,32 @@ def load_optimizer(directory: Path, step: int, like: State, rank: int) -> State:
     which `like` has one range at most. The files of all ranks are read until `like` is complete, this rank's own first:
     with an unchanged world size it holds everything. Raises UserError if a file is damaged or something is missing.
     """
-    from safetensors import safe_open
-
     folder, own = step_folder(directory, step), f"optimizer_rank{rank}.safetensors"
-    saved_files = verify(directory, step, names=[])["files"]
-    files = sorted((name for name in saved_files if name.startswith("optimizer_")), key=lambda name: name != own)
+    files = [name for name in verify(directory, step, names=[])["files"] if name.startswith("optimizer_")]
     if not files:
         raise UserError(f"checkpoint {folder} was saved without an optimizer state")
-    state = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in like.items()}
-    missing = {key: tensor.numel() for key, tensor in state.items()}  # elements still to be loaded
-    needed = {}  # name of a tensor -> (key, first element, end)
-    for key, tensor in state.items():
+    state, missing, needed = {}, {}, {}
+    for key, tensor in like.items():
         name, start, end = _range_of(key, tensor.shape)
+        state[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        missing[key] = end - start  # elements that are still to be loaded
         needed[name] = key, start, end
 
     loaded = set()  # several ranks may have saved the same tensor
-    for file_name in files:
+    for file_name in sorted(files, key=lambda name: name != own):
         if not any(missing.values()):
             break
         verify(directory, step, [file_name])
         with safe_open(folder / file_name, "pt") as file:
             for saved_key in set(file.keys()) - loaded:
-                shape = file.get_slice(saved_key).get_shape()
-                name, first, last = _range_of(saved_key, shape)
+                name, first, last = _range_of(saved_key, file.get_slice(saved_key).get_shape())
                 key, start, end = needed.get(name, (None, 0, 0))
                 a, b = max(start, first), min(end, last)  # the elements that are both saved here and needed
-                if a >= b or (saved_key == key and shape != list(state[key].shape)):
-                    continue
-                saved = file.get_tensor(saved_key).view(-1)
-                state[key].view(-1)[a - start : b - start] = saved[a - first : b - first]
-                missing[key] -= b - a
-                loaded.add(saved_key)
+                if a < b:
+                    saved = file.get_tensor(saved_key).view(-1)
+                    state[key].view(-1)[a - start : b - start] = saved[a - first : b - first]
+                    missing[key] -= b - a
+                    loaded.add(saved_key)
     for key, count in missing.items():
         if count != 0:
             raise UserError(f"the optimizer state in {folder} is of another model: {key} is missing or incomplete")
@@ -314,42 +265,32 @@ def _range_of(key: str, shape) -> tuple[str, int, int]:
 
 def list_steps(directory: Path) -> list[int]:
     """The steps saved in a folder, ascending; [] if there are none."""
-    if not directory.is_dir():
-        return []
-    matches = [re.fullmatch(r"step_(\d+)", path.name) for path in directory.iterdir()]
+    matches = [re.fullmatch(r"step_(\d{6,})", path.name) for path in directory.glob("step_*")]
     return sorted(int(match[1]) for match in matches if match)
 
 
-def find_last_step(directory: Path, weights_only: bool = False) -> int:
-    """The highest complete step; a damaged one is reported and skipped. `weights_only` checks the model's weights only.
-
-    Raises UserError if there is none.
-    """
+def find_last_step(directory: Path, names: list[str] | None = None) -> int:
+    """The highest step whose files `names` (None: all) are complete; a damaged one is reported. UserError if there is none."""
     for step in reversed(list_steps(directory)):
         try:
-            verify(directory, step, ["model.safetensors"] if weights_only else None)
+            verify(directory, step, names)
             return step
         except UserError as error:
             print0(f"skipping step {step}: {error}")
     raise UserError(f"no complete checkpoint in {directory}")
 
 
-def _saved_at(directory: Path) -> float:
-    """When the newest readable checkpoint of a run was saved, in seconds since the epoch; 0 if none can be read."""
-    for step in reversed(list_steps(directory)):
-        with suppress(UserError, KeyError, TypeError, ValueError):
-            return float(verify(directory, step, names=[])["saved_at"])
-    return 0.0
-
-
 def find_tags(stage: str) -> list[str]:
     """Tags of a stage that have a checkpoint, the most recently saved one first."""
-    root = base_dir_path() / STAGES[stage][0]
-    if not root.is_dir():
-        return []
-    runs = [path for path in root.iterdir() if os.access(path, os.R_OK) and list_steps(path)]
-    runs.sort(key=lambda path: (-_saved_at(path), path.name))
-    return [path.name for path in runs]
+
+    def saved_at(run: Path) -> float:
+        for step in reversed(list_steps(run)):
+            with suppress(UserError):
+                return verify(run, step, names=[])["saved_at"]
+        return 0.0  # none can be read
+
+    runs = filter(list_steps, (base_dir_path() / STAGES[stage][0]).glob("*"))
+    return [run.name for run in sorted(runs, key=saved_at, reverse=True)]
 
 
 def resolve_checkpoint(stage: str, tag: str | None = None, step: int | None = None) -> tuple[Path, int]:
@@ -361,14 +302,13 @@ def resolve_checkpoint(stage: str, tag: str | None = None, step: int | None = No
     if tag is not None and tag not in tags:
         raise UserError(f"no {stage} checkpoint has the tag {tag!r}; there are {', '.join(tags)}")
     directory = checkpoint_dir(stage, tag or tags[0])
-    return directory, find_last_step(directory, weights_only=True) if step is None else step
+    return directory, find_last_step(directory, MODEL_FILES) if step is None else step
 
 
 def load_model(stage: str, compute: Compute, model_tag: str | None = None, step: int | None = None):
     """(model in eval mode on the device, its tokenizer, meta) of a stage's checkpoint; see `resolve_checkpoint`."""
     # One rank decides, since another run may be saving meanwhile
     directory, step = compute.on_main(lambda: resolve_checkpoint(stage, model_tag, step))
-    verify(directory, step, [VOCABULARY_FILE])
     state, meta = load_checkpoint(directory, step, compute)
     model = build_model(state, meta["model_config"], compute)
     return model.eval(), RustBPETokenizer.from_directory(step_folder(directory, step)), meta
@@ -378,16 +318,16 @@ def build_model(state: State, config: dict, compute: Compute):
     """The GPT of a config, on the device, with the weights of `state`; extras that an older model lacks get neutral values."""
     from nanochat.gpt import GPT, GPTConfig, add_missing_weights
 
-    unknown = set(config) - {field.name for field in fields(GPTConfig)}
-    if unknown:
-        raise UserError(f"the checkpoint's config has {sorted(unknown)}, unknown to this version; update the code")
-    config = GPTConfig(**config)
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device=compute.device)
-    model.set_compute_dtype(compute.dtype)
     try:
+        config = GPTConfig(**config)
+        with torch.device("meta"):
+            model = GPT(config)
+        model.to_empty(device=compute.device)
+        model.set_compute_dtype(compute.dtype)
         model.load_state_dict(add_missing_weights(state, config))
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint's weights do not fit its config: {' '.join(str(error).split())[:200]}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError) as error:  # an unknown field; missing weights, or weights of other shapes
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the checkpoint is not of a model that this code knows: {reason}") from error
     return model

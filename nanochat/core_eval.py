@@ -1,11 +1,9 @@
 """CORE: the score of a base model on the 22 in-context tasks of the DCLM paper (arXiv:2406.11794, appendix G).
 
-Every question becomes a few *options*, each a list of token ids and the position where scoring starts.
-Multiple choice has one context and several continuations, a schema several contexts and one continuation,
-language modelling one of each. The answer to the first two is the option with the lowest mean loss of its
-scored tokens; a language modelling question is right if each scored token is the argmax.
-
-Prompts, few-shot examples and the order of the rows are those of the published scores.
+Every question becomes a few *options*, each a list of token ids and the position where scoring starts. Multiple choice
+has one context and several continuations, a schema several contexts and one continuation; the answer is the option with
+the lowest mean loss of its scored tokens. Language modelling has one of each and is right if each scored token is the
+argmax. Prompts, few-shot examples and the order of the rows are those of the published scores.
 """
 
 from __future__ import annotations
@@ -14,24 +12,20 @@ import csv
 import json
 import os
 import random
-import tempfile
 import time
 import zipfile
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from tempfile import TemporaryDirectory
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import yaml
-from filelock import FileLock
 
-from nanochat.common import Compute, UserError, atomic, file_url, get_base_dir
-from nanochat.dataset import fetch_file
+from nanochat.common import Compute, UserError, file_url, get_base_dir
+from nanochat.dataset import fetch_file, write_once
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-BUNDLE_LIMIT = 2**31  # bytes unpacked; the real bundle has 41 million
 CHUNK = 64  # questions rendered, sorted and scored together: small enough to share among ranks
 BATCH_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 32768}  # a CPU is fastest if a batch fits into its cache
 LOGIT_ROWS = 1024  # positions whose logits are held at once
@@ -39,11 +33,15 @@ LOGIT_ROWS = 1024  # positions whose logits are held at once
 Option = tuple[list[int], int]  # token ids, and the index of the first scored one
 
 
-@dataclass(frozen=True)
-class CoreTask:
+class Question(NamedTuple):
+    options: list[tuple[str, str]]  # (query, answer) pairs to choose from
+    gold: int  # index of the right one
+
+
+class CoreTask(NamedTuple):
     label: str
     kind: str  # "multiple_choice", "schema" or "language_modeling"
-    path: Path  # JSON lines
+    questions: list[Question]
     num_fewshot: int
     delimiter: str  # between a query and its answer
     baseline: float  # accuracy of a random guess, 0..1
@@ -54,106 +52,92 @@ class CoreTask:
 
 
 def fetch_bundle(compute: Compute) -> Path:
-    """The unpacked bundle, downloaded once by the main rank. Raises UserError on all ranks if that fails."""
+    """The unpacked bundle, downloaded once by the main rank.
+
+    Raises UserError on all ranks if it cannot be had or is damaged; a damaged zip file is deleted.
+    """
     folder = get_base_dir() / "eval_bundle"
 
-    def fetch() -> None:
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                archive = fetch_file(file_url(BUNDLE_URL), folder.with_suffix(".zip"))
-                unpack(archive, folder)
-                archive.unlink()
+    def unpack(target: Path) -> None:
+        archive = fetch_file(file_url(BUNDLE_URL), folder.with_suffix(".zip"))
+        try:
+            with zipfile.ZipFile(archive) as bundle:
+                bundle.getinfo("eval_bundle/core.yaml")
+                if damaged := bundle.testzip():
+                    raise ValueError(f"the checksum of {damaged} does not match")
+        except Exception as error:  # a damaged zip file can raise nearly anything
+            archive.unlink()
+            raise UserError(f"{archive} is damaged ({error}). It was deleted: run this again to download it") from error
+        with zipfile.ZipFile(archive) as bundle, TemporaryDirectory(prefix=".eval_bundle.", dir=folder.parent) as tmp:
+            bundle.extractall(tmp)
+            Path(tmp, "eval_bundle").rename(target)
+        archive.unlink()
 
-    compute.on_main(fetch)
+    compute.on_main(lambda: write_once(folder, unpack))
     return folder
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack `eval_bundle/...` of a zip file as `folder`, completely or not at all.
+def load_tasks(bundle: Path, max_questions: int = -1) -> list[CoreTask]:
+    """The tasks of core.yaml, with the random baselines of eval_meta_data.csv (in percent there).
 
-    Raises UserError if the file is damaged, is not the bundle, or has paths outside the folder.
+    Questions are shuffled as for published scores, then cut to `max_questions` (-1: all). UserError if anything is damaged.
     """
+    tasks, path, end = [], bundle / "core.yaml", None if max_questions < 0 else max_questions
     try:
-        with (
-            zipfile.ZipFile(archive) as bundle,
-            tempfile.TemporaryDirectory(prefix=".eval_bundle.", dir=folder.parent) as tmp,
-            atomic(folder) as complete,
-        ):
-            for name in bundle.namelist():
-                if not Path(tmp, name).resolve().is_relative_to(Path(tmp).resolve()):
-                    raise UserError(f"{archive} was not unpacked: its member {name!r} has a path outside the folder")
-            if sum(member.file_size for member in bundle.infolist()) > BUNDLE_LIMIT:
-                raise UserError(f"{archive} unpacks to more than {BUNDLE_LIMIT >> 30} GiB; it is not the CORE bundle")
-            bundle.extractall(tmp)  # checks each member's checksum
-            if not Path(tmp, "eval_bundle", "core.yaml").exists():
-                raise UserError(f"{archive} is not the CORE bundle: it has no eval_bundle/core.yaml. Delete it.")
-            Path(tmp, "eval_bundle").rename(complete)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{archive} is damaged ({error}). Delete it and run this again.") from None
-
-
-def load_tasks(bundle: Path) -> list[CoreTask]:
-    """The tasks of core.yaml, with the random baselines of eval_meta_data.csv (in percent there)."""
-    try:
-        entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
-        with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
+        path = bundle / "eval_meta_data.csv"
+        with open(path, encoding="utf-8", newline="") as file:
             baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
-        return [
-            CoreTask(
-                label=entry["label"],
-                kind=entry["icl_task_type"],
-                path=bundle / "eval_data" / entry["dataset_uri"],
-                num_fewshot=entry["num_fewshot"][0],
-                delimiter=entry.get("continuation_delimiter", " "),
-                baseline=baselines[entry["label"]],
-            )
-            for entry in entries
-        ]
-    except (OSError, KeyError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"the CORE bundle is damaged ({error!r}). Delete {bundle} and run this again.") from None
+        for entry in entries:
+            label, kind, num_fewshot = entry["label"], entry["icl_task_type"], int(entry["num_fewshot"][0])
+            delimiter = str(entry.get("continuation_delimiter", " "))
+            path = bundle / "eval_data" / entry["dataset_uri"]
+            lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            random.Random(1337).shuffle(lines)
+            questions = [parse_question(json.loads(line), kind) for line in lines[:end]]
+            if not questions:
+                raise ValueError("no questions")
+            tasks.append(CoreTask(label, kind, questions, num_fewshot, delimiter, baselines[label]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(repr(error).split())[:300]
+        raise UserError(f"{path} is damaged ({reason}). Delete the folder {bundle} and run this again") from error
+    return tasks
 
 
-def read_rows(task: CoreTask, max_rows: int = -1) -> list[dict]:
-    """The rows of a task, shuffled as for published scores and then cut to `max_rows` (-1: all)."""
-    try:
-        lines = [line for line in task.path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        if not lines:
-            raise ValueError("it is empty")
-        random.Random(1337).shuffle(lines)
-        return [json.loads(line) for line in (lines if max_rows < 0 else lines[:max_rows])]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{task.path} is damaged ({error}). Delete the folder eval_bundle and run this again.") from None
+def parse_question(row: dict, kind: str) -> Question:
+    """`{"query": "2+2=", "choices": ["3", "4"], "gold": 1}` has the options ("2+2=", "3") and ("2+2=", "4")."""
+    match kind, row:
+        case "multiple_choice", {"query": str(query), "choices": [*choices], "gold": int(gold)}:
+            options = [(query, choice) for choice in choices]
+        case "schema", {"context_options": [*contexts], "continuation": str(answer), "gold": int(gold)}:
+            options = [(context, answer) for context in contexts]
+        case "language_modeling", {"context": str(context), "continuation": str(answer)}:
+            options, gold = [(context.strip(), answer)], 0
+        case _:
+            options, gold = [], 0
+    texts = [text for option in options for text in option]
+    if gold not in range(len(options)) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"no question of type {kind!r}: {row}")
+    return Question(options, gold)
 
 
 # -----------------------------------------------------------------------------
-# From rows to token ids
+# From questions to token ids
 
 
-def row_options(row: dict, kind: str) -> list[tuple[str, str]]:
-    """The (query, answer) pairs to choose from: `{"query": "2+2=", "choices": ["3", "4"]}` has two."""
-    if kind == "multiple_choice":
-        return [(row["query"], choice) for choice in row["choices"]]
-    if kind == "schema":
-        return [(context, row["continuation"]) for context in row["context_options"]]
-    assert kind == "language_modeling", kind
-    return [(row["context"].strip(), row["continuation"])]
+def render_prompts(task: CoreTask, i: int) -> list[str]:
+    """Question i after its solved examples: one text per option, and for language modelling the bare query after it.
 
-
-def fewshot_text(rows: list[dict], i: int, task: CoreTask) -> str:
-    """The solved examples that precede row i, sampled from all other rows, each followed by a blank line."""
-    others = [j for j in range(len(rows)) if j != i]
-    shots = random.Random(1234 + i).sample(others, min(task.num_fewshot, len(others)))
-    solved = [row_options(rows[j], task.kind)[rows[j].get("gold", 0)] for j in shots]
-    return "".join(f"{query}{task.delimiter}{answer}\n\n" for query, answer in solved)
-
-
-def render_prompts(rows: list[dict], i: int, task: CoreTask) -> list[str]:
-    """Row i with its few-shot examples: one text per option, and for language modelling the bare query after it.
-
-    The bare query ends before the delimiter's blank, which belongs to the answer's first token.
+    The examples are sampled from all other questions, and each is followed by a blank line. The bare query ends before
+    the delimiter's blank, which belongs to the answer's first token.
     """
-    shots = fewshot_text(rows, i, task)
-    options = row_options(rows[i], task.kind)
+    others = [j for j in range(len(task.questions)) if j != i]
+    shots = ""
+    for j in random.Random(1234 + i).sample(others, min(task.num_fewshot, len(others))):
+        options, gold = task.questions[j]
+        query, answer = options[gold]
+        shots += f"{query}{task.delimiter}{answer}\n\n"
+    options = task.questions[i].options
     prompts = [shots + query + task.delimiter + answer for query, answer in options]
     if task.kind == "language_modeling":
         prompts.append((shots + options[0][0] + task.delimiter).rstrip())
@@ -182,87 +166,60 @@ def mark_options(sequences: list[list[int]], kind: str, context: int) -> list[Op
 # Scoring
 
 
-def plan_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Group indices so that each group, padded to its longest, has at most `budget` tokens (but one member at least).
-
-    >>> plan_batches([3, 9, 4, 2], budget=9)
-    [[1], [2, 0], [3]]
-    """
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
 @torch.inference_mode()
-def score_options(model, options: list[Option], batch_tokens: int) -> list[tuple[float, list[int]]]:
-    """(mean loss in nats, greedy tokens) of the scored tokens ids[start:] of each option (ids, start).
+def score_options(model, options: list[Option], batch_tokens: int) -> list[tuple[float, bool]]:
+    """(mean loss in nats, whether each is the argmax) of the scored tokens ids[start:] of each option (ids, start).
 
-    The input is ids[:-1], padded on the right, which causal attention does not see. Options that
-    differ in their last token only ("A", "B", "C", "D") therefore share one input, and equal
-    options tie exactly.
+    The input is ids[:-1], padded on the right, which causal attention does not see; a batch has up to `batch_tokens` tokens.
+    Options that differ in their last token only ("A", "B", "C", "D") share one input, and equal options tie exactly.
     """
     options_of: dict[tuple[int, ...], list[int]] = {}  # input -> the options that share it
-    for i, (ids, start) in enumerate(options):
-        assert 0 < start < len(ids)
+    for i, (ids, _) in enumerate(options):
         options_of.setdefault(tuple(ids[:-1]), []).append(i)
-    rows, scores = list(options_of), [None] * len(options)
-    for batch in plan_batches([len(row) for row in rows], batch_tokens):
-        width = len(rows[batch[0]])
-        inputs = torch.tensor([rows[r] + (0,) * (width - len(rows[r])) for r in batch])  # (B, T)
-        hidden = model.hidden(inputs.to(model.get_device())).flatten(0, 1)  # (B*T, d)
-        positions, targets, counts, scored = [], [], [], []
-        for b, r in enumerate(batch):
-            for i in options_of[rows[r]]:
+    rows, scores = sorted(options_of, key=len, reverse=True), [None] * len(options)
+    while rows:
+        longest = len(rows[0])
+        size = max(1, batch_tokens // longest)
+        batch, rows = rows[:size], rows[size:]
+        inputs = torch.tensor([row + (0,) * (longest - len(row)) for row in batch])
+        hidden = model.hidden(inputs.to(model.get_device()))  # (B, T, d)
+        scored, used, targets = [], [], []
+        for b, row in enumerate(batch):
+            for i in options_of[row]:
                 ids, start = options[i]
-                positions += range(b * width + start - 1, b * width + len(ids) - 1)
-                targets += ids[start:]
-                counts.append(len(ids) - start)
                 scored.append(i)
-        losses, greedy = score_positions(model, hidden, torch.tensor(positions), torch.tensor(targets))
-        for i, nats, tokens in zip(scored, losses.split(counts), greedy.split(counts)):
-            scores[i] = nats.mean().item(), tokens.tolist()
+                used.append(hidden[b, start - 1 : len(ids) - 1])
+                targets.append(torch.tensor(ids[start:]))
+        # Only the positions that are scored go through the head, which would otherwise be most of the work
+        counts = [len(ids) for ids in targets]
+        used, targets = torch.cat(used), torch.cat(targets).to(hidden.device)
+        losses, greedy = [], []
+        for h, t in zip(used.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
+            logits = model.logits(h)  # (n, vocab_size) float32
+            losses.append(F.cross_entropy(logits, t, reduction="none"))
+            greedy.append(logits.argmax(dim=-1) == t)
+        losses = torch.cat(losses).cpu().double().split(counts)
+        greedy = torch.cat(greedy).cpu().split(counts)
+        for i, nats, is_argmax in zip(scored, losses, greedy):
+            scores[i] = nats.mean().item(), bool(is_argmax.all())
     return scores
 
 
-def score_positions(model, hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(losses in nats float64, greedy tokens) of the targets, each (N,) on the CPU, from rows of hidden (M, d).
-
-    Only the rows that are scored go through the head, which would otherwise be most of the work.
-    """
-    losses, greedy = [], []
-    for rows, expected in zip(positions.split(LOGIT_ROWS), targets.split(LOGIT_ROWS)):
-        logits = model.logits(hidden[rows.to(hidden.device)])  # (n, vocab_size) float32
-        losses.append(F.cross_entropy(logits, expected.to(logits.device), reduction="none").cpu().double())
-        greedy.append(logits.argmax(dim=-1).cpu())
-    return torch.cat(losses), torch.cat(greedy)
-
-
-# -----------------------------------------------------------------------------
-# Tasks and CORE
-
-
-def answer_rows(model, tokenizer, task: CoreTask, rows: list[dict], which: range, batch_tokens: int) -> list[tuple]:
-    """(answer, whether it is right) for the rows of `which`; an answer is the chosen option, or the greedy tokens."""
-    prompts = [render_prompts(rows, i, task) for i in which]
+def answer_questions(model, tokenizer, task: CoreTask, which: range, batch_tokens: int) -> list[int | None]:
+    """The option that the model chooses for each question of `which`; for language modelling 0, or None if it is wrong."""
+    prompts = [render_prompts(task, i) for i in which]
     all_texts = [text for texts in prompts for text in texts]
     encoded = iter(tokenizer.encode(all_texts, prepend=tokenizer.get_bos_token_id()))
     context = model.config.sequence_len
-    questions = [mark_options([next(encoded) for _ in texts], task.kind, context) for texts in prompts]
-    all_options = [option for options in questions for option in options]
-    scores = iter(score_options(model, all_options, batch_tokens))
+    marked = [mark_options([next(encoded) for _ in texts], task.kind, context) for texts in prompts]
+    scores = iter(score_options(model, [option for options in marked for option in options], batch_tokens))
     answers = []
-    for i, options in zip(which, questions):
+    for options in marked:
         losses, greedy = zip(*(next(scores) for _ in options))
         if task.kind == "language_modeling":
-            ids, start = options[0]
-            answer, gold = greedy[0], ids[start:]
+            answers.append(0 if greedy[0] else None)
         else:
-            answer, gold = losses.index(min(losses)), rows[i]["gold"]  # of options that tie, the first
-        answers.append((answer, answer == gold))
+            answers.append(losses.index(min(losses)))  # of options that tie, the first
     return answers
 
 
@@ -272,43 +229,36 @@ def evaluate_core(
     compute: Compute,
     bundle: Path,
     max_per_task: int = -1,
-    batch_tokens: int | None = None,
     say: Callable[[str], None] = lambda line: None,
     stop: Callable[[], bool] | None = None,
 ) -> dict | None:
     """CORE and its tasks: {"core", "stderr", "tasks": {label: {"accuracy", "centered", "stderr", "examples"}}}.
 
-    `model` has `hidden`, `logits`, `get_device` and `config.sequence_len`. Chunks of questions are assigned to the ranks
-    in turn; the result does not depend on their number. `stderr` is one standard error of the centred value due to the
-    sample of questions (binomial). `stop` is polled between chunks, equally often on all ranks, and must return the
-    same on all of them; if it returns True, the result is None.
+    `model` has `hidden`, `logits`, `get_device` and `config.sequence_len`. Accuracies are centred so that guessing scores
+    0 and a perfect model 1; `stderr` is the standard error of that due to the sample of questions (binomial). Chunks of
+    questions are assigned to the ranks in turn; the result does not depend on their number. `stop` is polled between
+    chunks and must return the same on all ranks; then the result is None.
     """
-    batch_tokens = batch_tokens or BATCH_TOKENS[compute.device.type]
-    tasks = load_tasks(bundle)
-    counts = torch.zeros(len(tasks), 2, dtype=torch.int64)  # right answers, questions
+    tasks = load_tasks(bundle, max_per_task)
+    right = torch.zeros(len(tasks), dtype=torch.int64, device=compute.device)  # answers to each task
     turn = 0
     for t, task in enumerate(tasks):
-        began = time.monotonic()
-        rows = read_rows(task, max_per_task)
-        for first in range(0, len(rows), CHUNK):
+        began, total = time.monotonic(), len(task.questions)
+        for first in range(0, total, CHUNK):
             if stop and turn % compute.world_size == 0 and stop():
                 return None
             if turn % compute.world_size == compute.rank:
-                which = range(first, min(first + CHUNK, len(rows)))
-                answers = answer_rows(model, tokenizer, task, rows, which, batch_tokens)
-                right = sum(right for _, right in answers)
-                counts[t] += torch.tensor([right, len(answers)])
+                which = range(first, min(first + CHUNK, total))
+                answers = answer_questions(model, tokenizer, task, which, BATCH_TOKENS[compute.device.type])
+                right[t] += sum(answer == task.questions[i].gold for i, answer in zip(which, answers))
                 compute.heartbeat()
             turn += 1
-        say(f"{t + 1:2d}/{len(tasks)} {task.label}: {len(rows)} questions, {time.monotonic() - began:.1f} s")
-    return summarize(tasks, compute.sum(counts.to(compute.device)).tolist())
+        say(f"{t + 1:2d}/{len(tasks)} {task.label}: {total} questions, {time.monotonic() - began:.1f} s")
 
-
-def summarize(tasks: list[CoreTask], counts: list[list[int]]) -> dict:
-    """Accuracies from (right, questions) per task; centred so that guessing scores 0 and a perfect model 1."""
     results = {}
-    for task, (right, total) in zip(tasks, counts):
-        accuracy, room = right / total, 1 - task.baseline
+    for task, count in zip(tasks, compute.sum(right).tolist()):
+        total, room = len(task.questions), 1 - task.baseline
+        accuracy = count / total
         results[task.label] = {
             "accuracy": accuracy,
             "centered": (accuracy - task.baseline) / room,

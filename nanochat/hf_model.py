@@ -1,11 +1,11 @@
-"""Any causal language model of the `transformers` library behind the few names that our evaluations use.
+"""Any causal language model of the `transformers` library behind the few names that CORE and bits per byte use.
 
-CORE and bits per byte use only `hidden`, `logits`, the losses, `config.sequence_len` and the device of a model, and
-of a tokenizer what `HFTokenizer` has. Nothing is trained, exported or converted.
+Nothing is trained, exported or converted.
 """
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,42 +16,40 @@ from nanochat.common import Compute, UserError
 from nanochat.tokenizer import concatenate_ids
 
 LOGIT_ROWS = 1024  # positions whose logits are held at once: vocabularies reach 250,000
-DEFAULT_CONTEXT = 2048  # if a model's configuration names no limit
 
 
 def load_hf_model(path: str, compute: Compute) -> tuple[HFModel, HFTokenizer]:
     """A model and its tokenizer from a folder or a hub id. Raises UserError if they cannot be loaded."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise UserError("--hf-path needs the transformers library: uv pip install transformers") from None
-    try:
+
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (ImportError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--hf-path {path} could not be loaded (give a folder or a hub id): {reason}") from None
-    return HFModel(model.to(device=compute.device, dtype=compute.dtype).eval()), HFTokenizer(tokenizer, path)
+        raise UserError(f"--hf-path {path} could not be loaded: {reason}") from None
+    model.to(device=compute.device, dtype=compute.dtype)
+    return HFModel(model.eval()), HFTokenizer(tokenizer, path)
 
 
 class HFModel:
     def __init__(self, model):
         self.model = model
         config = model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+        context = getattr(config, "max_position_embeddings", None) or 2048
         self.config = SimpleNamespace(sequence_len=context, vocab_size=config.vocab_size)
-        # Some families scale or cap their logits after the head. If head(hidden) differs from the model's own
-        # logits, these take the place of the hidden states.
+        # Some families scale or cap their logits after the head; then the logits take the place of the hidden states
         self.whole = False
         probe = torch.arange(4, device=self.get_device())[None]
         with torch.inference_mode():
-            self.whole = not torch.allclose(self.logits(self.hidden(probe)), model(probe).logits.float(), atol=1e-3)
+            logits = self.logits(self.hidden(probe))
+            self.whole = not torch.allclose(logits, model(probe).logits.float(), atol=1e-3)
 
     def get_device(self) -> torch.device:
         return self.model.device
 
     def hidden(self, idx: torch.Tensor) -> torch.Tensor:
-        """idx (B, T) -> what `logits` takes: (B, T, d), or (B, T, vocab_size) for the families named above."""
+        """idx (B, T) -> what `logits` takes: (B, T, d), or (B, T, vocab_size) if `whole`."""
         if self.whole:
             return self.model(idx, use_cache=False).logits
         return self.model.base_model(idx, use_cache=False).last_hidden_state
@@ -61,24 +59,19 @@ class HFModel:
         return (hidden if self.whole else self.model.get_output_embeddings()(hidden)).float()
 
     def __call__(self, idx: torch.Tensor, targets: torch.Tensor, loss_reduction: str = "none") -> torch.Tensor:
-        """Loss in nats of each target, (B, T) float32, 0 where a target is -1."""
-        assert loss_reduction == "none", "a foreign model is measured here, not trained"
-        chunks = zip(self.hidden(idx).flatten(0, 1).split(LOGIT_ROWS), targets.flatten().split(LOGIT_ROWS))
-        losses = [F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks]
+        """Loss in nats of each target, (B, T) float32, 0 where a target is -1; other reductions are for training."""
+        hidden, losses = self.hidden(idx).flatten(0, 1), []
+        for h, t in zip(hidden.split(LOGIT_ROWS), targets.flatten().split(LOGIT_ROWS)):
+            losses.append(F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none"))
         return torch.cat(losses).view_as(targets)
 
-    @torch.inference_mode()
     def complete(self, tokenizer: HFTokenizer, prompt: str, max_tokens: int = 16) -> str:
         """The prompt with its greedy continuation, up to the end of the document."""
-        bos = tokenizer.get_bos_token_id()
-        ids = tokenizer.encode(prompt, prepend=bos)
-        for _ in range(max_tokens):
-            window = torch.tensor([ids[-self.config.sequence_len :]], device=self.get_device())
-            token = int(self.logits(self.hidden(window)[:, -1]).argmax())
-            if token == bos:
-                break
-            ids.append(token)
-        return tokenizer.tokenizer.decode(ids[1:])
+        ids = tokenizer.encode([prompt], prepend=tokenizer.get_bos_token_id())
+        ids = torch.tensor(ids, device=self.get_device())
+        mask = torch.ones_like(ids)  # without it the library warns
+        output = self.model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False)
+        return tokenizer.tokenizer.decode(output[0], skip_special_tokens=True)
 
 
 class HFTokenizer:
@@ -96,18 +89,16 @@ class HFTokenizer:
                 return token
         raise UserError(f"the tokenizer of {self.name} has neither a bos nor an eos token to start a document with")
 
-    def encode(self, text: str | list[str], prepend: int | None = None) -> list:
-        """Ids of a text, or of each text of a list. Special tokens spelt out in a text are encoded as text."""
-        if isinstance(text, str):
-            return self.encode([text], prepend)[0]
-        if not text:
+    def encode(self, texts: list[str], prepend: int | None = None) -> list[list[int]]:
+        """Ids of each text. Special tokens spelt out in a text are encoded as text."""
+        if not texts:  # the library fails
             return []
         first = [] if prepend is None else [prepend]
-        many = self.tokenizer(list(text), add_special_tokens=False, split_special_tokens=True, verbose=False)
+        many = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
         return [first + ids for ids in many["input_ids"]]
 
     def encode_to_numpy(self, texts: list[str], num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
-        """Concatenated ids of all texts and their offsets. The library chooses its own number of threads."""
+        """Concatenated ids of all texts and their offsets."""
         return concatenate_ids(self.encode(texts), 2**32 - 1)
 
     def token_bytes(self) -> torch.Tensor:
@@ -115,7 +106,6 @@ class HFTokenizer:
 
         Read off the vocabulary's own spelling, since decoding a lone id turns part of a character into U+FFFD.
         Byte-level vocabularies write one character per byte; SentencePiece writes a blank as "▁" and a byte as "<0x0A>".
-        Raises UserError for any other kind.
         """
         vocab = self.tokenizer.get_vocab()
         byte_level = "Ġ" in vocab  # such vocabularies write a space like this
@@ -129,7 +119,7 @@ class HFTokenizer:
                 continue
             if byte_level and token not in added:
                 counts[i] = len(token)
-            elif not byte_level and len(token) == 6 and token.startswith("<0x"):
+            elif not byte_level and re.fullmatch("<0x..>", token):
                 counts[i] = 1
             else:
                 counts[i] = len(token.replace("▁", " ").encode())

@@ -1,8 +1,8 @@
 """How well a model predicts text: bits per byte, and samples from fixed prompts.
 
-The loss per token depends on the vocabulary (longer tokens are fewer and harder to predict), bits per byte do not.
-They are the loss of all target tokens in nats, divided by ln 2 and by the bytes of text that those tokens stand for.
-Special tokens stand for no text and are left out of both sums.
+The loss per token depends on the vocabulary (longer tokens are fewer and harder to predict), bits per byte do not: the
+loss of all target tokens in nats, divided by ln 2 and by the bytes of text that those tokens stand for. Special tokens
+stand for no text and are left out of both sums.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ SAMPLE_PROMPTS = [
 
 
 def eval_batches(tokens: int, B: int, T: int, compute: Compute) -> tuple[int, int]:
-    """How the ranks share a measurement over about `tokens` tokens: (rows in total, micro-batches of this rank).
+    """How the ranks share a measurement over about `tokens` tokens (-1: 20 * 2^20, on a CPU 2^16).
 
-    -1 tokens stand for 20 * 2^20, on a CPU for 2^16. Pass the rows as the loader's `rows_per_step`: they depend neither
-    on B nor on the ranks, so neither does the result. With T = 2048, B = 8 and two ranks, 50,000 tokens are 24 rows in
-    3 micro-batches: 2 of rank 0 and 1 of rank 1.
+    Returns (rows in total, micro-batches of this rank). Pass the rows as the loader's `rows_per_step`: they depend neither
+    on B nor on the ranks, so neither does the result.
     """
     if tokens == -1:
         tokens = 2**16 if compute.device.type == "cpu" else 20 * 2**20
@@ -50,8 +49,7 @@ def evaluate_bpb(
 
     `batches` yields (inputs, targets, ...), both (B, T); targets of -1 are ignored. `steps` may differ between ranks and
     be 0. `token_bytes` (vocab_size,) are the bytes of text behind each id, 0 for special tokens. `stop` is polled before
-    each batch and must return the same on all ranks; if it returns True, the result is None. It is infinity if the
-    targets hold no text at all.
+    each batch and must return the same on all ranks; then the result is None. It is infinity without any text.
     """
     token_bytes = token_bytes.to(compute.device)
     # MPS has no float64; float32 is accurate to about 1e-6 here, since each addend is the sum of a whole batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import threading
 from contextlib import suppress
 from datetime import timedelta
@@ -22,7 +21,7 @@ class Saver:
     >>> saver.save(step, model.state_dict(), optimizer.state_dict(), meta, tokenizer)  # training may continue at once
     >>> saver.close()  # the last one is on the disk, or its error is raised
 
-    Every rank calls all of these. A run that is being stopped has `timeout` seconds to release the folder, then UserError.
+    Every rank calls all of these. A run that is being stopped has `timeout` seconds to release the folder.
     """
 
     def __init__(self, directory: Path, compute: Compute, keep_last: int = -1, timeout: float = 60):
@@ -41,14 +40,8 @@ class Saver:
         try:
             self.lock.acquire(timeout=timeout)
         except Timeout:
-            raise UserError(
-                f"another run is training into {self.directory}; stop it, or give this one another --model-tag. "
-                f"If no such run exists any more, delete {self.lock.lock_file}"
-            ) from None
-        except (NotImplementedError, OSError) as error:
-            if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
-                raise
-            print0(f"files cannot be locked in {self.directory}: make sure that no other run trains into it")
+            hint = f"stop it, or give this one another --model-tag. If there is no such run, delete {self.lock.lock_file}"
+            raise UserError(f"another run is training into {self.directory}; {hint}") from None
 
     def save(self, step: int, model_state: State, optimizer_state: State | None, meta: dict, tokenizer) -> None:
         """Copy all tensors to host memory and save them from there (see `save_checkpoint`). `meta` is not copied.
@@ -58,9 +51,9 @@ class Saver:
         self._join()
         model_state = _copy_to_host(model_state) if self.compute.is_main else {}
         optimizer_state = optimizer_state and _copy_to_host(optimizer_state)
-        # Not a daemon: a process that exits early, for example because of an error, still finishes the save
         arguments = step, model_state, optimizer_state, meta, tokenizer
-        self.thread = threading.Thread(target=self._save, name="save", args=arguments)
+        # Not a daemon: a process that exits early, for example because of an error, still finishes the save
+        self.thread = threading.Thread(target=self._save, args=arguments)
         self.thread.start()
 
     def _save(self, step: int, *arguments) -> None:

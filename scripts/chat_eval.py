@@ -8,10 +8,8 @@ ChatCORE is the mean over six tasks of (accuracy - baseline) / (1 - baseline), w
 guessing. It is printed only if all six tasks were run. Accuracies are shown with their standard error.
 """
 
-import json
-
 from nanochat import flags
-from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, print0, run_script
+from nanochat.common import UserError, compute_cleanup, compute_init, print0, run_script
 
 CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 TASK_NAMES = (*CHATCORE, "SampleWorld")
@@ -20,13 +18,11 @@ DEFAULT_QUESTIONS = ["Who are you?", "Why is the sky blue?"]  # for a model whos
 
 def chosen_tasks(task_name: list[str] | None) -> tuple[str, ...]:
     """The names given with -a, in order and without duplicates; the six of ChatCORE by default."""
-    if not task_name:
-        return CHATCORE
-    names = tuple(dict.fromkeys(name.strip() for value in task_name for name in value.split("|") if name.strip()))
-    unknown = [name for name in names if name not in TASK_NAMES]
-    if unknown or not names:
-        raise UserError(f"unknown task {', '.join(unknown) or repr(task_name)}; choose from {', '.join(TASK_NAMES)}")
-    return names
+    names = [name.strip() for name in "|".join(task_name or CHATCORE).split("|")]
+    for name in names:
+        if name not in TASK_NAMES:
+            raise UserError(f"unknown task {name!r}; choose from {', '.join(TASK_NAMES)}")
+    return tuple(dict.fromkeys(names))
 
 
 def make_task(name: str, allow_unsafe_code: bool = False):
@@ -49,19 +45,14 @@ def make_task(name: str, allow_unsafe_code: bool = False):
     }[name]()
 
 
-def chat_core(results: dict[str, dict]) -> float | None:
-    """Mean centred accuracy of the six tasks; None unless all of them are in `results`."""
-    if not set(CHATCORE) <= set(results):
-        return None
+def chat_core(results: dict[str, dict]) -> float:
+    """Mean centred accuracy of the six tasks."""
     scored = [(results[name]["accuracy"], results[name]["baseline"]) for name in CHATCORE]
     return sum((accuracy - baseline) / (1 - baseline) for accuracy, baseline in scored) / len(scored)
 
 
 def converse(engine, tokenizer, questions: list[str], max_tokens: int = 128) -> list[dict]:
-    """The messages of one conversation in which the model is asked these questions; replies are greedy.
-
-    It ends early where the context is full.
-    """
+    """The messages of one conversation with these questions and greedy replies; it ends early where the context is full."""
     tokens, messages = [tokenizer.get_bos_token_id()], []
     for question in questions:
         message = {"role": "user", "content": question}
@@ -94,7 +85,7 @@ def main(argv=None):
     from nanochat.checkpoint_manager import load_model
     from nanochat.device import prepare_for_inference
     from nanochat.engine import Engine
-    from nanochat.task_eval import run_task, standard_error
+    from nanochat.task_eval import count_right
 
     compute = compute_init(args.device_type)
     model, tokenizer, meta = load_model(args.stage, compute, model_tag=args.model_tag, step=args.step)
@@ -111,37 +102,32 @@ def main(argv=None):
             continue
         if name == "HumanEval":
             print0(f"HumanEval runs model-written code behind: {', '.join(task.layers) or 'nothing'}")
-        accuracy, n = run_task(
+        right = count_right(
             task, model, tokenizer, engine, compute,
             max_problems=args.max_problems, batch_size=args.batch_size, num_samples=args.num_samples,
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k or None, name=name,
         )  # fmt: skip
-        error = standard_error(accuracy, n)
+        n, accuracy = len(right), (right > 0).double().mean().item()
+        error = (accuracy * (1 - accuracy) / n) ** 0.5
         results[name] = {"accuracy": accuracy, "stderr": error, "n": n, "baseline": task.baseline}
         print0(f"{name:14s} {100 * accuracy:6.2f}% +- {100 * error:.2f}  "
                f"({n} problems, guessing scores {100 * task.baseline:.0f}%)")
     if not results:
         raise UserError("none of the tasks could be run (reasons above); -a SampleWorld needs no data hub")
 
-    core = chat_core(results)
-    if core is not None:
-        print0(f"ChatCORE {core:.4f}")
+    scores = {name: result["accuracy"] for name, result in results.items()}
+    if set(CHATCORE) <= set(results):
+        scores["ChatCORE"] = chat_core(results)
+        print0(f"ChatCORE {scores['ChatCORE']:.4f}")
     elif not args.task_name:
         print0(f"no ChatCORE, which needs all of {', '.join(CHATCORE)}")
     if compute.is_main:
-        scores = {name: result["accuracy"] for name, result in results.items()}
-        if core is not None:
-            scores["ChatCORE"] = core
         data = {
             "stage": args.stage, "step": meta["step"], "tasks": results, "scores": scores,
             "chat": converse(engine, tokenizer, meta.get("user_config", {}).get("examples") or DEFAULT_QUESTIONS),
             "flags": flags.for_report(parser, args),
         }
-        path = get_base_dir() / "report" / f"chat_eval_{args.stage}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(data, indent=2) + "\n")
         report.log(f"Chat evaluation ({args.stage})", data)
-        print0(f"Results: {path}")
     compute_cleanup(compute)
 
 

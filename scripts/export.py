@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import re
 from pathlib import Path
 
 from nanochat import flags
@@ -21,8 +20,7 @@ from nanochat.common import UserError, compute_init, print0, run_script
 
 def main(argv=None):
     parser = flags.make_parser("Import a model of the reference's layout.")
-    from_help = "folder with model_NNNNNN.pt and meta_NNNNNN.json"
-    parser.add_argument("--from", dest="folder", type=Path, required=True, help=from_help)
+    parser.add_argument("--from", dest="folder", type=Path, required=True, help="folder of the model")
     parser.add_argument("--tokenizer", type=Path, default=None, help="its tokenizer.pkl (default: in that folder)")
     parser.add_argument("--step", type=flags.number(int, 0), default=None, help="which step (default: the last)")
     parser.add_argument("--to-stage", default="sft", choices=["base", "mid", "sft", "rl"], help="stage of the imported model")
@@ -34,9 +32,9 @@ def main(argv=None):
 
     compute = compute_init("cpu")
     folder = args.folder.expanduser()
-    found = (re.fullmatch(r"model_(\d+)\.pt", path.name) for path in folder.glob("model_*.pt"))
-    steps = sorted(int(match[1]) for match in found if match)
-    step = args.step if args.step is not None else steps[-1] if steps else None
+    numbers = [path.stem.removeprefix("model_") for path in folder.glob("model_*.pt")]
+    steps = sorted(int(number) for number in numbers if number.isdigit())
+    step = max(steps, default=None) if args.step is None else args.step
     if step not in steps:
         raise UserError(f"there is no model of step {step} in {folder}; there are steps {steps}")
     state, meta = read_weights(folder, step)
@@ -45,12 +43,12 @@ def main(argv=None):
     if model.config.vocab_size != tokenizer.get_vocab_size():
         raise UserError(f"the model has a vocabulary of {model.config.vocab_size}, the tokenizer of {tokenizer.get_vocab_size()}")
 
-    saver = Saver(checkpoint_dir(args.to_stage, args.model_tag or folder.resolve().name), compute)
+    tag = args.model_tag or folder.resolve().name
+    saver = Saver(checkpoint_dir(args.to_stage, tag), compute)
     meta = {**meta, "model_config": vars(model.config), "tokenizer": tokenizer.fingerprint()}
     saver.save(step, model.state_dict(), None, meta, tokenizer)
     saver.close()
-    chat = f"python -m scripts.chat_cli -i {args.to_stage} -g {saver.directory.name}"
-    print0(f"imported {folder} as stage {args.to_stage}; chat with it: {chat}")
+    print0(f"imported {folder}; chat with it: python -m scripts.chat_cli -i {args.to_stage} -g {tag}")
 
 
 def read_weights(folder: Path, step: int) -> tuple[dict, dict]:
@@ -62,9 +60,9 @@ def read_weights(folder: Path, step: int) -> tuple[dict, dict]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         meta = json.loads((folder / f"meta_{step:06d}.json").read_text(encoding="utf-8"))
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
-        config = meta["model_config"]
+        config = dict(meta["model_config"])
     except Exception as error:  # a damaged file can raise nearly anything; one with code, pickle.UnpicklingError
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = repr(error).splitlines()[0][:200]
         raise UserError(f"{path} or its meta file is damaged, or holds something other than weights ({reason})") from error
     if "smear_lambda" not in state:  # earlier models had full context, another rotary base, unscaled q and k
         config = {"window_pattern": "L", "rotary_base": 10000.0, "qk_scale": 1.0, **config}
@@ -80,8 +78,6 @@ def read_tokenizer(path: Path):
             self.state = state
 
     class EncodingUnpickler(pickle.Unpickler):
-        """A pickle may call whatever it can name; this one can name only a class that stores its state."""
-
         def find_class(self, module: str, name: str):
             if name == "Encoding" and module in ("tiktoken", "tiktoken.core"):
                 return PickledEncoding

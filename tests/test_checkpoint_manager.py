@@ -7,42 +7,38 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import tiny_gpt
+from tiny import CPU, tiny_gpt
 
 from nanochat import checkpoint_manager as cm
 from nanochat.checkpoint_manager import save_checkpoint
-from nanochat.common import Compute, UserError
+from nanochat.common import UserError
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, tokenizer_dir
 
 SPECIAL = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
 BYTES = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, SPECIAL)  # every byte is a token
-CPU = Compute(torch.device("cpu"), torch.float32)
 
 
 def assert_same(a, b):
-    """Same names, dtypes, shapes and bits (NaN and -0.0 included)."""
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
-        one, other = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a[name], b[name]))
-        assert torch.equal(one, other), name
+    """Same names, dtypes, shapes and values, NaN included."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def some_state(seed=0):
     g = torch.Generator().manual_seed(seed)
-    state = {
+    return {
         "float": torch.randn(5, 7, generator=g),
+        "special": torch.tensor([float("nan"), -0.0, float("inf")]),
         "bf16": torch.randn(3, 4, generator=g).bfloat16(),
         "half": torch.randn(3, generator=g).half(),
-        "int32": torch.tensor([1, 2], dtype=torch.int32),
         "bool": torch.tensor([True, False]),
-        "step": torch.tensor(17.0),  # 0-dim
-        "steps": torch.tensor(3),
+        "step": torch.tensor(17),  # 0-dim
         "empty": torch.empty(0, 4),
         "transposed": torch.randn(3, 5, generator=g).t(),
     }
-    state["float"][0, :3] = torch.tensor([float("nan"), -0.0, float("inf")])
-    return state
 
 
 OPTIMIZER = {"w.exp_avg": torch.arange(3.0), "w.step": torch.tensor(4.0)}
@@ -52,17 +48,11 @@ def save(directory, step, **kwargs):
     return save_checkpoint(directory, step, some_state(), OPTIMIZER, {}, BYTES, CPU, **kwargs)
 
 
-# -----------------------------------------------------------------------------
-# Round trip
-
-
 def test_round_trip_is_bit_exact_for_every_dtype(tmp_path):
     meta = {"model_config": {"n_layer": 2}, "loader_state": None, "lr": 0.1 + 0.2, "val_bpb": None}
     optimizer = {"a.exp_avg": torch.randn(4).bfloat16(), "a.step": torch.tensor(5)}
     folder = save_checkpoint(tmp_path / "d2", 12, some_state(), optimizer, meta, BYTES, CPU)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "meta.json", "model.safetensors", "optimizer_rank0.safetensors", "vocabulary.json"
-    ]  # fmt: skip
+    assert names_in(folder) == ["meta.json", "model.safetensors", "optimizer_rank0.safetensors", "vocabulary.json"]
     model_state, loaded = cm.load_checkpoint(tmp_path / "d2", 12, CPU)
     assert_same(model_state, some_state())
     assert_same(cm.load_optimizer(tmp_path / "d2", 12, optimizer, rank=0), optimizer)
@@ -72,46 +62,31 @@ def test_round_trip_is_bit_exact_for_every_dtype(tmp_path):
         cm.load_optimizer(tmp_path, 2, OPTIMIZER, rank=0)
 
 
-# -----------------------------------------------------------------------------
-# Damage
-
-
 DAMAGES = {  # the bytes of a file, and of the same file of another step -> what is left of them
-    "bit flipped": lambda data, other: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
+    "bit flipped": lambda data, other: data[:99] + bytes([data[99] ^ 1]) + data[100:],
     "truncated": lambda data, other: data[:-3],
-    "zeroed": lambda data, other: bytes(len(data)),
-    "extended": lambda data, other: data + b"x",
     "of another step": lambda data, other: other,
-    "deleted": lambda data, other: None,
+    "other JSON": lambda data, other: b"[1]",
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-@pytest.mark.parametrize("name", ["meta.json", "model.safetensors", "optimizer_rank1.safetensors", "vocabulary.json"])
+@pytest.mark.parametrize("name", ["meta.json", "model.safetensors", "optimizer_rank1.safetensors"])
 def test_damage_is_named_in_one_line_and_the_previous_step_is_used(tmp_path, run_ranks, capsys, name, kind):
     path, other = (save_on(run_ranks, 2, tmp_path, step) / name for step in (4, 2))
-    changed = DAMAGES[kind](path.read_bytes(), other.read_bytes())
-    if changed == path.read_bytes():
-        return  # the vocabulary is that of every step
-    path.unlink()
-    if changed is not None:
-        path.write_bytes(changed)
+    path.write_bytes(DAMAGES[kind](path.read_bytes(), other.read_bytes()))
     message = f"checkpoint {tmp_path}/step_000004 is damaged: {name}: [^\n]*$"
     with pytest.raises(UserError, match=message):
         cm.verify(tmp_path, 4)
     assert cm.find_last_step(tmp_path) == 2 and "skipping step 4: checkpoint" in capsys.readouterr().out
-    usable = name not in ("meta.json", "model.safetensors")
-    assert cm.find_last_step(tmp_path, weights_only=True) == (4 if usable else 2)
+    usable = name.startswith("optimizer")  # without it the model is complete
+    assert cm.find_last_step(tmp_path, cm.MODEL_FILES) == (4 if usable else 2)
     with nullcontext() if usable else pytest.raises(UserError, match=message):
         cm.load_checkpoint(tmp_path, 4, CPU)
 
 
-# -----------------------------------------------------------------------------
-# Another number of ranks
-
 WHOLE = {  # the complete state of an optimizer, unsharded
     "emb.exp_avg": torch.arange(35.0).view(7, 5),
-    "head.exp_avg": torch.arange(13.0) + 200,
     "scalar.exp_avg": torch.arange(2.0) + 300,
     "m0.momentum": torch.arange(12.0).view(3, 4) + 400,
     "m1.momentum": torch.arange(12.0).view(4, 3) + 500,
@@ -122,7 +97,7 @@ WHOLE = {  # the complete state of an optimizer, unsharded
 def shard(rank, world_size, step=1):
     """One rank's shard of WHOLE: an equal range of each tensor for AdamW, if it gets any, and matrices in turn."""
     state = {f"m{i}.momentum": WHOLE[f"m{i}.momentum"] for i in range(rank, 3, world_size)}
-    for name in ("emb", "head", "scalar"):
+    for name in ("emb", "scalar"):
         whole = WHOLE[f"{name}.exp_avg"]
         share = -(-whole.numel() // world_size)
         a, b = rank * share, min((rank + 1) * share, whole.numel())
@@ -144,47 +119,32 @@ def load_as(rank, world_size, directory):
     return cm.load_optimizer(directory, 1, {key: torch.zeros_like(value) for key, value in shard(rank, world_size).items()}, rank)
 
 
-@pytest.mark.parametrize("then", [1, 2, 3])
 @pytest.mark.parametrize("before", [1, 2, 3])
-def test_optimizer_state_is_resharded_exactly(tmp_path, run_ranks, before, then):
+def test_optimizer_state_is_resharded_exactly(tmp_path, run_ranks, before):
     save_on(run_ranks, before, tmp_path)
-    for rank in range(then):
-        assert_same(load_as(rank, then, tmp_path), shard(rank, then))
+    for rank, world_size in ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)):
+        assert_same(load_as(rank, world_size, tmp_path), shard(rank, world_size))
+    for key, shape in (("m3.momentum", (2, 2)), ("emb.exp_avg", (8, 5)), ("emb.exp_avg[30:40]", (10,))):
+        with pytest.raises(UserError, match=rf"is of another model: {re.escape(key)} is missing"):
+            cm.load_optimizer(tmp_path, 1, {key: torch.zeros(shape)}, rank=0)
 
 
 def test_only_needed_files_are_read_and_each_is_verified(tmp_path, run_ranks):
     path = save_on(run_ranks, 3, tmp_path) / "optimizer_rank2.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
     load_as(0, 3, tmp_path)  # as many ranks as before: its own file has it all
-    needed = {"emb.exp_avg[4:20]": torch.zeros(16)}  # of the first two ranks
-    assert cm.load_optimizer(tmp_path, 1, needed, rank=0)["emb.exp_avg[4:20]"].tolist() == list(range(4, 20))
     for rank, world_size in ((2, 3), (0, 1), (1, 2)):
         with pytest.raises(UserError, match="damaged: optimizer_rank2"):
             load_as(rank, world_size, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "key, shape",
-    [("m3.momentum", (2, 2)), ("m0.momentum", (4, 3)), ("emb.exp_avg", (8, 5)), ("emb.exp_avg[30:40]", (10,))],
-)
-def test_the_optimizer_state_of_another_model_is_refused_by_name(tmp_path, run_ranks, key, shape):
-    save_on(run_ranks, 2, tmp_path)
-    with pytest.raises(UserError, match=rf"is of another model: {re.escape(key)} is missing"):
-        cm.load_optimizer(tmp_path, 1, {key: torch.zeros(shape)}, rank=0)
-
-
-# -----------------------------------------------------------------------------
-# Finding
-
-
-def test_keep_last_counts_complete_checkpoints_only(tmp_path):
-    for step in (1, 2, 3, 4, 5):
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    for step in (1, 2, 3, 9):
         save(tmp_path, step)
-    (tmp_path / "step_000005" / "model.safetensors").write_bytes(b"cut")
-    (tmp_path / "step_000004" / "meta.json").unlink()
-    (tmp_path / "notes.txt").write_text("not a checkpoint")
-    save(tmp_path, 6, keep_last=2)
-    assert names_in(tmp_path) == ["notes.txt", "step_000003", "step_000004", "step_000005", "step_000006"]
+    (tmp_path / "step_000009" / "meta.json").unlink()  # damaged: the run resumed from step 3
+    (tmp_path / "step_notes").write_text("not a checkpoint")
+    save(tmp_path, 4, keep_last=2)
+    assert names_in(tmp_path) == ["step_000003", "step_000004", "step_000009", "step_notes"]
 
 
 def test_the_newest_tag_is_the_default(base_dir):
@@ -196,10 +156,6 @@ def test_the_newest_tag_is_the_default(base_dir):
     assert cm.find_tags("base") == ["d8", "d4", "d12", "cut"], "one damaged run does not affect the others"
     for arguments, found in (((), ("d8", 1)), (("d4",), ("d4", 20)), (("d4", 10), ("d4", 10))):
         assert cm.resolve_checkpoint("base", *arguments) == (base_dir / "base_checkpoints" / found[0], found[1])
-
-
-# -----------------------------------------------------------------------------
-# Models
 
 
 def test_a_model_is_loaded_with_its_own_tokenizer(base_dir):
@@ -216,19 +172,11 @@ def test_a_model_is_loaded_with_its_own_tokenizer(base_dir):
     assert torch.equal(loaded(tokens), model(tokens))
 
 
-@pytest.mark.parametrize("change, message", [({"n_moons": 3}, "n_moons"), ({"n_embd": 128}, "do not fit")])
+@pytest.mark.parametrize("change, message", [({"n_moons": 3}, "n_moons"), ({"n_embd": 128}, "size mismatch")])
 def test_a_config_with_unknown_fields_or_other_weights_is_refused(change, message):
     model = tiny_gpt()
     with pytest.raises(UserError, match=message):
         cm.build_model(model.state_dict(), {**dataclasses.asdict(model.config), **change}, CPU)
-
-
-# -----------------------------------------------------------------------------
-# Complete or absent
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("moment", ["_write_tensors", "_write_meta", "_hidden", "flush_to_disk"])
@@ -252,23 +200,18 @@ def test_a_failure_at_any_moment_leaves_earlier_checkpoints(tmp_path, monkeypatc
     assert names_in(tmp_path) == ["step_000001", "step_000003"], "leftovers are removed by the next save"
 
 
-@pytest.mark.parametrize("failing", [0, 2])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "part"), RuntimeError("unexpected")])
-def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_nothing(tmp_path, run_ranks, monkeypatch, failing, error):
+def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_nothing(tmp_path, run_ranks, monkeypatch):
     write = cm._write_tensors
 
     def fail(path, state):
-        if path.name == f"optimizer_rank{failing}.safetensors":
-            raise error
+        if path.name == "optimizer_rank2.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device", "part")
         return write(path, state)
 
     def work(compute):
-        with pytest.raises((OSError, RuntimeError)) as raised:
+        with pytest.raises(OSError, match="No space left"):
             save_checkpoint(tmp_path, 2, some_state(), OPTIMIZER, {}, BYTES, compute)
-        return raised.value
 
     monkeypatch.setattr(cm, "_write_tensors", fail)
-    raised = run_ranks(3, work)
-    assert raised.pop(failing) is error and names_in(tmp_path) == []
-    for other in raised:
-        assert f"on rank {failing}: " in str(other) and other.errno == getattr(error, "errno", errno.EIO)
+    run_ranks(3, work)
+    assert names_in(tmp_path) == []

@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import torch
 
+from nanochat.common import Compute
 from nanochat.gpt import GPT, GPTConfig
 
+CPU = Compute(torch.device("cpu"), torch.float32)
 SPECIALS = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
 BOS, END = 256, 257
 
