@@ -25,6 +25,7 @@ import yaml
 from nanochat.common import Compute, UserError, file_url, get_base_dir
 from nanochat.dataset import fetch_file, write_once
 
+MAX_UNPACKED = 2**31  # bytes of the unpacked bundle
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CHUNK = 64  # questions rendered, sorted and scored together: small enough to share among ranks
 BATCH_TOKENS = {"cpu": 4096, "mps": 16384, "cuda": 32768}  # a CPU is fastest if a batch fits into its cache
@@ -63,6 +64,8 @@ def fetch_bundle(compute: Compute) -> Path:
         try:
             with zipfile.ZipFile(archive) as bundle:
                 bundle.getinfo("eval_bundle/core.yaml")
+                if sum(member.file_size for member in bundle.infolist()) > MAX_UNPACKED:
+                    raise ValueError(f"it unpacks to more than {MAX_UNPACKED:,} bytes")
                 if damaged := bundle.testzip():
                     raise ValueError(f"the checksum of {damaged} does not match")
         except Exception as error:  # a damaged zip file can raise nearly anything
