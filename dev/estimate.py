@@ -29,14 +29,13 @@ def main(argv=None):
     parser = flags.make_parser(__doc__.splitlines()[0])
     parser.add_argument("--depth", type=flags.COUNT, nargs="+", default=[20], help="layers; several numbers for several runs")
     flags.add_size_flags(parser)
-    group = parser.add_argument_group("vocabulary and hardware")
+    group = parser.add_argument_group("vocabulary, hardware, output")
     group.add_argument("--vocab-size", type=flags.COUNT, default=32768, help="tokens of the vocabulary")
     group.add_argument("--gpus", type=flags.COUNT, default=8, help="number of GPUs")
     group.add_argument("--gpu", default="H100", help="type of GPU, one listed in nanochat/device.py")
     group.add_argument("--mfu", type=float, default=0.5, help="share of the bf16 peak that training reaches")
     group.add_argument("--dollars-per-gpu-hour", type=float, default=3.0, help="price")
     group.add_argument("--chat", action="store_true", help="with midtraining and fine-tuning")
-    group = parser.add_argument_group("for the run scripts")
     group.add_argument("--check", action="store_true", help="fail if the base folder lacks space or has another tokenizer")
     group.add_argument("--shards", action="store_true", help="print only the number of shards")
     args, _ = parser.parse_known_args(argv)
@@ -50,8 +49,7 @@ def main(argv=None):
     checkpoints = sum(run["checkpoint"] for run in runs) * (CHECKPOINTS + CHAT_CHECKPOINTS * args.chat)
     needed = (shards + 1) * SHARD_BYTES + checkpoints + OTHER_BYTES
     price = args.gpus * args.dollars_per_gpu_hour
-    print(f"{'':24}{'parameters':>11}{'scaling':>9}{'tokens':>9}{'steps of':>9}{'tokens':>10}{'FLOPs':>10}"
-          f"{'hours':>8}{'dollars':>9}")
+    print(f"{'':24}{'parameters':>11}{'scaling':>9}{'tokens':>9}{'steps of':>9}{'tokens':>10}{'FLOPs':>10}{'hours':>8}{'dollars':>9}")
     for depth, run in zip(args.depth, runs):
         print(f"{f'pretraining d{depth}':24}{amount(run['parameters']):>11}{amount(run['scaling']):>9}{amount(run['tokens']):>9}"
               f"{run['steps']:>9,}{run['batch']:>10,}{run['flops']:>10.2e}{run['hours']:>8.2f}{run['hours'] * price:>9,.0f}")
@@ -97,10 +95,8 @@ def estimate(depth: int, args) -> dict:
 
 def amount(number: float) -> str:
     """1234567890 -> 1.23B."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.0f}"
+    size, letter = next((size, letter) for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")) if number >= size)
+    return f"{number / size:.3g}{letter}"
 
 
 def check(needed: float, vocab_size: int) -> None:
@@ -109,10 +105,8 @@ def check(needed: float, vocab_size: int) -> None:
     used = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())  # by an earlier start of the same run
     space = used + shutil.disk_usage(base).free
     if space < needed:
-        raise UserError(
-            f"this run takes about {needed / 1e9:.0f} GB and {base} has space for {space / 1e9:.0f} GB. "
-            "Point NANOCHAT_BASE_DIR at a larger disk"
-        )
+        raise UserError(f"this run takes about {needed / 1e9:.0f} GB and {base} has space for {space / 1e9:.0f} GB. "
+                        "Point NANOCHAT_BASE_DIR at a larger disk")
     if (base / "tokenizer" / "vocabulary.json").exists():
         from nanochat.tokenizer import get_tokenizer
 
