@@ -11,13 +11,11 @@ from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nanochat import sample_world
 from nanochat.calculator import use_calculator
-from nanochat.sample_world import KIND, KINDS, WORLD, ask, documents, paragraphs, prose, quiz, sentence, write_shards
-from tasks.sample_world import ARITHMETIC, SMALL_TALK, SampleWorld, is_right, words
+from nanochat.sample_world import KIND, KINDS, WORLD, ask, documents, prose, quiz, sentence, write_shards
+from tasks.sample_world import ARITHMETIC, SMALL_TALK, SampleWorld, is_right
 
 SIZE = 4_000_000  # characters, about an eighth of the corpus
 
@@ -123,29 +121,11 @@ def test_the_corpus_follows_from_its_seed(little_prose):
     assert first == again != other
 
 
-def test_paragraphs_keep_prose_and_drop_code():
-    text = """Return the sum of all the numbers that
-        were given, as a float.
-
-        >>> total([1, 2, 3]) is equal to the number six.
-        6
-
-        total(a, b) -> c[0], d[1]: {x = 2}
-
-        Heading without an end
-
-        A second paragraph with ``marks`` of *emphasis* that are taken away.
-        """
-    assert list(paragraphs(text)) == [
-        "Return the sum of all the numbers that were given, as a float.",
-        "A second paragraph with marks of emphasis that are taken away.",
-    ]
-
-
 def test_prose_says_nothing_twice():
     counts = Counter(paragraph for document in prose(1) for paragraph in document.split("\n\n"))
     assert sum(map(len, counts)) > 500_000
     assert max(counts.values()) == 1
+    assert not any(">>>" in paragraph or paragraph[-1] not in ".:!?)" for paragraph in counts), "code or a heading"
 
 
 def test_write_shards(tmp_path, little_prose):
@@ -227,19 +207,6 @@ def test_the_quiz_accepts_its_replies_and_neither_silence_nor_an_echo_nor_every_
         kind = KIND[conversation["kind"]]
         everything = ", ".join(fact[kind.answer] for fact in kind.facts)
         assert not any(task.evaluate(conversation, wrong) for wrong in ("", question, everything))
-
-
-@settings(max_examples=300, deadline=None)
-@given(index=st.integers(0, 199), seed=st.integers(0, 10**6))
-def test_another_facts_reply_is_wrong(index, seed):
-    task, rng = SampleWorld("test"), random.Random(seed)
-    conversation = task[index]
-    kind = KIND[conversation["kind"]]
-    other = ask(rng, kind, rng.choice(kind.facts), kind.questions)
-    expected = other.answer == conversation["answer"]
-    got = task.evaluate(conversation, other.reply)
-    # A reply that only happens to name the answer, "Monday comes before Tuesday", may pass; none that lacks it may.
-    assert got == expected or words(conversation["answer"]) in words(other.reply)
 
 
 @pytest.mark.parametrize("kind, question, answer, right, wrong", [

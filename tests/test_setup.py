@@ -23,20 +23,13 @@ chmod +x .venv/bin/python
 
 
 @pytest.fixture
-def project(tmp_path):
-    """A copy of what setup.sh reads."""
-    folder = tmp_path / "project"
-    shutil.copytree(ROOT / "rustbpe", folder / "rustbpe", ignore=shutil.ignore_patterns("target", "build", "*.egg-info"))
+def setup(tmp_path):
+    """`setup(cargo=True, **variables)` runs setup.sh in tmp_path / "project"; returns (stderr, uv's arguments)."""
+    project, programs, log = tmp_path / "project", tmp_path / "programs", tmp_path / "log"
+    shutil.copytree(ROOT / "rustbpe", project / "rustbpe", ignore=shutil.ignore_patterns("target", "build", "*.egg-info"))
     for name in ("dev/setup.sh", "pyproject.toml"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-@pytest.fixture
-def setup(project, tmp_path):
-    """`setup(cargo=True, **variables)` runs setup.sh; returns (stderr, uv's arguments)."""
-    programs, log = tmp_path / "programs", tmp_path / "log"
+        (project / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, project / name)
     write_program(programs / "uv", UV)
     write_program(programs / "python3", "exit 1")
     for tool in TOOLS:
@@ -54,13 +47,13 @@ def setup(project, tmp_path):
     return run
 
 
-def test_rustbpe_is_built_once_and_again_after_a_change(setup, project):
+def test_rustbpe_is_built_once_and_again_after_a_change(setup, tmp_path):
     _, (lock, sync, build) = setup(cargo=True)
     assert (lock, sync) == ("lock -q", "sync --extra cpu") and BUILD in build
     assert setup(cargo=True) == ("", [])
-    (project / "rustbpe/src/bpe.rs").write_text("// changed")
+    (tmp_path / "project/rustbpe/src/bpe.rs").write_text("// changed")
     assert setup(cargo=True) == ("", [build])
-    with open(project / "pyproject.toml", "a") as file:
+    with open(tmp_path / "project/pyproject.toml", "a") as file:
         file.write("# changed\n")  # syncing the environment then restores the published rustbpe
     assert setup(cargo=True)[1] == [lock, sync, build]
 

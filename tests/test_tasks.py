@@ -16,7 +16,7 @@ from tasks import common
 from tasks.arc import ARC
 from tasks.common import Task, TaskMixture, TaskSequence, check_conversation, final_number, load_hub_dataset, render_mc, single_turn
 from tasks.customjson import CustomJSON
-from tasks.gsm8k import GSM8K, answer_parts
+from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval, extract_code, passes
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
@@ -153,14 +153,6 @@ def test_mmlu(hub, subset, split):
         assert (conversation["subject"] == "") == (subset == "auxiliary_train")
 
 
-def test_gsm8k_marks_become_tool_calls():
-    parts = [(part["type"], part["text"]) for part in answer_parts("He has 48/2 = <<48/2=24>><<1+1=2>>24.\n#### 24")]
-    assert parts == [
-        ("text", "He has 48/2 = "), ("python", "48/2"), ("python_output", "24"), ("python", "1+1"), ("python_output", "2"),
-        ("text", "24.\n#### 24"),
-    ]  # fmt: skip
-
-
 def test_gsm8k(hub):
     task = GSM8K("main", "test")
     assert len(task) == 40 and (task.eval_type, task.baseline) == ("generative", 0.0)
@@ -168,8 +160,9 @@ def test_gsm8k(hub):
         right = final_number(text_of(conversation))
         assert task.evaluate(conversation, text_of(conversation)) and task.reward(conversation, f"#### ${right:,}.00") == 1
         assert not task.evaluate(conversation, f"#### {right + 1}") and task.reward(conversation, f"{right}") == 0
-        _, call, output, _ = conversation["messages"][-1]["content"]
-        assert str(use_calculator(call["text"])) == output["text"]
+        before, call, output, after = conversation["messages"][-1]["content"]
+        assert [part["type"] for part in (before, call, output, after)] == ["text", "python", "python_output", "text"]
+        assert str(use_calculator(call["text"])) == output["text"] and "<<" not in before["text"] + after["text"]
 
 
 def test_smoltalk(hub):
@@ -256,17 +249,14 @@ def test_humaneval(hub):
 # Spelling and counting letters, with the word list of the fake hub
 
 
-def test_words_of_the_splits_are_disjoint(hub, base_dir):
-    train, test = set(load_words("train")), set(load_words("test"))
-    assert not train & test and len(train | test) == 234
-
-
 def test_simple_spelling(hub, base_dir):
     task = SimpleSpelling(size=300)
     assert len(task) == 300 and list(task) == list(SimpleSpelling(size=300, split="train"))
+    train, test = set(load_words("train")), set(load_words("test"))
+    assert not train & test and len(train | test) == 234
     for conversation in task:
         word = prompt_of(conversation).removeprefix("Spell the word: ")
-        assert word in load_words("train") and text_of(conversation) == f"{word}:" + ",".join(word)
+        assert word in train and text_of(conversation) == f"{word}:" + ",".join(word)
 
 
 def test_spelling_bee_counts_right(hub, base_dir):
@@ -286,11 +276,5 @@ def test_spelling_bee_counts_right(hub, base_dir):
         assert task.evaluate(conversation, by_hand + conclusion) and task.evaluate(conversation, f"#### {count}")
         assert not task.evaluate(conversation, f"#### {count + 1}") and not task.evaluate(conversation, str(count))
         answers.add(count)
-    assert answers >= {0, 1, 2}
-
-
-def test_spelling_bee_asks_in_many_ways(hub, base_dir):
+    assert answers >= {0, 1, 2} and len(set(map(prompt_of, task))) == 400
     assert all(question.count("{c}") == question.count("{w}") == 1 for question in QUESTIONS)
-    questions = [prompt_of(conversation) for conversation in SpellingBee(size=500)]
-    assert len(set(questions)) == 500
-    assert all(0 < sum(sign in question for question in questions) < 500 for sign in "'\"`?.")
