@@ -1,9 +1,7 @@
 """What the tests share: a machine without internet, a folder for artifacts, a fake data hub.
 
-Before any test module is imported, the address of the hub is set to a free port of this machine
-where nothing listens, so every test starts with the hub down. The fixture `hub` starts the fake
-hub on that very port for one test, so that libraries that read the address only once (`datasets`,
-`huggingface_hub`) find it, too.
+Before any test module is imported, the address of the hub is set to a free port of this machine where nothing listens.
+The fixture `hub` starts the fake hub on that very port for one test, since `datasets` reads the address only once.
 """
 
 import os
@@ -49,11 +47,10 @@ def pytest_configure(config) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE",
                  "LOCAL_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
         os.environ.pop(name, None)
-    os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{config.hub_port}"
-    os.environ["NANOCHAT_FILES_URL"] = os.environ["HF_ENDPOINT"] + "/files"
-    os.environ["HF_HOME"] = os.path.join(config.scratch, "huggingface")
-    os.environ["NANOCHAT_BASE_DIR"] = os.path.join(config.scratch, "nanochat")
-    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+    address = f"http://127.0.0.1:{config.hub_port}"
+    os.environ |= {"HF_ENDPOINT": address, "NANOCHAT_FILES_URL": f"{address}/files", "NO_PROXY": "127.0.0.1,localhost",
+                   "no_proxy": "127.0.0.1,localhost", "HF_HOME": f"{config.scratch}/huggingface",
+                   "NANOCHAT_BASE_DIR": f"{config.scratch}/nanochat"}  # fmt: skip
     import huggingface_hub.constants  # noqa: F401  # reads the address now, before a test changes it
 
 
@@ -110,18 +107,10 @@ def restored_signals():
 def make_random_model():
     """`make_random_model(tokenizer, sequence_len)` returns a small random model that samples mostly letters."""
     import torch
-
-    from nanochat.gpt import GPT, GPTConfig
+    from tiny import tiny_gpt
 
     def make(tokenizer, sequence_len: int):
-        vocab_size = tokenizer.get_vocab_size()
-        sizes = dict(n_layer=2, n_head=1, n_kv_head=1, n_embd=64)
-        config = GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, **sizes)
-        torch.manual_seed(0)
-        with torch.device("meta"):
-            model = GPT(config)
-        model.to_empty(device="cpu")
-        model.init_weights(torch.float32)
+        model = tiny_gpt(noise=0.0, sequence_len=sequence_len, vocab_size=tokenizer.get_vocab_size(), n_head=1)
         with torch.no_grad():
             model.lm_head.weight.zero_()  # logits are 0 except for letters, which are far above or below
             model.lm_head.weight[ord("a") : ord("z") + 1].normal_(std=3.0)
