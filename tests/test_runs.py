@@ -115,7 +115,7 @@ def test_speedrun_runs_every_stage_once(run, tmp_path):
     stages = stages_of(calls)
     stages[5:7] = sorted(stages[5:7])  # these two run concurrently
     assert stages == [
-        "estimate", "estimate", "report", "gen_identity", "dataset", "dataset", "tok_train", "tok_eval", "base_train", "base_loss",
+        "report", "gen_identity", "estimate", "estimate", "dataset", "dataset", "tok_train", "tok_eval", "base_train", "base_loss",
         "base_eval", "mid_train", "chat_sft", "chat_eval", "chat_rl", "chat_eval", "report", "chat_cli",
     ]  # fmt: skip
     assert_flags_exist(calls)
