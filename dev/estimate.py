@@ -49,7 +49,8 @@ def main(argv=None):
     checkpoints = sum(run["checkpoint"] for run in runs) * (CHECKPOINTS + CHAT_CHECKPOINTS * args.chat)
     needed = (shards + 1) * SHARD_BYTES + checkpoints + OTHER_BYTES
     price = args.gpus * args.dollars_per_gpu_hour
-    print(f"{'':24}{'parameters':>11}{'scaling':>9}{'tokens':>9}{'steps of':>9}{'tokens':>10}{'FLOPs':>10}{'hours':>8}{'dollars':>9}")
+    print(f"{'':24}{'parameters':>11}{'scaling':>9}{'tokens':>9}{'steps of':>9}{'tokens':>10}{'FLOPs':>10}"
+          f"{'hours':>8}{'dollars':>9}")
     for depth, run in zip(args.depth, runs):
         print(f"{f'pretraining d{depth}':24}{amount(run['parameters']):>11}{amount(run['scaling']):>9}{amount(run['tokens']):>9}"
               f"{run['steps']:>9,}{run['batch']:>10,}{run['flops']:>10.2e}{run['hours']:>8.2f}{run['hours'] * price:>9,.0f}")
@@ -95,8 +96,10 @@ def estimate(depth: int, args) -> dict:
 
 def amount(number: float) -> str:
     """1234567890 -> 1.23B."""
-    size, letter = next((size, letter) for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")) if number >= size)
-    return f"{number / size:.3g}{letter}"
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"
 
 
 def check(needed: float, vocab_size: int) -> None:
@@ -105,8 +108,10 @@ def check(needed: float, vocab_size: int) -> None:
     used = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())  # by an earlier start of the same run
     space = used + shutil.disk_usage(base).free
     if space < needed:
-        raise UserError(f"this run takes about {needed / 1e9:.0f} GB and {base} has space for {space / 1e9:.0f} GB. "
-                        "Point NANOCHAT_BASE_DIR at a larger disk")
+        raise UserError(
+            f"this run takes about {needed / 1e9:.0f} GB and {base} has space for {space / 1e9:.0f} GB. "
+            "Point NANOCHAT_BASE_DIR at a larger disk"
+        )
     if (base / "tokenizer" / "vocabulary.json").exists():
         from nanochat.tokenizer import get_tokenizer
 

@@ -49,11 +49,13 @@ def load_runs(names: list[str]) -> list[dict]:
     A run without a training step is skipped. Raises UserError for a run that does not exist, and if none is left.
     """
     entries = [entry for path in base_dir_path().glob("report*/report.jsonl") for entry in read_jsonl(path, ENTRY_KEYS)]
-    entries = sorted((entry for entry in entries if entry["section"] == "Base model training"), key=lambda entry: entry["time"])
-    finished = {entry["data"].get("model tag"): entry["data"] for entry in entries}
+    entries = [entry for entry in entries if entry["section"] == "Base model training"]
+    finished = {entry["data"].get("model tag"): entry["data"] for entry in sorted(entries, key=lambda entry: entry["time"])}
     runs = []
     for name in names:
-        path = Path(name) if name.endswith(".jsonl") else base_dir_path() / "base_checkpoints" / name / "metrics.jsonl"
+        path = base_dir_path() / "base_checkpoints" / name / "metrics.jsonl"
+        if name.endswith(".jsonl"):
+            path = Path(name)
         if not path.exists():
             raise UserError(f"there is no {path}")
         tag, rows = path.parent.name, read_jsonl(path)

@@ -77,9 +77,10 @@ def environment() -> dict:
 
     def output_of(*command):
         try:
-            return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True, timeout=20).strip()
+            done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=20)
         except (OSError, subprocess.SubprocessError):
             return ""
+        return done.stdout.strip()
 
     versions = {package.name: package.version for package in distributions()}
     cpu = re.search(r"model name\s*: (.*)", output_of("cat", "/proc/cpuinfo"))  # Linux only
@@ -283,8 +284,12 @@ def generate() -> Path:
     runs = [read_jsonl(Path(entry["data"].get("metrics", ""))) for entry in stages]
 
     begin = time.strftime("%Y-%m-%d %H:%M", time.localtime(entries[0]["time"]))
-    took = duration(entries[-1]["time"] - entries[0]["time"])
-    page = ["# nanochat report\n", f"Started {begin}, {took} until the last stage.\n", "## Results\n", final_table(stages)]
+    page = [
+        "# nanochat report\n",
+        f"Started {begin}, {duration(entries[-1]['time'] - entries[0]['time'])} until the last stage.\n",
+        "## Results\n",
+        final_table(stages),
+    ]
     if chats:
         page += [f"## A conversation with the model ({chats[-1]['stage']}, temperature 0)\n", sample_text(chats[-1]["chat"])]
     page += ["## Time and memory\n", cost_table(stages, runs)]
