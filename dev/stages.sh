@@ -61,7 +61,7 @@ train() {  # NAME FOLDER COMMAND...: a stage with checkpoints in FOLDER, resumed
     [[ -e $log/$name.done ]] || fail "$name was stopped; run this again to resume from its checkpoint in $folder"
 }
 
-text_and_tokenizer() {  # VOCAB_SIZE FLAGS...: hours, dollars and disk of a run with these flags of dev.estimate; then its text and tokenizer
+text_and_tokenizer() {  # VOCAB_SIZE FLAGS...: estimate a run with these flags of dev.estimate, then get its text and tokenizer
     local shards download flags=("${@:2}" --vocab-size="$1" --gpus="$NPROC" --dollars-per-gpu-hour="${DOLLARS:-3}")
     [[ -n $TINY ]] || flags+=(--check)
     logged estimate python -m dev.estimate "${flags[@]}"

@@ -198,7 +198,7 @@ def training(args, device, dtype) -> dict:
     results, peak, repeats = {}, peak_flops(device), 3 if args.tiny else 8
     for depth, rows, context in ((2, 4, 128),) if args.tiny else ((12, 32, 2048), (20, 32, 2048), (24, 32, 2048)):
         for fp8 in (False, True):
-            seconds = None
+            model = optimizer = step = seconds = None  # frees the previous model
             while seconds is None:
                 try:
                     model, optimizer, step = trainer(args, depth, rows, context, device, dtype, fp8)
