@@ -23,21 +23,16 @@ base=(--target-param-data-ratio="$RATIO" --source="$SOURCE" --eval-every=500 --s
     --core-metric-every=1000000 --core-metric-max-per-task=-1 --sample-every=-1)
 read -ra more <<<"${BASE_FLAGS:-}"
 base+=("${more[@]}")
-estimate=(--check)
 
 if [[ -n $TINY ]]; then
     DEPTHS="1 2 3 4" VOCAB_SIZE=600
     base+=("${tiny[@]}" --core-metric-max-per-task=2)
-    estimate=()
 fi
 read -ra depths <<<"$DEPTHS"
 prepare "$NANOCHAT_BASE_DIR/log/miniseries"
 
 # Only larger models reach half of the bf16 peak: others report 46% at depth 18, and less for smaller models
-estimate+=("${base[@]}" --vocab-size="$VOCAB_SIZE" --gpus="$NPROC" --mfu=0.45 --dollars-per-gpu-hour="${DOLLARS:-3}" --depth "${depths[@]}")
-logged estimate python -m dev.estimate "${estimate[@]}"
-shards=$(python -m dev.estimate "${estimate[@]}" --shards)
-fetch_and_tokenize "$SOURCE" "$shards" "$VOCAB_SIZE"
+text_and_tokenizer "$VOCAB_SIZE" "${base[@]}" --mfu=0.45 --depth "${depths[@]}"
 
 tags=()
 for depth in "${depths[@]}"; do

@@ -38,7 +38,7 @@ base+=("${more[@]}")
 # SFT has 22 thousand conversations, 5 to 10 million tokens: about a hundred steps of 2^16 tokens, four rows on each of
 # eight GPUs. The learning rate follows the batch.
 sft=(--device-batch-size=4 --total-batch-size=65536)
-loss=() core=() mid=() tasks=() rl=() rl_tasks=(-a GSM8K) estimate=(--check)
+loss=() core=() mid=() tasks=() rl=() rl_tasks=(-a GSM8K)
 
 if [[ -n $TINY ]]; then
     DEPTH=2 VOCAB_SIZE=600
@@ -46,19 +46,14 @@ if [[ -n $TINY ]]; then
     mid=(--tasks=SampleWorld,Identity --num-iterations=4 --eval-tokens=1024) sft=("${mid[@]}")
     tasks=(-a SampleWorld -x 4 -m 8) rl_tasks=("${tasks[@]}")
     rl=(--task=SampleArithmetic --num-iterations=2 --examples-per-step=2 --num-samples=2 --max-new-tokens=16 --eval-examples=4)
-    estimate=()
 fi
 TAG=d$DEPTH
 prepare "$NANOCHAT_BASE_DIR/log/$TAG"
 
-# Hours, dollars and disk. Others reached 46% of the bf16 peak of H100s at depth 18, and 50% at depth 24
-estimate+=("${base[@]}" --vocab-size="$VOCAB_SIZE" --gpus="$NPROC" --mfu=0.5 --dollars-per-gpu-hour="${DOLLARS:-3}" --chat)
-logged estimate python -m dev.estimate "${estimate[@]}"
-shards=$(python -m dev.estimate "${estimate[@]}" --shards)
-
 if [[ ! -e $log/begun ]]; then python -m nanochat.report reset; touch "$log/begun"; fi
 [[ -e $NANOCHAT_BASE_DIR/identity_conversations.jsonl ]] || python -m dev.gen_identity
-fetch_and_tokenize "$SOURCE" "$shards" "$VOCAB_SIZE"
+# Others reached 46% of the bf16 peak of H100s at depth 18, and 50% at depth 24
+text_and_tokenizer "$VOCAB_SIZE" "${base[@]}" --mfu=0.5 --chat
 
 train base_train "base_checkpoints/$TAG" launch scripts.base_train --model-tag="$TAG" "${base[@]}"
 stage base_loss launch scripts.base_loss --model-tag="$TAG" "${loss[@]}"

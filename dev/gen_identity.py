@@ -2,9 +2,8 @@
 
     python -m dev.gen_identity      # writes identity_conversations.jsonl, which mid_train and chat_sft read if it exists
 
-Each topic of dev/identity.json has several questions and answers; a seeded generator picks topics and wordings, sometimes
-adds a greeting, and produces no conversation twice. The answers hold for every model that this repository trains. To give
-a model another persona, change that file or write the conversations yourself (see tasks/customjson.py).
+Each topic of dev/identity.json has several questions and answers, which hold for every model that this repository trains.
+To give a model another persona, change that file or write the conversations yourself (see tasks/customjson.py).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from nanochat import flags
 from nanochat.common import get_base_dir, run_script
+from tasks.common import single_turn
 
 
 def main(argv=None):
@@ -32,7 +32,7 @@ def conversations(count: int, seed: int) -> list[list[dict]]:
     """`count` different conversations, the same for the same seed."""
     phrasings = json.loads(Path(__file__).with_name("identity.json").read_text(encoding="utf-8"))
     rng = random.Random(seed)
-    unique: dict[str, list[dict]] = {}  # in order
+    unique = {}  # in order
     while len(unique) < count:
         messages = conversation(rng, **phrasings)
         unique[json.dumps(messages)] = messages
@@ -46,8 +46,7 @@ def conversation(rng: random.Random, greetings: list[str], topics: dict[str, dic
         names.append("thanks")
     messages = []
     for name in names:
-        messages.append({"role": "user", "content": rng.choice(topics[name]["questions"])})
-        messages.append({"role": "assistant", "content": rng.choice(topics[name]["answers"])})
+        messages += single_turn(rng.choice(topics[name]["questions"]), rng.choice(topics[name]["answers"]))["messages"]
     if rng.random() < 0.25:
         messages[0]["content"] = f"{rng.choice(greetings)} {messages[0]['content']}"
     return messages

@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 
 from nanochat.common import UserError, base_dir_path, get_base_dir, run_script
-from nanochat.report import Panel, draw, points, read_entries, read_jsonl, table
+from nanochat.report import ENTRY_KEYS, Panel, draw, points, read_jsonl, table
 
 GPT2_CORE = 0.2565  # of GPT-2 with 1.6 billion parameters
 
@@ -48,7 +48,7 @@ def load_runs(names: list[str]) -> list[dict]:
 
     A run without a training step is skipped. Raises UserError for a run that does not exist, and if none is left.
     """
-    entries = [entry for path in base_dir_path().glob("report*/report.jsonl") for entry in read_entries(path)]
+    entries = [entry for path in base_dir_path().glob("report*/report.jsonl") for entry in read_jsonl(path, ENTRY_KEYS)]
     entries = [entry for entry in entries if entry["section"] == "Base model training"]
     finished = {entry["data"].get("model tag"): entry["data"] for entry in sorted(entries, key=lambda entry: entry["time"])}
     runs = []
@@ -73,8 +73,8 @@ def load_runs(names: list[str]) -> list[dict]:
 def fit_power_law(x: list[float], y: list[float]) -> dict | None:
     """y = a + b * (x / x0)^-c by least squares, x FLOPs and y bits per byte; None for fewer than 4 different x.
 
-    Returns {"a", "b", "c", "x0", "residuals", "formula"}; x0 is the geometric mean of x. For a given c, a and b solve a linear problem, so only c is searched, on a grid that is
-    refined three times. a, the irreducible loss, is at least 0.
+    Returns {"a", "b", "c", "x0", "residuals", "formula"}; x0 is the geometric mean of x. For a given c, a and b solve a
+    linear problem, so only c is searched, on a grid that is refined three times. a, the irreducible loss, is at least 0.
     """
     import numpy as np
 
@@ -103,12 +103,12 @@ def fit_power_law(x: list[float], y: list[float]) -> dict | None:
 
 def series_text(series: list[dict], fit: dict | None) -> str:
     """The miniseries as a table, and the power law."""
-    columns = ("tag", "scaling parameters", "training tokens", "training FLOPs", "training minutes", "val bpb", "CORE")
+    columns = ["tag", "scaling parameters", "training tokens", "training FLOPs", "training minutes", "val bpb", "CORE"]
     rows = [["-" if row.get(column) is None else row[column] for column in columns] for row in series]
     if fit is None:
-        return table([*columns], rows) + "A power law needs four models of different sizes.\n"
+        return table(columns, rows) + "A power law needs four models of different sizes.\n"
     rows = [[*row, f"{residual:+.4f}"] for row, residual in zip(rows, fit["residuals"])]
-    spread = math.sqrt(sum(residual**2 for residual in fit["residuals"]) / len(rows))
+    spread = math.hypot(*fit["residuals"]) / math.sqrt(len(rows))
     return table([*columns, "bpb - fit"], rows) + f"bpb = {fit['formula']}; root mean square residual {spread:.4f}\n"
 
 

@@ -61,18 +61,22 @@ train() {  # NAME FOLDER COMMAND...: a stage with checkpoints in FOLDER, resumed
     [[ -e $log/$name.done ]] || fail "$name was stopped; run this again to resume from its checkpoint in $folder"
 }
 
-fetch_and_tokenize() {  # SOURCE SHARDS VOCAB_SIZE: text and tokenizer; most of the text is downloaded while the tokenizer is trained
+text_and_tokenizer() {  # VOCAB_SIZE FLAGS...: estimate a run with these flags of dev.estimate, then get its text and tokenizer
+    local shards download flags=("${@:2}" --vocab-size="$1" --gpus="$NPROC" --dollars-per-gpu-hour="${DOLLARS:-3}")
+    [[ -n $TINY ]] || flags+=(--check)
+    logged estimate python -m dev.estimate "${flags[@]}"
+    shards=$(python -m dev.estimate "${flags[@]}" --shards)
     # Eight shards have the 2 billion characters that tok_train reads; an unreachable hub is noticed here. Existing
-    # text is only checked.
-    logged dataset python -m nanochat.dataset -n 8 --source="$1"
-    python -m nanochat.dataset -n "$2" -w 8 --source="$1" >>"$log/dataset.log" 2>&1 &
-    local download=$!
+    # text is only checked. The rest is downloaded while the tokenizer is trained.
+    logged dataset python -m nanochat.dataset -n 8 --source="$SOURCE"
+    python -m nanochat.dataset -n "$shards" -w 8 --source="$SOURCE" >>"$log/dataset.log" 2>&1 &
+    download=$!
     trap "kill $download 2>/dev/null || true" EXIT
     if [[ ! -e $NANOCHAT_BASE_DIR/tokenizer/vocabulary.json ]]; then
-        logged tok_train python -m scripts.tok_train --source="$1" --vocab-size="$3"
+        logged tok_train python -m scripts.tok_train --source="$SOURCE" --vocab-size="$1"
     fi
-    stage tok_eval python -m scripts.tok_eval --source="$1"
-    echo "waiting for $2 shards of text ($log/dataset.log)"
+    stage tok_eval python -m scripts.tok_eval --source="$SOURCE"
+    echo "waiting for $shards shards of text ($log/dataset.log)"
     wait "$download" || fail "the text could not be downloaded: $(tail -n 1 "$log/dataset.log")"
     trap - EXIT
 }

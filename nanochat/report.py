@@ -35,13 +35,10 @@ from nanochat.common import UserError, base_dir_path, get_base_dir, run_script
 
 STAGES = ("base", "mid", "sft", "rl")
 SPECIAL_KEYS = ("stage", "scores", "metrics", "flags", "chat", "samples")
+ENTRY_KEYS = {"section", "time", "data"}
 BPB_NOTE = """Bits per byte of text, of conversations and of replies are measured on different data and targets (a reply is what
 the assistant says, given what came before). Compare each with itself only.
 """
-
-
-def report_dir() -> Path:
-    return base_dir_path() / "report"
 
 
 def log(section: str, data: dict) -> None:
@@ -53,30 +50,25 @@ def log(section: str, data: dict) -> None:
         file.write(line + "\n")
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects in a file of JSON lines; none if it is missing. A line that a crash has truncated is skipped."""
+def read_jsonl(path: Path, keys: set[str] = frozenset()) -> list[dict]:
+    """The objects in a file of JSON lines that have all `keys`; none if it is missing.
+
+    A line that a crash has truncated is skipped.
+    """
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
-    return [row for row in rows if isinstance(row, dict)]
-
-
-def read_entries(path: Path) -> list[dict]:
-    """The sections in a report.jsonl, as `log` wrote them."""
-    return [row for row in read_jsonl(path) if {"section", "time", "data"} <= row.keys()]
+    return [row for row in rows if isinstance(row, dict) and keys <= row.keys()]
 
 
 def points(rows: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
     """The values of two keys, of the rows in which both are finite numbers."""
-
-    def finite(value):
-        return isinstance(value, (int, float)) and math.isfinite(value)
-
-    usable = [row for row in rows if finite(row.get(x)) and finite(row.get(y))]
-    return [row[x] for row in usable], [row[y] for row in usable]
+    numbers = [(row.get(x), row.get(y)) for row in rows]
+    finite = [pair for pair in numbers if all(isinstance(n, (int, float)) and math.isfinite(n) for n in pair)]
+    return [a for a, _ in finite], [b for _, b in finite]
 
 
 def environment() -> dict:
@@ -111,9 +103,7 @@ def environment() -> dict:
 
 def cell(value) -> str:
     """One value in a table."""
-    if isinstance(value, bool) or value is None:
-        return str(value)
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.4f}" if 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
@@ -275,7 +265,7 @@ def draw_run(rows: list[dict], title: str, path: Path) -> None:
 
 def reset() -> None:
     """Start a report. An existing one is renamed to report-DATE-TIME."""
-    folder = report_dir()
+    folder = base_dir_path() / "report"
     if (folder / "report.jsonl").exists():
         folder.rename(folder.with_name(time.strftime("report-%Y%m%d-%H%M%S")))
     log("Environment", environment())
@@ -283,9 +273,9 @@ def reset() -> None:
 
 def generate() -> Path:
     """Write report.md and its plots; returns its path. Raises UserError if nothing has been logged."""
-    folder = report_dir()
+    folder = base_dir_path() / "report"
     source = folder / "report.jsonl"
-    entries = read_entries(source)
+    entries = read_jsonl(source, ENTRY_KEYS)
     if not entries:
         raise UserError(f"{source} is empty or missing; run a stage first, for instance scripts.base_train")
     chats = [entry["data"] for entry in entries if entry["data"].get("chat")]
@@ -320,7 +310,7 @@ def main(argv=None):
     parser.add_argument("command", choices=["reset", "generate"], nargs="?", default="generate")
     if parser.parse_args(argv).command == "reset":
         reset()
-        print(f"started a report: {report_dir() / 'report.jsonl'}")
+        print(f"started a report: {base_dir_path() / 'report' / 'report.jsonl'}")
     else:
         path = generate()
         results, _, _ = path.read_text(encoding="utf-8").partition("## Time and memory")

@@ -5,8 +5,7 @@ part of the corpus meets each fact dozens of times, and what it has learned can 
 sample_world.json; here they become pages, exams, stories, dialogues and exercises. One part in twenty-five is prose
 from the sources of Python's standard library, for natural variety.
 
-Everything follows from the seed and the Python version (whose prose it quotes). The quoted modules are not imported,
-and nothing here knows of tokens or models.
+Everything follows from the seed and the Python version, whose prose is quoted. The quoted modules are not imported.
 """
 
 from __future__ import annotations
@@ -14,13 +13,12 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import os
 import random
 import re
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterator, NamedTuple
 
 CORPUS_SIZE = 30_000_000  # characters
 NUM_SHARDS = 8  # the last one is the validation split
@@ -31,6 +29,7 @@ QUIZ_SIZE = 200
 
 WORLD = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 TABLES, STORY, DIALOGUE = WORLD["tables"], WORLD["story"], WORLD["dialogue"]
+PROSE_MODULES = WORLD["prose_modules"]  # of the standard library
 
 # -----------------------------------------------------------------------------
 # Facts. A fact is a dict of slots: {"country": "France", "city": "Paris", "continent": "Europe"}
@@ -123,19 +122,16 @@ def pick_kind(rng: random.Random) -> Kind:
 
 def state(rng: random.Random, kind: Kind) -> str:
     """A fact of this kind as a statement. The canonical phrasing is at least twice as frequent as any other."""
-    templates = kind.statements
-    template = templates[0] if rng.random() < 0.3 else rng.choice(templates)
+    template = kind.statements[0] if rng.random() < 0.3 else rng.choice(kind.statements)
     return sentence(template, rng.choice(kind.facts))
 
 
-def fill(pieces: Iterator[str], length: int, separator: str = " ") -> str:
+def fill(texts: Iterator[str], length: int, separator: str = " ") -> str:
     """Join texts until `length` characters are reached (or the texts end)."""
     taken, total = [], 0
-    for piece in pieces:
-        taken.append(piece)
-        total += len(piece) + len(separator)
-        if total >= length:
-            break
+    while total < length and (text := next(texts, None)) is not None:
+        taken.append(text)
+        total += len(text) + len(separator)
     return separator.join(taken)
 
 
@@ -181,9 +177,8 @@ def exam(rng: random.Random, length: int) -> str:
 
     def exchange() -> str:
         kind = one_kind or pick_kind(rng)
-        fact = rng.choice(kind.facts)
-        question = sentence(rng.choice(kind.questions), fact)
-        return f"{asked[0]}{question}\n{asked[1]}{sentence(rng.choice(kind.statements[:2]), fact)}"
+        question = ask(rng, kind, rng.choice(kind.facts), kind.questions)
+        return f"{asked[0]}{question.text}\n{asked[1]}{question.reply}"
 
     return fill(forever(exchange), length, "\n\n" if rng.random() < 0.5 else "\n")
 
@@ -237,12 +232,8 @@ def story(rng: random.Random, length: int) -> str:
 
 def table(rng: random.Random) -> str:
     n, operator = rng.randint(1, 9), rng.choice("+-*")
-    rows = {
-        "+": (f"{n} + {i} = {n + i}" for i in range(1, 10)),
-        "-": (f"{n + i} - {n} = {i}" for i in range(1, 10)),
-        "*": (f"{n} * {i} = {n * i}" for i in range(1, 10)),
-    }
-    return ", ".join(rows[operator]) + "."
+    row = {"+": "{n} + {i} = {sum}", "-": "{sum} - {n} = {i}", "*": "{n} * {i} = {product}"}[operator]
+    return ", ".join(row.format(n=n, i=i, sum=n + i, product=n * i) for i in range(1, 10)) + "."
 
 
 def solution(rng: random.Random) -> str:
@@ -301,19 +292,6 @@ WRITERS = {page: 24, mixed_page: 24, exam: 20, entries: 8, dialogue: 10, story: 
 # -----------------------------------------------------------------------------
 # Prose of the standard library
 
-PROSE_MODULES = """
-    _pydecimal _pyio abc argparse ast asyncio base64 bdb bisect bz2 calendar cmd code codecs collections colorsys
-    compileall concurrent configparser contextlib copy copyreg csv ctypes curses dataclasses datetime dbm difflib dis
-    doctest email encodings enum filecmp fileinput fnmatch fractions ftplib functools getopt getpass gettext glob
-    graphlib gzip hashlib heapq hmac html http imaplib importlib inspect io ipaddress json keyword linecache locale
-    logging lzma mailbox mimetypes modulefinder multiprocessing netrc numbers opcode operator optparse os pathlib pdb
-    pickle pickletools pkgutil platform plistlib poplib posixpath pprint profile pstats pyclbr pydoc pydoc_data queue
-    quopri random re reprlib rlcompleter runpy sched secrets selectors shelve shlex shutil site smtplib socket
-    socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable tabnanny tarfile tempfile
-    textwrap threading timeit tkinter token tokenize trace traceback tracemalloc turtle types typing unittest urllib
-    uuid venv warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile zipimport zoneinfo
-""".split()
-
 
 def prose_sources() -> Iterator[Path]:
     """The source files of these modules that this Python has, in a fixed order."""
@@ -343,8 +321,9 @@ def prose(seed: int) -> list[str]:
         tree = ast.parse(source.read_text(encoding="utf-8", errors="replace"))
         constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
         texts = (value for value in constants if isinstance(value, str) and len(value) >= 40)
-        fresh = [words for text in texts for words in paragraphs(text) if not (words in seen or seen.add(words))]
-        remaining = iter(fresh)
+        new = dict.fromkeys(words for text in texts for words in paragraphs(text) if words not in seen)
+        seen |= new.keys()
+        remaining = iter(new)
         while document := fill(remaining, int(rng.triangular(*DOCUMENT_LENGTHS)), "\n\n"):
             if len(document) >= DOCUMENT_LENGTHS[0]:
                 found.append(document)
@@ -375,18 +354,14 @@ def documents(seed: int = 42, size: int = CORPUS_SIZE) -> Iterator[str]:
     yield from chosen
 
 
-def write_shards(directory: str | os.PathLike, seed: int = 42, size: int = CORPUS_SIZE) -> list[Path]:
-    """Write the corpus as `shard_00000.parquet` ... and return the paths; the last one is the validation split.
-
-    Each file has one `text` column in row groups of 1024 documents. The caller publishes the folder as a whole.
-    """
+def write_shards(directory: str | Path, seed: int = 42, size: int = CORPUS_SIZE) -> list[Path]:
+    """Write the corpus as `shard_00000.parquet` ... and return the paths; the caller publishes the folder as a whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    Path(directory).mkdir(parents=True, exist_ok=True)
     corpus = list(documents(seed, size))
-    paths = [directory / f"shard_{index:05d}.parquet" for index in range(NUM_SHARDS)]
+    paths = [Path(directory, f"shard_{index:05d}.parquet") for index in range(NUM_SHARDS)]
     for index, path in enumerate(paths):
         share = corpus[len(corpus) * index // NUM_SHARDS : len(corpus) * (index + 1) // NUM_SHARDS]
         pq.write_table(pa.table({"text": share}), path, row_group_size=ROW_GROUP_SIZE)
@@ -394,11 +369,10 @@ def write_shards(directory: str | os.PathLike, seed: int = 42, size: int = CORPU
 
 
 # -----------------------------------------------------------------------------
-# Questions
+# The quiz
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A question about one fact, with a full-sentence reply and the bare answer."""
 
     kind: str
@@ -407,22 +381,18 @@ class Question:
     answer: str
 
 
-def ask(rng: random.Random, kind: Kind, fact: Fact, templates: Iterable[str]) -> Question:
+def ask(rng: random.Random, kind: Kind, fact: Fact, templates: list[str]) -> Question:
     """A question about this fact in one of these phrasings, with one of the two replies of its kind."""
-    text, reply = (sentence(rng.choice(list(choices)), fact) for choices in (templates, kind.statements[:2]))
+    text, reply = (sentence(rng.choice(choices), fact) for choices in (templates, kind.statements[:2]))
     return Question(kind.name, text, reply, fact[kind.answer])
 
 
-def questions(split: str, seed: int = 42, kinds: list[Kind] = KINDS, size: int = QUIZ_SIZE) -> list[Question]:
-    """`"train"`: every fact in every training phrasing. `"test"`: a quiz of `size` questions in held-out phrasings.
+def quiz(kinds: list[Kind] = KINDS, size: int = QUIZ_SIZE) -> list[Question]:
+    """`size` questions in held-out phrasings, which take the kinds in turn.
 
-    The quiz takes the kinds in turn and asks no fact whose answer is part of the question, so that repeating the
-    question is never right.
+    No fact is asked whose answer is part of the question, so that repeating the question is never right.
     """
-    rng = random.Random(f"questions {seed}")
-    if split == "train":
-        return [ask(rng, kind, fact, [t]) for kind in kinds for fact in kind.facts for t in kind.questions]
-    assert split == "test", split
+    rng = random.Random("questions 42")
     pools = []
     for kind in kinds:
         pool = [ask(rng, kind, fact, [template]) for fact in kind.facts for template in kind.held_out]

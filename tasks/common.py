@@ -21,7 +21,7 @@ from nanochat.dataset import hub_answers
 class Task:
     """A view `[start:stop:step]` of a data set, as conversations.
 
-    A subclass sets `rows` or defines `num_examples`; it defines `get_example` and, if completions can be graded, `evaluate`.
+    A subclass sets `rows`; it defines `get_example` and, if completions can be graded, `evaluate`.
     """
 
     eval_type: str | None = None  # "categorical": choose a letter; "generative": write an answer; None: training only
@@ -31,10 +31,6 @@ class Task:
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1):
         self.view = slice(start, stop, step)
-
-    def num_examples(self) -> int:
-        """The number of examples behind the view."""
-        return len(self.rows)
 
     def get_example(self, index: int) -> dict:
         """Example `index` of the whole data set, whatever the view."""
@@ -49,11 +45,11 @@ class Task:
         return float(self.evaluate(conversation, completion))
 
     def __len__(self) -> int:
-        return len(range(self.num_examples())[self.view])
+        return len(range(len(self.rows))[self.view])
 
     def __getitem__(self, index: int) -> dict:
         """The conversation at `index` of the view; IndexError past its end."""
-        return self.get_example(range(self.num_examples())[self.view][index])
+        return self.get_example(range(len(self.rows))[self.view][index])
 
 
 class CategoricalTask(Task):
@@ -63,13 +59,7 @@ class CategoricalTask(Task):
     baseline = 0.25
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        letters = conversation["letters"]
-        assert completion in letters, f"{completion!r} is not one of the letters {letters}"
-        return completion == conversation["messages"][-1]["content"]
-
-    def reward(self, conversation: dict, completion: str) -> float:
-        """1.0 for the right letter and nothing else. A sampled completion need not be a letter."""
-        return float(completion.strip() == conversation["messages"][-1]["content"])
+        return completion.strip() == conversation["messages"][-1]["content"]
 
 
 class NumberTask(Task):
@@ -116,13 +106,11 @@ def load_hub_dataset(name: str, subset: str | None, split: str):
     import datasets
     import huggingface_hub.constants
 
-    # The library retries for half a minute per data set, so it is put offline if nothing answers.
-    switches = (datasets.config, huggingface_hub.constants)
-    before = [module.HF_HUB_OFFLINE for module in switches]
-    reachable = hub_answers()
+    # The library retries for half a minute per data set, so it is put offline if nothing answers
+    config, constants = datasets.config, huggingface_hub.constants
+    offline, reachable = config.HF_HUB_OFFLINE, hub_answers()
     try:
-        for module in switches:
-            module.HF_HUB_OFFLINE |= not reachable
+        config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = offline or not reachable
         return datasets.load_dataset(name, subset, split=split).shuffle(seed=42)
     except Exception as error:  # of the library, its HTTP client or the system, without a common ancestor
         while error.__cause__ is not None:
@@ -133,11 +121,10 @@ def load_hub_dataset(name: str, subset: str | None, split: str):
             "Check the connection or set HF_ENDPOINT to a mirror, then run this again."
         ) from error
     finally:
-        for module, value in zip(switches, before):
-            module.HF_HUB_OFFLINE = value
+        config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = offline
 
 
-def single_turn(question: str, answer: str | list[dict], **fields) -> dict:
+def single_turn(question: str, answer: str | list[dict], /, **fields) -> dict:
     """A conversation of one question and its answer, with further `fields` that grading needs."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **fields}
 
@@ -171,7 +158,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def check_conversation(conversation: dict) -> dict:
-    """The conversation itself. UserError if it is malformed or has no assistant message."""
+    """Returns it. UserError if it is malformed or has no assistant message."""
     if len(checked_turns(conversation)) < 2:
         raise UserError("messages[0] is the only message; an assistant message must follow")
     return conversation
@@ -179,7 +166,6 @@ def check_conversation(conversation: dict) -> dict:
 
 # -----------------------------------------------------------------------------
 # The mixtures that mid_train and chat_sft train on
-
 
 Makers = dict[str, Callable[[], Task]]  # a function for each name, which loads the data
 

@@ -12,14 +12,13 @@ import re
 from collections.abc import Sequence
 
 from nanochat.calculator import use_calculator
-from nanochat.sample_world import KIND, QUIZ_SIZE, TABLES, WORLD, ask, occurrences, pick_kind, questions, sentence
-from tasks.common import Task
+from nanochat.sample_world import KIND, QUIZ_SIZE, TABLES, WORLD, ask, occurrences, pick_kind, quiz, sentence
+from tasks.common import Task, single_turn
 from tasks.spellingbee import LETTERS, QUESTIONS
 
 # The kinds that are calculated: with numbers, and with days and months
 ARITHMETIC = ("sum", "difference", "product", "equation", "two days", "tomorrow", "yesterday", "month after", "month before")
 SMALL_TALK = WORLD["small_talk"]
-
 COUNT_QUESTIONS = QUESTIONS[:40]  # those in English
 
 Exchange = tuple[str, str | list[dict]]  # (user, assistant)
@@ -88,13 +87,32 @@ def free_exchange(rng: random.Random) -> Exchange:
 
 
 def conversation(exchanges: list[Exchange]) -> dict:
-    return {
-        "messages": [
-            {"role": role, "content": content}
-            for exchange in exchanges
-            for role, content in zip(("user", "assistant"), exchange)
-        ]
-    }
+    return {"messages": [message for exchange in exchanges for message in single_turn(*exchange)["messages"]]}
+
+
+def training_conversation(rng: random.Random) -> dict:
+    """Small talk, one question, or a chat of several turns that begins and ends as chats do."""
+    shape = rng.random()
+    if shape < 0.12:
+        return conversation([small_talk(rng, rng.choice(list(SMALL_TALK)))])
+    if shape < 0.28:
+        return conversation([tool_exchange(rng)])
+    if shape < 0.37:
+        return conversation([free_exchange(rng)])
+    if shape < 0.65:
+        return conversation(fact_exchanges(rng))
+    exchanges = [small_talk(rng, "greeting")] if rng.random() < 0.5 else []
+    for _ in range(rng.randint(1, 4)):
+        if rng.random() < 0.25:
+            exchanges.append(small_talk(rng, rng.choice(["wellbeing", "identity", "maker", "ability", "praise"])))
+        if rng.random() < 0.3:
+            exchanges.append(rng.choice([tool_exchange, free_exchange])(rng))
+        exchanges += fact_exchanges(rng)
+    if rng.random() < 0.5:
+        exchanges.append(small_talk(rng, "thanks"))
+    if rng.random() < 0.4:
+        exchanges.append(small_talk(rng, "farewell"))
+    return conversation(exchanges)
 
 
 def words(text: str, keep_case: bool = False) -> str:
@@ -123,60 +141,27 @@ def is_right(kind_name: str, question: str, answer: str, reply: str) -> bool:
 
 
 class SampleWorld(Task):
-    """`split="train"`: `size` conversations, each drawn from its own index. `split="questions"`: `size` questions, as well.
-
-    `split="test"`: a quiz of `size` questions. Where `kinds` names some kinds of fact, questions are about these.
-    """
+    """`size` examples of a split; those of "questions" and "test" are about these `kinds` of fact."""
 
     eval_type = "generative"
-    baseline = 0.0
     examples = ("Who are you?", "What is the capital of France?", "How many r are in strawberry?", "Why is the sky blue?")
 
-    def __init__(self, split: str, size: int | None = None, kinds: Sequence[str] = tuple(KIND), **kwargs):
+    def __init__(self, split: str, size: int | None = None, kinds: Sequence[str] = tuple(KIND), **view):
         assert split in ("train", "questions", "test"), split
+        super().__init__(**view)
         self.split, self.kinds = split, [KIND[name] for name in kinds]
-        self.size = size or (QUIZ_SIZE if split == "test" else 4000)
-        self.quiz = questions("test", kinds=self.kinds, size=self.size) if split == "test" else []
-        super().__init__(**kwargs)
-
-    def num_examples(self) -> int:
-        return len(self.quiz) if self.split == "test" else self.size
+        self.rows = quiz(self.kinds, size or QUIZ_SIZE) if split == "test" else range(size or 4000)
 
     def get_example(self, index: int) -> dict:
         rng = random.Random(f"SampleWorld {index}")
         if self.split == "train":
-            return self.training_conversation(rng)
+            return training_conversation(rng)
         if self.split == "test":
-            question = self.quiz[index]
+            question = self.rows[index]
         else:
             kind = rng.choice(self.kinds)
             question = ask(rng, kind, rng.choice(kind.facts), kind.questions)
-        example = conversation([(question.text, question.reply)])
-        return example | {"kind": question.kind, "answer": question.answer}
-
-    def training_conversation(self, rng: random.Random) -> dict:
-        """Small talk, one question, or a chat of several turns that begins and ends as chats do."""
-        shape = rng.random()
-        if shape < 0.12:
-            return conversation([small_talk(rng, rng.choice(list(SMALL_TALK)))])
-        if shape < 0.28:
-            return conversation([tool_exchange(rng)])
-        if shape < 0.37:
-            return conversation([free_exchange(rng)])
-        if shape < 0.65:
-            return conversation(fact_exchanges(rng))
-        exchanges = [small_talk(rng, "greeting")] if rng.random() < 0.5 else []
-        for _ in range(rng.randint(1, 4)):
-            if rng.random() < 0.25:
-                exchanges.append(small_talk(rng, rng.choice(["wellbeing", "identity", "maker", "ability", "praise"])))
-            if rng.random() < 0.3:
-                exchanges.append(rng.choice([tool_exchange, free_exchange])(rng))
-            exchanges += fact_exchanges(rng)
-        if rng.random() < 0.5:
-            exchanges.append(small_talk(rng, "thanks"))
-        if rng.random() < 0.4:
-            exchanges.append(small_talk(rng, "farewell"))
-        return conversation(exchanges)
+        return single_turn(question.text, question.reply, kind=question.kind, answer=question.answer)
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         question = conversation["messages"][0]["content"]

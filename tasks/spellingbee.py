@@ -4,13 +4,13 @@ A model sees tokens, not letters, so it must first learn how words are spelled (
 and then to count carefully: spell the word, go through it letter by letter, and check the result
 with the calculator (`SpellingBee`). Everything about an example follows from its split and index.
 
-Words come from https://github.com/dwyl/english-words; every tenth is kept for testing, so no
-word of a test is ever trained on.
+Every tenth word of the list is kept for testing, so no word of a test is ever trained on.
 """
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 from nanochat.common import file_url, get_base_dir
 from nanochat.dataset import fetch_file
@@ -19,65 +19,8 @@ from tasks.common import NumberTask, Task, single_turn
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
-# {c} is the letter, {w} the word. People ask in all manner of wordings and languages.
-QUESTIONS = """
-How many times does the letter {c} occur in {w}?
-How many times does {c} appear in {w}?
-How many times does the letter {c} show up in the word {w}?
-How many times is {c} used in {w}?
-How many times do you find {c} in {w}?
-How many times can you see the letter {c} in {w}?
-How often does {c} occur in the word {w}?
-How often is the letter {c} in {w}?
-How many {c} are in {w}?
-How many {c} are there in the word {w}?
-How many {c}s are in {w}?
-How many {c}'s does {w} have?
-How many {c}'s are there in {w}?
-How many letters {c} are in {w}?
-How many letter {c} does the word {w} contain?
-How many {c} letters does {w} have?
-How many of the letters in {w} are {c}?
-What is the number of {c} in {w}?
-What's the count of the letter {c} in {w}?
-What is the total number of times {c} occurs in {w}?
-Count the {c} in {w}.
-Count the number of {c} in the word {w}
-Count how many times {c} appears in {w}.
-Please count the letter {c} in {w}.
-Tell me how many {c} are in {w}.
-Can you count the {c}'s in {w}?
-Can you tell me how many times {c} is in {w}?
-Could you count the letter {c} in the word {w} for me?
-Do you know how many {c} there are in {w}?
-I want to know how many {c} are in {w}.
-I wonder how often {c} is in the word {w}
-In the word {w}, how many times does {c} occur?
-In {w}, how many {c} are there?
-Look at the word {w}. How many {c} does it have?
-The word is {w}. The letter is {c}. How many?
-If you spell {w}, how many times do you write {c}?
-Number of {c} in {w}?
-{w}: how many {c}?
-Count of {c} in {w} =
-Does {w} contain {c}, and how many times?
-¿Cuántas veces aparece la letra {c} en {w}?
-¿Cuántas {c} hay en la palabra {w}?
-Combien de fois la lettre {c} apparaît-elle dans {w} ?
-Combien de {c} y a-t-il dans le mot {w} ?
-Wie oft kommt der Buchstabe {c} in {w} vor?
-Wie viele {c} hat das Wort {w}?
-Quante volte compare la lettera {c} in {w}?
-Quante {c} ci sono nella parola {w}?
-Quantas vezes a letra {c} aparece em {w}?
-Quantas letras {c} tem a palavra {w}?
-Hoe vaak komt de letter {c} voor in {w}?
-Сколько раз буква {c} встречается в слове {w}?
-{w} 中有多少个 {c}？
-{w} 这个词里字母 {c} 出现了几次？
-{w} に {c} は何回出てきますか？
-{w} 에 {c} 가 몇 번 나오나요?
-""".strip().split("\n")
+# {c} is the letter, {w} the word; many wordings, the first 40 in English, then other languages
+QUESTIONS = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
 
 
 def load_words(split: str) -> list[str]:
@@ -93,26 +36,26 @@ def spell(word: str) -> str:
     return f"{word}:{','.join(word)}"
 
 
-class SimpleSpelling(Task):
-    """Spell the word: apple. -> apple:a,p,p,l,e"""
+class WordTask(Task):
+    """`size` examples about random words of a split."""
 
     def __init__(self, size: int = 1000, split: str = "train", **view):
         super().__init__(**view)
         self.rows, self.split, self.words = range(size), split, load_words(split)
+
+
+class SimpleSpelling(WordTask):
+    """Spell the word: apple. -> apple:a,p,p,l,e"""
 
     def get_example(self, index: int) -> dict:
         word = random.Random(f"spelling {self.split} {index}").choice(self.words)
         return single_turn(f"Spell the word: {word}", spell(word))
 
 
-class SpellingBee(NumberTask):
+class SpellingBee(WordTask, NumberTask):
     """How many times does a letter occur in a word?"""
 
     examples = ("How many r are in strawberry?",)
-
-    def __init__(self, size: int = 1000, split: str = "train", **view):
-        super().__init__(**view)
-        self.rows, self.split, self.words = range(size), split, load_words(split)
 
     def get_example(self, index: int) -> dict:
         rng = random.Random(f"counting {self.split} {index}")

@@ -1,9 +1,7 @@
 """What the tests share: a machine without internet, a folder for artifacts, a fake data hub.
 
-Before any test module is imported, the address of the hub is set to a free port of this machine
-where nothing listens, so every test starts with the hub down. The fixture `hub` starts the fake
-hub on that very port for one test, so that libraries that read the address only once (`datasets`,
-`huggingface_hub`) find it, too.
+Before any test module is imported, the address of the hub is set to a free port of this machine where nothing listens.
+The fixture `hub` starts the fake hub on that very port for one test, since `datasets` reads the address only once.
 """
 
 import os
@@ -49,11 +47,10 @@ def pytest_configure(config) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE",
                  "LOCAL_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
         os.environ.pop(name, None)
-    os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{config.hub_port}"
-    os.environ["NANOCHAT_FILES_URL"] = os.environ["HF_ENDPOINT"] + "/files"
-    os.environ["HF_HOME"] = os.path.join(config.scratch, "huggingface")
-    os.environ["NANOCHAT_BASE_DIR"] = os.path.join(config.scratch, "nanochat")
-    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+    address = f"http://127.0.0.1:{config.hub_port}"
+    os.environ |= {"HF_ENDPOINT": address, "NANOCHAT_FILES_URL": f"{address}/files", "NO_PROXY": "127.0.0.1,localhost",
+                   "no_proxy": "127.0.0.1,localhost", "HF_HOME": f"{config.scratch}/huggingface",
+                   "NANOCHAT_BASE_DIR": f"{config.scratch}/nanochat"}  # fmt: skip
     import huggingface_hub.constants  # noqa: F401  # reads the address now, before a test changes it
 
 

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from functools import lru_cache
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -23,12 +24,10 @@ except ModuleNotFoundError:  # Python 3.10; pytest brings a copy
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("nanochat", "tasks", "scripts")
-# Used where they happen to be installed, found with find_spec, never required.
+# Used where they are installed, never required
 OPTIONAL = {"cudnn", "flash_attn", "flash_attn_interface", "kernels", "triton"}
 
-
 MODULES = {f"{top}.{path.stem}": path for top in OURS for path in sorted((ROOT / top).glob("[!_]*.py"))}
-SCRIPTS = [name for name in MODULES if name.startswith("scripts.")]
 
 
 @lru_cache(maxsize=None)
@@ -57,19 +56,27 @@ def our_imports(name):
 # Layers
 
 LEAVES = {"cpu", "fp8", "calculator", "execution", "sandbox", "core_eval", "hf_model", "report", "sample_world"}
-USERS_OF_LEAVES = {  # modules of the package that may import a leaf, and which
-    "dataset": {"sample_world"}, "device": {"cpu"}, "training": {"report"}, "engine": {"calculator"}, "execution": {"sandbox"},
-}  # fmt: skip
 SERVING = {"engine", "scheduler", "engine_thread", "server"}
-USERS_OF_SERVING = {"loss_eval", "reinforce", "task_eval"}  # of engine and scheduler only
+ALLOWED = {  # what modules of the package may import of these
+    "dataset": {"sample_world"}, "device": {"cpu"}, "training": {"report"}, "execution": {"sandbox"},
+    "loss_eval": {"engine"}, "reinforce": {"scheduler"}, "task_eval": {"scheduler"},
+    "engine": {"calculator", *SERVING}, "scheduler": SERVING, "engine_thread": SERVING, "server": SERVING,
+}  # fmt: skip
 
 
 def test_imports_point_down():
-    """tasks may import nanochat, and scripts both; nothing imports a script."""
+    """tasks may import nanochat, and scripts both; nothing imports a script; of the package only ALLOWED imports leaves."""
     above = {"nanochat": ("tasks", "scripts"), "tasks": ("scripts",), "scripts": ("scripts",)}
     for name in MODULES:
-        assert not [n for n in our_imports(name) if n.split(".")[0] in above[name.split(".")[0]]], name
+        top, _, module = name.rpartition(".")
+        assert not [n for n in our_imports(name) if n.split(".")[0] in above[top]], name
+        if top == "nanochat":
+            used = {imported.removeprefix("nanochat.") for imported in our_imports(name)} - {module}
+            assert used & (LEAVES | SERVING) <= ALLOWED.get(module, set()), name
     assert not our_imports("nanochat.common")
+    assert not our_imports("nanochat.engine") & {"nanochat.gpt", "nanochat.checkpoint_manager", "nanochat.tokenizer"}
+    # No cycles, imports inside functions included
+    TopologicalSorter({name: our_imports(name) - {name} for name in MODULES}).prepare()
 
 
 def test_the_model_imports_neither_data_nor_files_nor_scripts():
@@ -79,30 +86,6 @@ def test_the_model_imports_neither_data_nor_files_nor_scripts():
         todo += new
     attention = {"nanochat.flash_attention", "nanochat.decode_attention"}
     assert reached <= {"nanochat.common", "nanochat.cross_entropy", *attention}
-
-
-def test_the_engine_does_not_import_the_model():
-    assert not our_imports("nanochat.engine") & {"nanochat.gpt", "nanochat.checkpoint_manager", "nanochat.tokenizer"}
-
-
-def test_only_scripts_and_tasks_import_leaves_and_the_core_does_not_import_the_server():
-    """Except for the few modules that are named above."""
-    for name in MODULES:
-        top, _, module = name.rpartition(".")
-        if top == "nanochat":
-            used = {imported.removeprefix("nanochat.") for imported in our_imports(name)} - {module}
-            assert used & LEAVES <= USERS_OF_LEAVES.get(module, set()), f"{module} imports a leaf"
-            allowed = SERVING if module in SERVING else {"engine", "scheduler"} if module in USERS_OF_SERVING else set()
-            assert used & SERVING <= allowed, f"{module} imports the server"
-
-
-def test_no_cycles():
-    """Also among imports inside functions: a module that comes later in the order may import the earlier ones only."""
-    rest = set(MODULES)
-    while rest:
-        ready = {name for name in rest if not our_imports(name) & rest - {name}}
-        assert ready, f"these import one another in a circle, or depend on one that does: {sorted(rest)}"
-        rest -= ready
 
 
 def test_only_common_reads_the_environment():
@@ -116,45 +99,34 @@ def test_only_common_reads_the_environment():
 # Declared packages
 
 
-def declared_packages():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    extras, groups = project["project"]["optional-dependencies"].values(), project["dependency-groups"].values()
-    requirements = sum([*extras, *groups], project["project"]["dependencies"])
-    return {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
-
-
 def imported_packages():
-    """{package: one file that imports it} for third-party imports of everything in the repository."""
-    distributions = packages_distributions()
-    found = {}
-    for path in sorted(p for folder in (*OURS, "tests", "dev") for p in (ROOT / folder).rglob("*.py")):
-        local = {p.stem for p in path.parent.glob("*.py")} | {*OURS, "dev"}
-        for name in imports_of(path):
-            top = name.split(".")[0]
-            if top not in sys.stdlib_module_names and top not in local | OPTIONAL:
-                found[distributions.get(top, [top])[0].lower().replace("_", "-")] = path.relative_to(ROOT)
+    """Third-party packages that anything in the repository imports."""
+    distributions, found = packages_distributions(), set()
+    for path in [p for folder in (*OURS, "tests", "dev") for p in (ROOT / folder).rglob("*.py")]:
+        ours = {p.stem for p in path.parent.glob("*.py")} | {*OURS, "dev"}
+        tops = {name.split(".")[0] for name in imports_of(path)} - ours - OPTIONAL - sys.stdlib_module_names
+        found |= {distributions.get(top, [top])[0].lower().replace("_", "-") for top in tops}
     return found
 
 
 def test_the_declared_packages_are_those_that_are_imported():
-    declared, imported = declared_packages(), imported_packages()
-    imported.pop("tomli", None)  # comes with pytest where Python has no tomllib
-    assert not {package: str(path) for package, path in imported.items() if package not in declared}
-    assert declared <= set(imported)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras, groups = project["project"]["optional-dependencies"].values(), project["dependency-groups"].values()
+    requirements = sum([*extras, *groups], project["project"]["dependencies"])
+    declared = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
+    assert declared == imported_packages() - {"tomli"}  # which comes with pytest where Python has no tomllib
 
 
 # -----------------------------------------------------------------------------
 # Scripts
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_defines_main_and_runs_nothing_when_imported(name):
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("scripts.")])
+def test_a_script_defines_main_and_runs_nothing_else(name):
     tree = tree_of(MODULES[name])
     mains = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
     assert [ast.unparse(node.args) for node in mains] == ["argv=None"]
     assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    run_script(main)"
-    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
-    assert ast.get_docstring(tree) and all(isinstance(node, allowed) for node in tree.body[1:-1])
 
 
 # -----------------------------------------------------------------------------
@@ -163,7 +135,7 @@ def test_a_script_defines_main_and_runs_nothing_when_imported(name):
 WATCH = """
 import contextlib, importlib, json, os, random, signal, sys
 
-first, modules, run_help, heavy = json.loads(sys.argv[1])
+first, modules, heavy = json.loads(sys.argv[1])
 for name in first:  # third-party packages, whose own effects are not ours
     importlib.import_module(name)
 
@@ -179,44 +151,37 @@ def watch(event, args):
 def ambient():
     state = [dict(os.environ), os.getcwd(), sys.path[:], sys.argv[:], random.getstate()]
     state += [repr(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    if "torch" in first:
-        torch = sys.modules["torch"]
+    if torch := sys.modules.get("torch"):
         state += [torch.get_rng_state().tolist(), torch.get_num_threads(), str(torch.get_default_dtype()),
                   torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.cuda.is_initialized()]
     return state
 
 sys.addaudithook(watch)
-before, found = ambient(), {}
+before = ambient()
 for name in modules:
-    loaded = set(sys.modules)
     module = importlib.import_module(name)
-    if run_help:
+    if name.startswith("scripts.") or name in ("nanochat.dataset", "nanochat.report"):
         with contextlib.suppress(SystemExit):
             module.main(["--help"])
-    pulled = {new.split(".")[0] for new in set(sys.modules) - loaded} & set(heavy)
-    effects += [f"imports {package}" for package in pulled] + ["changes the state"] * (ambient() != before)
-    found[name] = effects[:]
-    effects.clear()
-print("\\n" + json.dumps(found))
+    effects += [f"imports {package}" for package in heavy if package in sys.modules and package not in first]
+    if effects or ambient() != before:
+        sys.exit(f"{name}: {effects or 'changes the state'}")
 """
 
-HEAVY = {"torch", "datasets", "transformers", "wandb", "matplotlib", "pyarrow", "pandas", "tiktoken", "rustbpe"}
+HEAVY = ["datasets", "transformers", "wandb", "matplotlib", "pandas", *OPTIONAL]
 # Modules that need no tensor must load without torch: its import alone takes seconds.
 LIGHT = "common schedule calculator execution sandbox conversation dataset tokenizer sample_world report".split()
 WITHOUT_TORCH = [name for name in MODULES if not name.startswith("nanochat.") or name.split(".")[1] in LIGHT]
 
 
-@pytest.mark.parametrize("first, modules, run_help, heavy", [
-    ([], WITHOUT_TORCH, False, HEAVY),
-    ([], [*SCRIPTS, "nanochat.dataset", "nanochat.report"], True, HEAVY),
-    (["torch", "numpy", "tqdm"], [name for name in MODULES if name not in WITHOUT_TORCH], False,
-     {"datasets", "transformers", "wandb", "matplotlib", "pandas", *OPTIONAL}),
-], ids=["light modules", "--help", "the others, once torch is loaded"])  # fmt: skip
-def test_importing_has_no_effect_and_imports_nothing_heavy(tmp_path, first, modules, run_help, heavy):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    env |= {"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "HOME": str(tmp_path)}
-    command = [sys.executable, "-c", WATCH, json.dumps([first, modules, run_help, sorted(heavy)])]
+@pytest.mark.parametrize("first, modules, heavy", [
+    ([], WITHOUT_TORCH, [*HEAVY, "torch", "pyarrow", "tiktoken", "rustbpe"]),
+    (["torch", "numpy", "tqdm"], [name for name in MODULES if name not in WITHOUT_TORCH], HEAVY),
+], ids=["light modules and --help", "the others, once torch is loaded"])  # fmt: skip
+def test_importing_has_no_effect_and_imports_nothing_heavy(tmp_path, first, modules, heavy):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path)}
+    env["NANOCHAT_BASE_DIR"] = str(tmp_path / "base")
+    command = [sys.executable, "-c", WATCH, json.dumps([first, modules, heavy])]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert not {name: seen for name, seen in json.loads(done.stdout.splitlines()[-1]).items() if seen}
     assert not list(tmp_path.iterdir()), "something was written"

@@ -8,9 +8,6 @@ import pytest
 from nanochat import report
 
 
-CALL = "<|python_start|>2*3<|python_end|><|output_start|>6<|output_end|>"
-
-
 def write_metrics(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -28,13 +25,8 @@ def test_the_final_table_has_stages_across_and_the_latest_number_of_each(base_di
     report.log("a", {"stage": "sft", "scores": {"MMLU": 0.25}})
     report.log("b", {"stage": "base", "scores": {"CORE": 0.1, "val_bpb": 1.5}})
     report.log("c", {"stage": "base", "scores": {"CORE": 0.125}})
-    text = report.generate().read_text()
-    assert table_after(text, "Results") == [
-        ["metric", "base", "sft"],
-        ["CORE", "0.1250", "-"],
-        ["val_bpb", "1.5000", "-"],
-        ["MMLU", "-", "0.2500"],
-    ]
+    rows = [["metric", "base", "sft"], ["CORE", "0.1250", "-"], ["val_bpb", "1.5000", "-"], ["MMLU", "-", "0.2500"]]
+    assert table_after(report.generate().read_text(), "Results") == rows
 
 
 def test_a_section_shows_values_tables_samples_and_flags(base_dir):
@@ -68,7 +60,8 @@ def test_metrics_become_a_plot_and_the_training_time(base_dir, reinforcement):
 
 
 def test_the_latest_conversation_follows_the_results(base_dir):
-    messages = [{"role": "user", "content": "2*3?"}, {"role": "assistant", "content": CALL + "It is 6."}]
+    call = "<|python_start|>2*3<|python_end|><|output_start|>6<|output_end|>"
+    messages = [{"role": "user", "content": "2*3?"}, {"role": "assistant", "content": f"{call}It is 6."}]
     report.log("Chat evaluation (mid)", {"stage": "mid", "chat": [{"role": "user", "content": "earlier"}]})
     report.log("Chat evaluation (sft)", {"stage": "sft", "chat": messages})
     results, _, rest = report.generate().read_text().partition("## A conversation with the model (sft, temperature 0)\n")

@@ -1,6 +1,10 @@
-"""The sample world tells the truth, is deterministic, says each fact often, and keeps the quiz's wording secret."""
+"""The sample world tells the truth, is deterministic, says each fact often, and keeps the quiz's wording secret.
+
+The task's conversations are well formed and keep off the quiz; its checker is strict and fair.
+"""
 
 import calendar
+import random
 import re
 import string
 from collections import Counter
@@ -9,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import sample_world
-from nanochat.sample_world import KIND, KINDS, TABLES, documents, paragraphs, prose, questions, write_shards
+from nanochat.calculator import use_calculator
+from nanochat.sample_world import KIND, KINDS, WORLD, ask, documents, prose, quiz, sentence, write_shards
+from tasks.sample_world import ARITHMETIC, SMALL_TALK, SampleWorld, is_right
 
 SIZE = 4_000_000  # characters, about an eighth of the corpus
 
@@ -17,6 +23,11 @@ SIZE = 4_000_000  # characters, about an eighth of the corpus
 @pytest.fixture(scope="module")
 def corpus() -> list[str]:
     return list(documents(size=SIZE))
+
+
+@pytest.fixture(scope="module")
+def train() -> list[dict]:
+    return list(SampleWorld("train"))
 
 
 @pytest.fixture
@@ -28,36 +39,26 @@ def held_out_uses(texts: list[str]) -> list[str]:
     """The held-out templates that occur in any of the texts, whatever their slots, whatever the case."""
     texts = [text.lower() for text in texts]
     found = []
-    for kind in KINDS:
-        for template in kind.held_out:
-            literals = [literal.lower() for literal, *_ in string.Formatter().parse(template)]
-            pattern = re.compile("[^\n?!]{1,40}?".join(map(re.escape, literals)))
-            longest = max(literals, key=len)
-            found += [template for text in texts if longest in text and pattern.search(text)][:1]
+    for template in (template for kind in KINDS for template in kind.held_out):
+        literals = [literal.lower() for literal, *_ in string.Formatter().parse(template)]
+        pattern = re.compile("[^\n?!]{1,40}?".join(map(re.escape, literals)))
+        longest = max(literals, key=len)
+        found += [template for text in texts if longest in text and pattern.search(text)][:1]
     return found
-
-
-def test_held_out_uses_finds_what_it_looks_for():
-    assert "Name the capital city of {country}." in held_out_uses(["Well. name the capital city of New Zealand. Yes."])
-    assert held_out_uses(["What is the capital city of France?"]) == []
 
 
 # -----------------------------------------------------------------------------
 # The facts
 
 
-def test_every_fact_has_the_slots_that_its_templates_name():
+def test_every_fact_has_the_slots_of_its_templates_and_a_question_has_one_answer():
     for kind in KINDS:
         for template in [*kind.statements, *kind.questions, *kind.held_out, kind.follow_up]:
             slots = {slot for _, slot, _, _ in string.Formatter().parse(template) if slot}
             assert slots and all(slots <= set(fact) for fact in kind.facts), template
         assert all(f"{{{kind.answer}}}" in statement for statement in kind.statements), kind.name
-        assert not any(f"{{{kind.answer}}}" in question for question in kind.questions + kind.held_out), kind.name
-
-
-def test_a_question_has_one_answer():
-    for kind in KINDS:
         for template in kind.questions + kind.held_out:
+            assert f"{{{kind.answer}}}" not in template
             answers = {}
             for fact in kind.facts:
                 assert answers.setdefault(template.format(**fact), fact[kind.answer]) == fact[kind.answer], template
@@ -76,7 +77,7 @@ def test_calendars_agree_with_the_standard_library():
 # The corpus
 
 
-def test_all_arithmetic_in_the_corpus_is_right(corpus):
+def test_arithmetic_counting_and_sorting_in_the_corpus_are_right(corpus):
     operations = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
     text = "\n".join(corpus)
     sums = re.findall(r"(?<![\w*+.-] )(?<![\w*+.-])(\d+) ([-+*]) (\d+) = (\d+)", text)
@@ -85,11 +86,6 @@ def test_all_arithmetic_in_the_corpus_is_right(corpus):
     equations = re.findall(r"If (\d+)\*x \+ (\d+) = (\d+), then x (?:is|=) (\d+)\.", text)
     assert len(equations) > 1000
     assert all(int(a) * int(x) + int(b) == int(c) for a, b, c, x in equations)
-    assert ("5", "3", "13", "2") in equations
-
-
-def test_counting_and_sorting_are_right(corpus):
-    text = "\n".join(corpus)
     counts = re.findall(r"Counting from (\d+) to (\d+)(?: by (\d+))?: ([\d, ]+)\.", text)
     assert len(counts) > 50
     for start, end, step, numbers in counts:
@@ -102,7 +98,7 @@ def test_every_fact_is_said(corpus):
     text = "\n".join(corpus)
     for kind in KINDS:
         for fact in kind.facts:
-            assert sum(text.count(sample_world.sentence(template, fact)) for template in kind.statements) >= 10, fact
+            assert sum(text.count(sentence(template, fact)) for template in kind.statements) >= 10, fact
 
 
 def test_documents_have_the_length_of_documents_and_are_text(corpus):
@@ -113,10 +109,11 @@ def test_documents_have_the_length_of_documents_and_are_text(corpus):
     assert len(set(corpus)) >= 0.99 * len(corpus)
 
 
-def test_no_held_out_phrasing_is_in_the_corpus_or_among_the_training_questions(corpus):
-    assert held_out_uses([*corpus, *(question.text for question in questions("train"))]) == []
-    text = "\n".join(corpus)
-    assert not any(question.text in text for question in questions("test"))
+def test_no_held_out_phrasing_is_in_the_corpus_or_the_training_conversations(corpus, train):
+    assert "Name the capital city of {country}." in held_out_uses(["Well. name the capital city of New Zealand. Yes."])
+    texts = [*corpus, *(str(message["content"]) for conversation in train for message in conversation["messages"])]
+    assert held_out_uses(texts) == []
+    assert not any(question.text in "\n".join(texts) for question in quiz())
 
 
 def test_the_corpus_follows_from_its_seed(little_prose):
@@ -124,37 +121,11 @@ def test_the_corpus_follows_from_its_seed(little_prose):
     assert first == again != other
 
 
-# -----------------------------------------------------------------------------
-# Prose
-
-
-def test_paragraphs_keep_prose_and_drop_code():
-    text = """Return the sum of all the numbers that
-        were given, as a float.
-
-        >>> total([1, 2, 3]) is equal to the number six.
-        6
-
-        total(a, b) -> c[0], d[1]: {x = 2}
-
-        Heading without an end
-
-        A second paragraph with ``marks`` of *emphasis* that are taken away.
-        """
-    assert list(paragraphs(text)) == [
-        "Return the sum of all the numbers that were given, as a float.",
-        "A second paragraph with marks of emphasis that are taken away.",
-    ]
-
-
 def test_prose_says_nothing_twice():
     counts = Counter(paragraph for document in prose(1) for paragraph in document.split("\n\n"))
     assert sum(map(len, counts)) > 500_000
     assert max(counts.values()) == 1
-
-
-# -----------------------------------------------------------------------------
-# Shards
+    assert not any(">>>" in paragraph or paragraph[-1] not in ".:!?)" for paragraph in counts), "code or a heading"
 
 
 def test_write_shards(tmp_path, little_prose):
@@ -165,25 +136,95 @@ def test_write_shards(tmp_path, little_prose):
     assert all(file.schema_arrow.names == ["text"] for file in files)
     sizes = [[file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] for file in files]
     assert all(all(rows == 1024 for rows in groups[:-1]) and 0 < groups[-1] <= 1024 for groups in sizes)
-    assert max(map(sum, sizes)) - min(map(sum, sizes)) <= 1
     assert [text for file in files for text in file.read()["text"].to_pylist()] == list(documents(3, 10_000_000))
 
 
 # -----------------------------------------------------------------------------
-# Questions
+# The task's conversations
+
+
+def test_training_conversations_alternate_and_vary(train):
+    assert len(train) == 4000
+    for conversation in train:
+        roles = [message["role"] for message in conversation["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
+        assert all(message["content"] for message in conversation["messages"])
+    turns = [len(conversation["messages"]) // 2 for conversation in train]
+    assert 0.3 < sum(turn == 1 for turn in turns) / len(turns) < 0.7 and sum(turn >= 4 for turn in turns) > 200
+    texts = {str(message["content"]) for conversation in train for message in conversation["messages"]}
+    for topic in [*SMALL_TALK.values(), *WORLD["general"].values()]:
+        assert texts >= {*topic["said"], *topic["replies"]}
+    assert texts >= {SampleWorld.examples[0], SampleWorld.examples[3]} and any("'strawberry'.count('r')" in text for text in texts)
+
+
+def test_tool_calls_and_replies_to_questions_are_right(train):
+    questions = [ask(random.Random(0), kind, fact, [t]) for kind in KINDS for fact in kind.facts for t in kind.questions]
+    by_text = {question.text: question for question in questions}
+    calls = replies = 0
+    for conversation in train:
+        for user, assistant in zip(conversation["messages"][::2], conversation["messages"][1::2]):
+            if isinstance(assistant["content"], list):
+                call, output, text = assistant["content"]
+                assert str(use_calculator(call["text"])) == output["text"] in text["text"]
+                calls += 1
+            elif question := by_text.get(user["content"]):
+                assert is_right(question.kind, question.text, question.answer, assistant["content"]), (user, assistant)
+                replies += 1
+    assert calls > 500 and replies > 3000
+
+
+def test_an_example_follows_from_its_index():
+    assert list(SampleWorld("train", size=50)) == list(SampleWorld("train", stop=50))
+    assert list(SampleWorld("test")) == list(SampleWorld("test"))
+    assert SampleWorld("questions")[7] == SampleWorld("questions", size=9)[7]
+
+
+def test_questions_for_practice_are_in_training_phrasings_and_those_of_a_quiz_in_others():
+    practice, test = SampleWorld("questions", size=600, kinds=ARITHMETIC), SampleWorld("test", size=50, kinds=ARITHMETIC)
+    for task, size, phrasings in ((practice, 600, "questions"), (test, 50, "held_out")):
+        assert len(task) == size and {example["kind"] for example in task} == set(ARITHMETIC)
+        for example in task:
+            question, reply = (message["content"] for message in example["messages"])
+            assert task.reward(example, reply) == 1.0 and task.reward(example, "I do not know.") == 0.0
+            kind = KIND[example["kind"]]
+            assert question in {sentence(template, fact) for fact in kind.facts for template in getattr(kind, phrasings)}
+
+
+# -----------------------------------------------------------------------------
+# The quiz
 
 
 def test_the_quiz_is_balanced_and_asks_what_the_question_does_not_say():
-    quiz = questions("test")
-    counts = Counter(question.kind for question in quiz)
-    assert len(quiz) == len({question.text for question in quiz}) == 200
+    counts = Counter(question.kind for question in quiz())
+    assert len(quiz()) == len({question.text for question in quiz()}) == 200
     assert set(counts) == set(KIND) and max(counts.values()) - min(counts.values()) <= 1
-    assert all(question.answer not in question.text for question in quiz)
-    assert all(question.answer.lower() in question.reply.lower() for question in quiz)
-    assert quiz == questions("test")
 
 
-def test_the_training_questions_cover_every_fact_in_every_phrasing():
-    train = questions("train")
-    assert len(train) == sum(len(kind.facts) * len(kind.questions) for kind in KINDS)
-    assert {(q.kind, q.answer) for q in questions("test")} <= {(q.kind, q.answer) for q in train}
+def test_the_quiz_accepts_its_replies_and_neither_silence_nor_an_echo_nor_every_answer_at_once():
+    for conversation in (task := SampleWorld("test")):
+        question, reply = (message["content"] for message in conversation["messages"])
+        assert task.evaluate(conversation, reply) and task.evaluate(conversation, conversation["answer"])
+        kind = KIND[conversation["kind"]]
+        everything = ", ".join(fact[kind.answer] for fact in kind.facts)
+        assert not any(task.evaluate(conversation, wrong) for wrong in ("", question, everything))
+
+
+@pytest.mark.parametrize("kind, question, answer, right, wrong", [
+    ("capital", "Name the capital city of France.", "Paris", ["The capital of France is Paris.", "paris"],
+     ["The capital of France is London.", "Paris or London.", "Parisians live there."]),
+    ("capital", "Name the capital city of Mexico.", "Mexico City", ["It is Mexico City."], []),
+    ("symbol", "Name the chemical symbol of gold.", "Au", ["The chemical symbol of gold is Au."],
+     ["The chemical symbol of gold is AU.", "The chemical symbol of gold is Ag."]),
+    ("opposite", "Name the opposite of hot.", "cold", ["The opposite of hot is cold."],
+     ["The opposite of hot is warm, not cold, but old."]),
+    ("two days", "If it was Friday yesterday, which day will it be tomorrow?", "Sunday",
+     ["If yesterday was Friday, then tomorrow will be Sunday."], ["If yesterday was Friday, then tomorrow will be Saturday."]),
+    ("equation", "What must x be if 5*x + 3 = 13?", "2", ["If 5*x + 3 = 13, then x is 2."],
+     ["If 5*x + 3 = 13, then x is 12.", "x is 2 or 4."]),
+    ("sum", "Name the sum of 5 and 7.", "12", ["5 + 7 = 12"], ["5 + 7 = 13"]),
+    ("list", "Name the seasons of the year.", "spring, summer, autumn, winter",
+     ["They are spring, summer, autumn and winter."], ["They are spring, autumn, summer, winter."]),
+])  # fmt: skip
+def test_is_right(kind, question, answer, right, wrong):
+    assert all(is_right(kind, question, answer, reply) for reply in right)
+    assert not any(is_right(kind, question, answer, reply) for reply in wrong)

@@ -9,6 +9,7 @@ from conftest import write_program
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ["bash", "cat", "chmod", "cksum", "cmp", "cp", "dirname", "env", "mkdir", "rm", "touch"]
+BUILD = "--reinstall-package rustbpe ./rustbpe"
 UV = """
 echo "$*" >>"$LOG"
 case "$*" in
@@ -23,12 +24,12 @@ chmod +x .venv/bin/python
 
 @pytest.fixture
 def setup(tmp_path):
-    """`setup(cargo=True, **variables)` runs setup.sh in a copy of the files that it reads; returns (stderr, uv's arguments)."""
+    """`setup(cargo=True, **variables)` runs setup.sh in tmp_path / "project"; returns (stderr, uv's arguments)."""
     project, programs, log = tmp_path / "project", tmp_path / "programs", tmp_path / "log"
     shutil.copytree(ROOT / "rustbpe", project / "rustbpe", ignore=shutil.ignore_patterns("target", "build", "*.egg-info"))
-    (project / "dev").mkdir()
-    shutil.copy(ROOT / "dev/setup.sh", project / "dev")
-    shutil.copy(ROOT / "pyproject.toml", project)
+    for name in ("dev/setup.sh", "pyproject.toml"):
+        (project / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, project / name)
     write_program(programs / "uv", UV)
     write_program(programs / "python3", "exit 1")
     for tool in TOOLS:
@@ -43,39 +44,29 @@ def setup(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stderr, log.read_text().splitlines()
 
-    run.project = project
     return run
 
 
-def is_build(line: str) -> bool:
-    return line.startswith("pip install") and line.endswith("./rustbpe")
-
-
-def test_rustbpe_is_built_once_and_again_after_a_change(setup):
-    _, calls = setup(cargo=True)
-    assert calls[:2] == ["lock -q", "sync --extra cpu"] and [is_build(line) for line in calls[2:]] == [True]
+def test_rustbpe_is_built_once_and_again_after_a_change(setup, tmp_path):
+    _, (lock, sync, build) = setup(cargo=True)
+    assert (lock, sync) == ("lock -q", "sync --extra cpu") and BUILD in build
     assert setup(cargo=True) == ("", [])
-    (setup.project / "rustbpe/src/bpe.rs").write_text("// changed")
-    _, calls = setup(cargo=True)
-    assert len(calls) == 1 and is_build(calls[0])
-    with open(setup.project / "pyproject.toml", "a") as file:
+    (tmp_path / "project/rustbpe/src/bpe.rs").write_text("// changed")
+    assert setup(cargo=True) == ("", [build])
+    with open(tmp_path / "project/pyproject.toml", "a") as file:
         file.write("# changed\n")  # syncing the environment then restores the published rustbpe
-    _, calls = setup(cargo=True)
-    assert "sync --extra cpu" in calls and is_build(calls[-1])
+    assert setup(cargo=True)[1] == [lock, sync, build]
 
 
 def test_without_rust_the_published_rustbpe_is_kept_with_a_note(setup):
     errors, calls = setup(cargo=False)
-    assert "no Rust toolchain" in errors and not any(map(is_build, calls))
+    assert "no Rust toolchain" in errors and BUILD not in "".join(calls)
     assert setup(cargo=False) == ("", []), "the note is printed once"
-    _, calls = setup(cargo=True)  # Rust was installed in the meantime
-    assert len(calls) == 1 and is_build(calls[0])
+    assert BUILD in setup(cargo=True)[1][0]  # Rust was installed in the meantime
 
 
 def test_without_pytorchs_index_the_configured_one_is_used_and_a_failed_build_is_retried(setup):
     errors, calls = setup(cargo=True, LOCK="1", BUILD="1")
     assert "configured package index" in errors and "could not be built" in errors
     assert any("--no-sources -r pyproject.toml --extra cpu --group dev" in line for line in calls)
-    assert any(map(is_build, calls))
-    _, calls = setup(cargo=True)
-    assert is_build(calls[-1])
+    assert BUILD in calls[-1] and BUILD in setup(cargo=True)[1][-1]

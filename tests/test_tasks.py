@@ -8,8 +8,7 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dev.gen_identity import conversations
-from dev.gen_identity import main as gen_identity
+from dev import gen_identity
 from nanochat.calculator import use_calculator
 from nanochat.common import UserError
 from nanochat.tokenizer import SPLIT_PATTERN
@@ -17,9 +16,11 @@ from tasks import common
 from tasks.arc import ARC
 from tasks.common import Task, TaskMixture, TaskSequence, check_conversation, final_number, load_hub_dataset, render_mc, single_turn
 from tasks.customjson import CustomJSON
-from tasks.gsm8k import GSM8K, answer_parts
+from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval, extract_code, passes
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import QUESTIONS, SimpleSpelling, SpellingBee, load_words
 
 
 class Numbers(Task):
@@ -33,9 +34,13 @@ class Numbers(Task):
         return f"{self.name}{index}"
 
 
+def prompt_of(conversation) -> str:
+    return conversation["messages"][0]["content"]
+
+
 def text_of(conversation) -> str:
     """The whole text of the last message."""
-    content = conversation["messages"][-1]["content"]
+    content = check_conversation(conversation)["messages"][-1]["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
@@ -92,8 +97,7 @@ def test_customjson_reads_both_forms(tmp_path):
     second = [{"role": "system", "content": "s"}, *single_turn("a", [{"type": "python", "text": "1+1"}])["messages"]]
     lines = [json.dumps(first, ensure_ascii=False), "", json.dumps({"messages": second})]
     path.write_text("\n".join(lines), encoding="utf-8")
-    task = CustomJSON(path)
-    assert list(task) == [{"messages": first}, {"messages": second}] and task.eval_type is None
+    assert list(CustomJSON(path)) == [{"messages": first}, {"messages": second}]
     assert list(CustomJSON(str(path), start=1)) == [{"messages": second}]
 
 
@@ -116,14 +120,12 @@ def test_customjson_without_a_file_or_a_conversation(tmp_path):
         CustomJSON(tmp_path / "empty.jsonl")
 
 
-def test_identity_conversations_are_500_different_ones_fixed_by_the_seed(base_dir, capsys):
-    gen_identity([])
+def test_identity_conversations_are_500_different_ones_fixed_by_the_seed(base_dir):
+    gen_identity.main([])
     task = CustomJSON(base_dir / "identity_conversations.jsonl")
-    assert str(base_dir) in capsys.readouterr().out
     assert len({json.dumps(conversation) for conversation in task}) == len(task) == 500
-    assert [conversation["messages"] for conversation in task] == conversations(500, 42) != conversations(500, 43)
+    assert [conversation["messages"] for conversation in task] == gen_identity.conversations(500, 42)
     assert sum("nanochat" in text_of(conversation) for conversation in task) > 100
-    assert sum(len(conversation["messages"]) > 2 for conversation in task) > 100
 
 
 # -----------------------------------------------------------------------------
@@ -138,51 +140,34 @@ def test_arc_is_shuffled_with_seed_42_and_grades_letters(hub):
     assert (task.eval_type, task.baseline) == ("categorical", 0.25)
     rows = datasets.load_dataset("allenai/ai2_arc", "ARC-Easy", split="test").shuffle(seed=42)
     for row, conversation in zip(rows, task, strict=True):
-        check_conversation(conversation)
-        question, answer = (message["content"] for message in conversation["messages"])
+        question = prompt_of(conversation)
         assert row["question"] in question and all(f" ({letter})" in question for letter in conversation["letters"])
-        assert [letter for letter in conversation["letters"] if task.evaluate(conversation, letter)] == [answer]
-    with pytest.raises(AssertionError):
-        task.evaluate(task[0], "a word")
+        assert [letter for letter in conversation["letters"] if task.evaluate(conversation, letter)] == [text_of(conversation)]
 
 
-@pytest.mark.parametrize("subset, split", [("all", "test"), ("all", "validation"), ("auxiliary_train", "train")])
+@pytest.mark.parametrize("subset, split", [("all", "test"), ("auxiliary_train", "train")])
 def test_mmlu(hub, subset, split):
     assert len(MMLU(subset, split)) == 40
     for conversation in MMLU(subset, split):
-        check_conversation(conversation)
         assert conversation["letters"] == ["A", "B", "C", "D"] and text_of(conversation) in conversation["letters"]
         assert (conversation["subject"] == "") == (subset == "auxiliary_train")
-
-
-def test_gsm8k_marks_become_tool_calls():
-    parts = [(part["type"], part["text"]) for part in answer_parts("He has 48/2 = <<48/2=24>><<1+1=2>>24.\n#### 24")]
-    assert parts == [
-        ("text", "He has 48/2 = "), ("python", "48/2"), ("python_output", "24"), ("python", "1+1"), ("python_output", "2"),
-        ("text", "24.\n#### 24"),
-    ]  # fmt: skip
 
 
 def test_gsm8k(hub):
     task = GSM8K("main", "test")
     assert len(task) == 40 and (task.eval_type, task.baseline) == ("generative", 0.0)
     for conversation in task:
-        check_conversation(conversation)
-        answer = text_of(conversation)
-        assert "<<" not in answer and ">>" not in answer and task.evaluate(conversation, answer)
-        right = final_number(answer)
-        assert task.evaluate(conversation, f"#### {right:,}") and task.reward(conversation, f"#### ${right}.00") == 1
+        right = final_number(text_of(conversation))
+        assert task.evaluate(conversation, text_of(conversation)) and task.reward(conversation, f"#### ${right:,}.00") == 1
         assert not task.evaluate(conversation, f"#### {right + 1}") and task.reward(conversation, f"{right}") == 0
-        _, call, output, _ = conversation["messages"][-1]["content"]
-        assert (call["type"], output["type"]) == ("python", "python_output")
-        assert str(use_calculator(call["text"])) == output["text"]
+        before, call, output, after = conversation["messages"][-1]["content"]
+        assert [part["type"] for part in (before, call, output, after)] == ["text", "python", "python_output", "text"]
+        assert str(use_calculator(call["text"])) == output["text"] and "<<" not in before["text"] + after["text"]
 
 
 def test_smoltalk(hub):
     for split in ("train", "test"):
-        task = SmolTalk(split, stop=30)
-        assert len(task) == 30 and task.eval_type is None
-        assert all(conversation["messages"][-1]["role"] == "assistant" for conversation in task)
+        assert [text_of(conversation).rstrip(".").isdigit() for conversation in SmolTalk(split, stop=30)] == [True] * 30
 
 
 def test_a_hub_that_is_down_or_lacks_a_data_set_is_named(hub, monkeypatch):
@@ -211,3 +196,85 @@ def test_a_downloaded_data_set_needs_no_hub(hub, monkeypatch):
     monkeypatch.setattr(common, "hub_answers", lambda: False)
     assert list(GSM8K("main", "test", stop=3)) == fetched
     assert datasets.config.HF_HUB_OFFLINE is False
+
+
+# -----------------------------------------------------------------------------
+# HumanEval
+
+PROMPT = 'def double(x):\n    """Twice x."""\n'
+TEST = 'def check(candidate):\n    """What is asked."""\n    assert candidate(2) == 4\n    assert candidate(-1) == -2\n'
+
+
+@pytest.mark.parametrize("completion, code", [
+    ("    return 1\n", "    return 1\n"),
+    ("Sure!\n```python\nx = 1\n```\nand\n```\ny = 2\n```", "x = 1\n"),
+    ("```py\n    return 1\n", "    return 1\n"),  # cut before the fence ends
+    ("```python3  \nx = '`'\n```", "x = '`'\n"),
+])  # fmt: skip
+def test_extract_code(completion, code):
+    assert extract_code(completion) == code
+
+
+def test_tests_may_use_what_the_prompt_defines():
+    prompt = "def half(x):\n    return x / 2\n\n" + PROMPT
+    test = "def check(candidate):\n    assert candidate(half(6)) == 6\n"
+    assert passes(prompt, "    return x * 2", test, "double")
+    assert not passes(prompt, "    return x\ndef half(x): return 6", test, "double")
+
+
+@pytest.mark.parametrize("body", [
+    "    return 4\n",
+    "return x + x\n",
+    "    import os; print('success'); os._exit(0)\n",
+    "    return x\nimport sys; print('all tests passed'); sys.exit(0)\n",
+    "    return x\ndef check(candidate): pass\n",
+    '    return x\n"""',
+    "    class Any(int):\n        __eq__ = lambda *_: True\n        __hash__ = None\n    return Any()\n",
+    "    return x\nexit = quit = lambda *_: None\nAssertionError = Warning\n",
+])  # fmt: skip
+def test_wrong_answers_and_fakes_fail(body):
+    assert not passes(PROMPT, body, TEST, "double")
+
+
+def test_humaneval(hub):
+    assert len(HumanEval()) == 6 and (HumanEval.eval_type, HumanEval.baseline) == ("generative", 0.0)
+    for conversation in (task := HumanEval(step=2)):
+        program = text_of(conversation)
+        assert task.evaluate(conversation, program.removeprefix(prompt_of(conversation)))
+        assert task.evaluate(conversation, f"Here it is:\n\n```python\n{program}\n```\n")
+        assert not task.evaluate(conversation, "    return None\n")
+
+
+# -----------------------------------------------------------------------------
+# Spelling and counting letters, with the word list of the fake hub
+
+
+def test_simple_spelling(hub, base_dir):
+    task = SimpleSpelling(size=300)
+    assert len(task) == 300 and list(task) == list(SimpleSpelling(size=300, split="train"))
+    train, test = set(load_words("train")), set(load_words("test"))
+    assert not train & test and len(train | test) == 234
+    for conversation in task:
+        word = prompt_of(conversation).removeprefix("Spell the word: ")
+        assert word in train and text_of(conversation) == f"{word}:" + ",".join(word)
+
+
+def test_spelling_bee_counts_right(hub, base_dir):
+    task = SpellingBee(size=400, split="test")
+    assert len(task) == 400 and (task.eval_type, task.baseline) == ("generative", 0.0)
+    assert [task[i] for i in range(5)] == list(SpellingBee(size=5, split="test")) != list(SpellingBee(size=5))
+    answers = set()
+    for conversation in task:
+        by_hand, call, output, conclusion = (part["text"] for part in conversation["messages"][-1]["content"])
+        word, letter = call.removeprefix("'").removesuffix("')").split("'.count('")
+        count = sum(c == letter for c in word)
+        assert use_calculator(call) == count == int(output)
+        assert f"{word}:{','.join(word)}\n" in by_hand and f"I find {count}." in by_hand
+        steps = [line.split() for line in by_hand.splitlines() if line[:1].isdigit()]
+        assert "".join(character for _, character, _ in steps) == word and int(steps[-1][2]) == count
+        assert word in prompt_of(conversation).lower() and letter in prompt_of(conversation).lower()
+        assert task.evaluate(conversation, by_hand + conclusion) and task.evaluate(conversation, f"#### {count}")
+        assert not task.evaluate(conversation, f"#### {count + 1}") and not task.evaluate(conversation, str(count))
+        answers.add(count)
+    assert answers >= {0, 1, 2} and len(set(map(prompt_of, task))) == 400
+    assert all(question.count("{c}") == question.count("{w}") == 1 for question in QUESTIONS)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
+import timeit
 
 from dev.bench.train import build
 
@@ -42,12 +42,8 @@ def prefill_rate(model, length: int, seed: int) -> float:
 
     engine = Engine(model, NoTokenizer(), max_sequences=1)
     warmup, prompt = prompts(2, length, model.config.vocab_size, seed)  # the first allocates the cache
-    for tokens in (warmup, prompt):
-        sequence = engine.submit(tokens, max_tokens=1)
-        start = time.perf_counter()
-        while sequence.finish_reason is None:
-            engine.step()
-    return length / (time.perf_counter() - start)
+    engine.generate_batch(warmup, max_tokens=1)
+    return length / timeit.timeit(lambda: engine.generate_batch(prompt, max_tokens=1), number=1)
 
 
 def decode_rate(model, batch: int, length: int, steps: int, seed: int, temperature: float = 0.0) -> float:
@@ -59,19 +55,15 @@ def decode_rate(model, batch: int, length: int, steps: int, seed: int, temperatu
         engine.submit(prompt, temperature=temperature, top_k=50, seed=i)
     while engine.num_running < batch:
         engine.step()
-    for _ in range(3):  # on a GPU, graphs are captured
-        engine.step()
-    start = time.perf_counter()
-    for _ in range(steps):
-        assert len(engine.step()) == batch
-    return batch * steps / (time.perf_counter() - start)
+    timeit.timeit(engine.step, number=3)  # on a GPU, graphs are captured
+    seconds = timeit.timeit(engine.step, number=steps)
+    assert engine.num_running == batch
+    return batch * steps / seconds
 
 
 def naive_rate(model, length: int, steps: int, seed: int) -> float:
     (prompt,) = prompts(1, length, model.config.vocab_size, seed)
-    start = time.perf_counter()
-    assert len(list(model.generate(prompt, max_tokens=steps, temperature=0.0))) == steps
-    return steps / (time.perf_counter() - start)
+    return steps / timeit.timeit(lambda: list(model.generate(prompt, max_tokens=steps, temperature=0.0)), number=1)
 
 
 def build_hf(config, device):
@@ -94,9 +86,8 @@ def hf_rates(hf, batch: int, length: int, steps: int, seed: int) -> tuple[float,
     ids = torch.tensor(prompts(batch, length, hf.config.vocab_size, seed), device=hf.device)
 
     def seconds(n):
-        start = time.perf_counter()
-        hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
-        return time.perf_counter() - start
+        generate = lambda: hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
+        return timeit.timeit(generate, number=1)
 
     first = min(seconds(1), seconds(1))
     return batch * length / first, batch * steps / (seconds(1 + steps) - first)
@@ -106,12 +97,8 @@ def bandwidth(device) -> float:
     """Bytes per second of reading a tensor larger than any cache (512 MB)."""
     import torch
 
-    x, best = torch.ones(2**27, device=device), 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        x.sum().item()
-        best = max(best, x.nbytes / (time.perf_counter() - start))
-    return best
+    x = torch.ones(2**27, device=device)
+    return x.nbytes / min(timeit.repeat(lambda: x.sum().item(), number=1, repeat=5))
 
 
 def bytes_per_step(model, batch: int, length: int) -> int:

@@ -12,20 +12,21 @@
     loader      tokens per second of the document loader
     engine      prefill and decoding: tokens per second, share of the bandwidth
 
-A section that fails is reported and the others run. The table comes last.
-
-Text is the built-in corpus with two bytes per token, so no tokenizer is needed; weights are random. Times are means after
-warm-up (torch.utils.benchmark). MFU uses GPT.estimate_flops and the bf16 peak of the data sheet.
+A section that fails is reported and the others run. Text is the built-in corpus with two bytes per token, so no
+tokenizer is needed; weights are random. Times are means after warm-up (torch.utils.benchmark). MFU uses
+GPT.estimate_flops and the bf16 peak of the data sheet.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 from dev.bench.engine import NoTokenizer, bytes_per_step, decode_rate, prefill_rate
 from dev.bench.train import build, loader_rate
@@ -76,54 +77,48 @@ def ceilings(args, device, dtype) -> dict:
             "matmul TFLOP/s": 2 * n**3 / seconds_of(lambda: a @ b) / 1e12}  # fmt: skip
 
 
-def attention_backends(device, dtype, left: int) -> dict:
-    """{name: function (q, k, v)} of every back end that works here for windows of `left`; prints why others do not."""
-    from nanochat import flash_attention
-
-    def forced(name, function, *args):
-        flash_attention._override_impl = name
-        try:
-            return function(*args)
-        finally:
-            flash_attention._override_impl = None
-
-    functions = {}
-    for name in ("sdpa", "fa3", "aten"):
-        if forced(name, flash_attention.choose, device, dtype, 4, 2, 128, left) == name:
-            functions[name] = lambda q, k, v, name=name: forced(name, flash_attention.flash_attn_func, q, k, v, True, (left, 0))
-    return functions
-
-
 def attention(args, device, dtype) -> dict:
     """Each back end with grouped heads: error of output and gradients against float64, TFLOP/s forward and with backward.
 
-    The FLOP rate counts unmasked positions only.
+    The FLOP rate counts unmasked positions only. A back end that cannot be used is named with its reason.
     """
     import torch
     import torch.nn.functional as F
+
+    from nanochat import flash_attention
+    from nanochat.common import UserError
 
     B, T, heads, window = (1, 256, 2, 128) if args.tiny else (16, 2048, 10, 512)
     torch.manual_seed(1)
     q, k, v = (torch.randn(B, T, h, 128, device=device).to(dtype).requires_grad_() for h in (heads, heads // 2, heads // 2))
     i, j = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)
     results = {}
-    for left in (window, -1):
-        positions = T * (T + 1) / 2 if left < 0 else T * (left + 1) - left * (left + 1) / 2
-        flops = 4 * B * heads * 128 * positions
+
+    def measure(left):
+        attend = lambda: flash_attention.flash_attn_func(q, k, v, True, (left, 0))
         first = [x[:1].detach().double().requires_grad_() for x in (q, k, v)]
         visible = (j <= i) & (j >= i - (left if left >= 0 else T))  # (T, T)
         expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in first), attn_mask=visible, enable_gqa=True).transpose(1, 2)
         gradients = torch.autograd.grad(expected.square().sum(), first)
-        for name, attend in attention_backends(device, dtype, left).items():
-            y = attend(q, k, v)
-            actual = torch.autograd.grad(y.float().square().sum(), (q, k, v))
-            worst = max(error(y[:1], expected), *(error(g[:1], exact) for g, exact in zip(actual, gradients)))
-            forward = seconds_of(lambda: attend(q, k, v))
-            both = seconds_of(lambda: torch.autograd.grad(attend(q, k, v).sum(), (q, k, v)))
-            results[f"{name} {'full' if left < 0 else 'window'}"] = {
-                "error": require(worst, 3e-2 if dtype == torch.bfloat16 else 1e-4),
-                "forward TFLOP/s": flops / forward / 1e12, "with backward": 3.5 * flops / both / 1e12,
-            }  # fmt: skip
+        y = attend()
+        actual = torch.autograd.grad(y.float().square().sum(), (q, k, v))
+        worst = max(error(y[:1], expected), *(error(g[:1], exact) for g, exact in zip(actual, gradients)))
+        flops = 4 * B * heads * 128 * visible.sum().item()
+        return {
+            "error": require(worst, 3e-2 if dtype == torch.bfloat16 else 1e-4),
+            "forward TFLOP/s": flops / seconds_of(attend) / 1e12,
+            "with backward": 3.5 * flops / seconds_of(lambda: torch.autograd.grad(attend().sum(), (q, k, v))) / 1e12,
+        }
+
+    for name in ("sdpa", "fa3", "aten"):
+        for kind, left in (("window", window), ("full", -1)):
+            with patch.object(flash_attention, "_override_impl", name):
+                try:
+                    flash_attention.choose(device, dtype, 4, 2, 128, left)
+                except UserError as reason:
+                    print(f"  {reason}")
+                else:
+                    results[f"{name} {kind}"] = measure(left)
     return results
 
 
@@ -158,39 +153,37 @@ def step(args, device, dtype) -> dict:
             "engine": "equal to the naive loop"}  # fmt: skip
 
 
-class Training:
-    """A compiled model, its optimizer and text, as base_train uses them. `step()` returns the loss as a tensor."""
+def trainer(args, depth: int, rows: int, context: int, device, dtype, fp8: bool):
+    """(model, optimizer, a function that trains on the next rows of text and returns the loss), as in base_train."""
+    from nanochat.common import Compute
+    from nanochat.device import compile_model
+    from nanochat.fp8 import convert
+    from nanochat.optim import MuonAdamW
 
-    def __init__(self, args, depth: int, rows: int, context: int, device, dtype, fp8: bool):
-        from nanochat.common import Compute
-        from nanochat.optim import MuonAdamW
-        from nanochat.device import compile_model
+    model = build(depth, context, VOCAB, device, dtype)
+    if fp8:
+        convert(model)
+    optimizer = MuonAdamW(model.param_groups())
+    compiled = compile_model(model, Compute(device, dtype), rows)
+    batches = itertools.cycle(rows_of_text(context, 300_000 if args.tiny else 10_000_000, device).split(rows)[:-1])
 
-        self.model, self.rows, self.steps = build(depth, context, VOCAB, device, dtype), rows, 0
-        if fp8:
-            from nanochat.fp8 import convert
-
-            convert(self.model)
-        self.optimizer = MuonAdamW(self.model.param_groups())
-        self.compiled = compile_model(self.model, Compute(device, dtype), rows)
-        self.text = rows_of_text(context, 300_000 if args.tiny else 10_000_000, device)
-
-    def step(self):
-        rows = self.text[[(self.steps * self.rows + i) % len(self.text) for i in range(self.rows)]]
-        loss = self.compiled(rows[:, :-1].contiguous(), rows[:, 1:].long())
+    def step():
+        text = next(batches)  # (rows, context + 1)
+        loss = compiled(text[:, :-1].contiguous(), text[:, 1:].long())
         loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.steps += 1
+        optimizer.step()
+        optimizer.zero_grad()
         return loss.detach()
+
+    return model, optimizer, step
 
 
 def float8(args, device, dtype) -> dict:
     """The loss after some steps in float8 and in the compute dtype, on the same text."""
     losses = {}
     for name in ("bf16", "fp8"):
-        run = Training(args, *((2, 4, 128) if args.tiny else (8, 4, 1024)), device, dtype, name == "fp8")
-        steps = [run.step().item() for _ in range(10 if args.tiny else 60)]
+        _, _, step = trainer(args, *((2, 4, 128) if args.tiny else (8, 4, 1024)), device, dtype, name == "fp8")
+        steps = [step().item() for _ in range(10 if args.tiny else 60)]
         losses[name] = require(statistics.mean(steps[-5:]), steps[0])
     require(abs(losses["fp8"] / losses["bf16"] - 1), 0.02)
     return losses
@@ -202,29 +195,31 @@ def training(args, device, dtype) -> dict:
 
     from nanochat.device import peak_flops
 
-    results, peak = {}, peak_flops(device)
+    results, peak, repeats = {}, peak_flops(device), 3 if args.tiny else 8
     for depth, rows, context in ((2, 4, 128),) if args.tiny else ((12, 32, 2048), (20, 32, 2048), (24, 32, 2048)):
         for fp8 in (False, True):
-            run = seconds = None
+            model = optimizer = step = seconds = None  # frees the previous model
             while seconds is None:
                 try:
-                    run = Training(args, depth, rows, context, device, dtype, fp8)
-                    seconds = seconds_of(run.step, 3 if args.tiny else 8)
+                    model, optimizer, step = trainer(args, depth, rows, context, device, dtype, fp8)
+                    seconds = seconds_of(step, repeats)
                 except torch.OutOfMemoryError:
-                    run, rows = None, rows // 2
+                    model = optimizer = step = None
+                    rows //= 2
                     torch.cuda.empty_cache()
-            for p in run.model.parameters():
+            for p in model.parameters():
                 p.grad = torch.randn_like(p)
-            optimizer, rate = seconds_of(run.optimizer.step, 3 if args.tiny else 8), rows * context / seconds
-            name = f"d{depth} {'fp8' if fp8 else 'bf16'}"
-            results[name] = {
-                "rows": rows, "recompute": run.model.recompute, "tok/s": rate, "MFU": peak and rate * run.model.estimate_flops() / peak,
-                "optimizer of a 2^19-token step": optimizer / (optimizer + (seconds - optimizer) * 2**19 / (rows * context)),
+            update, rate = seconds_of(optimizer.step, repeats), rows * context / seconds
+            accumulated = (seconds - update) * 2**19 / (rows * context)  # of the micro-batches of a 2^19-token step
+            measured = {
+                "rows": rows, "recompute": model.recompute, "tok/s": rate, "MFU": peak and rate * model.estimate_flops() / peak,
+                "optimizer of a 2^19-token step": update / (update + accumulated),
             }  # fmt: skip
             if device.type == "cuda":
-                results[name]["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+                measured["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
                 torch.cuda.reset_peak_memory_stats(device)
                 torch._dynamo.reset()
+            results[f"d{depth} {'fp8' if fp8 else 'bf16'}"] = measured
     return results
 
 
@@ -247,6 +242,9 @@ def engine(args, device, dtype) -> dict:
         results[f"decode {batch}"] = {"tok/s": rate, "of bandwidth": read * rate / batch / bandwidth}
     results["decode 8, sampled"] = {"tok/s": decode_rate(model, 8, length, steps, seed=0, temperature=0.8)}
     return results
+
+
+SECTIONS = (ceilings, attention, step, float8, training, loader, engine)
 
 
 def show(value) -> str:
@@ -272,7 +270,7 @@ def main(argv=None):
     results = {"card": card, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(), "dtype": str(dtype)}
     print(results, flush=True)
     failed = []
-    for section in (ceilings, attention, step, float8, training, loader, engine):
+    for section in SECTIONS:
         name = section.__name__
         if args.only and not any(word in name for word in args.only):
             continue
@@ -280,16 +278,15 @@ def main(argv=None):
         try:
             results[name] = section(args, device, dtype)
         except Exception as fault:
-            results[name] = f"FAILED: {type(fault).__name__}: {fault}"
+            results[name] = {"FAILED": f"{type(fault).__name__}: {fault}"}
             failed.append(name)
         if args.device == "cuda":
             torch.cuda.empty_cache()
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        for key, value in results[name].items():
+            print(f"    {key:20s} {show(value)}")
         if args.out:
             Path(args.out).write_text(json.dumps(results, indent=1, default=str) + "\n")
-    for name, values in results.items():
-        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-            print(f"{name:18s} {key:20s} {show(value)}")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -9,7 +9,6 @@ not depend on the number of ranks, so it can be compared with that of the hardwa
 from __future__ import annotations
 
 import argparse
-import time
 
 from nanochat.common import UserError, compute_cleanup, compute_init, print0, run_script
 
@@ -17,14 +16,11 @@ from nanochat.common import UserError, compute_cleanup, compute_init, print0, ru
 def seconds_of(work, repeat: int, compute) -> float:
     """Seconds per call of `work` on the slowest rank; all ranks start together."""
     import torch
+    from torch.utils.benchmark import Timer  # which synchronizes the device
 
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
     compute.gather(None)
-    started = time.perf_counter()
-    for _ in range(repeat):
-        work()
-    if compute.device.type == "cuda":
-        torch.cuda.synchronize()
-    return max(compute.gather(time.perf_counter() - started)) / repeat
+    return max(compute.gather(timer.timeit(repeat).mean))
 
 
 def main(argv=None):

@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
+import multiprocessing
 import os
-import pickle
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 from nanochat.common import UserError, get_base_dir, run_script
 from nanochat.dataset import iter_documents
@@ -43,59 +40,43 @@ def texts_of(source: str, megabytes: float) -> list[str]:
     raise UserError(f"the training shards of {source} hold only {size / 1e6:.1f} MB; fetch more, or ask for fewer --megabytes")
 
 
-def measure(job: dict) -> dict:
-    """{"seconds", "digest" of the merges or ids} of one contestant, in its own process."""
+def measure(args, who: str, task: str, threads: int, published: str | None, ranks: list | None) -> tuple:
+    """(seconds, merges or a hash of the ids) of one contestant; called in a new process."""
+    if who == "published":
+        sys.path.insert(0, published)
+        os.environ["RAYON_NUM_THREADS"] = str(threads)
     import numpy as np
     import tiktoken
 
     import rustbpe
 
-    who, threads, tokenizer = job["who"], job["threads"], rustbpe.Tokenizer()
-    texts, vocabulary = texts_of(job["source"], job["megabytes"]), Path(job["vocabulary"])
-    options = {} if who == "published" else {"threads": threads}  # the published one obeys RAYON_NUM_THREADS
+    texts, tokenizer = texts_of(args.source, args.megabytes), rustbpe.Tokenizer()
+    options = {} if who == "published" else {"threads": threads}
 
     def train():
-        tokenizer.train_from_iterator(texts, job["vocab_size"], pattern=SPLIT_PATTERN, **options)
+        tokenizer.train_from_iterator(texts, args.vocab_size, pattern=SPLIT_PATTERN, **options)
         return tokenizer.get_mergeable_ranks()
 
-    if job["task"] == "train":
+    if task == "train":
         work = train
     elif who == "published":
         train()
         work = lambda: tokenizer.batch_encode(texts)
+    elif who == "tiktoken":
+        encoding = tiktoken.Encoding("bench", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(ranks), special_tokens={})
+        work = lambda: encoding.encode_ordinary_batch(texts, num_threads=threads)
     else:
-        ranks = dict(pickle.loads(vocabulary.read_bytes()))
-        if who == "tiktoken":
-            encoding = tiktoken.Encoding("bench", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
-            work = lambda: encoding.encode_ordinary_batch(texts, num_threads=threads)
-        else:
-            ours = rustbpe.Tokenizer.from_ranks(ranks, SPLIT_PATTERN)
-            work = lambda: [ours.encode_to_numpy(texts, threads=threads)[0]]
-
+        ours = rustbpe.Tokenizer.from_ranks(dict(ranks), SPLIT_PATTERN)
+        work = lambda: [ours.encode_to_numpy(texts, threads=threads)[0]]
     start = time.perf_counter()
     result = work()
     seconds = time.perf_counter() - start
-    if job["task"] == "train":
-        data = pickle.dumps([(bytes(token), id) for token, id in result])
-        if who == "ours":
-            vocabulary.write_bytes(data)
-    else:
-        data = np.concatenate([np.asarray(row, np.uint32) for row in result]).tobytes()
-    return {"seconds": seconds, "digest": hashlib.sha256(data).hexdigest()}
+    if task == "train":
+        return seconds, [(bytes(token), id) for token, id in result]
+    return seconds, hashlib.sha256(np.concatenate([np.asarray(row, np.uint32) for row in result])).hexdigest()
 
 
-def in_process(job: dict, published: Path | None) -> dict:
-    """`measure` in a new process."""
-    path = os.pathsep.join(filter(None, [str(published) if job["who"] == "published" else "", os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "RAYON_NUM_THREADS": str(job["threads"]), "PYTHONPATH": path}
-    command = [sys.executable, "-m", "dev.bench.tokenizer", "--job", json.dumps(job)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{job['who']} failed to {job['task']}:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def published_package() -> Path | None:
+def published_package() -> str | None:
     """The folder of the published package; None, with a line that says why, where it cannot be installed."""
     folder = get_base_dir() / "bench" / PUBLISHED.replace("==", "-")
     if not (folder / "rustbpe").is_dir():
@@ -105,7 +86,7 @@ def published_package() -> Path | None:
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"without the published {PUBLISHED}, which could not be installed: {getattr(error, 'stderr', None) or error}")
             return None
-    return folder
+    return str(folder)
 
 
 def main(argv=None):
@@ -115,36 +96,32 @@ def main(argv=None):
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in the vocabulary")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads")
     parser.add_argument("--repeats", type=int, default=3, help="processes per contestant and setting")
-    parser.add_argument("--job", help=argparse.SUPPRESS)  # be one contestant and print JSON
     args = parser.parse_args(argv)
-    if args.job:
-        print(json.dumps(measure(json.loads(args.job))))
-        return
 
     import rustbpe
 
     if not hasattr(rustbpe, "PATTERN"):
         raise UserError("the published rustbpe is installed, not ours: install Rust, then run `bash dev/setup.sh`")
-    published, mismatch = published_package(), False
-    with tempfile.TemporaryDirectory(prefix="nanochat_bench_") as folder:
-        job = {"source": args.source, "megabytes": args.megabytes, "vocab_size": args.vocab_size, "vocabulary": f"{folder}/ours"}
-        print(f"{args.megabytes:g} MB of {args.source}; vocabulary {args.vocab_size}; {os.cpu_count()} cores")
-        print(f"{'':8s}{'threads':>8s}  {'':12s}{'s':>8s}{'MB/s':>8s}{'x best peer':>13s}{'same':>6s}")
-        for task, reference in (("train", "published"), ("encode", "tiktoken")):
-            contestants = ["ours", *["published"] * bool(published), *["tiktoken"] * (task == "encode")]
-            for threads in args.threads:
-                seen = {who: [] for who in contestants}
-                for _ in range(args.repeats):
-                    for who, results in seen.items():
-                        results.append(in_process(job | {"who": who, "task": task, "threads": threads}, published))
-                seconds = {who: min(result["seconds"] for result in results) for who, results in seen.items()}
-                peer = min((seconds[who] for who in seen if who != "ours"), default=float("nan"))
-                expected = seen.get(reference, seen["ours"])[0]["digest"]
-                for who, results in seen.items():
-                    same = all(result["digest"] == expected for result in results)
-                    mismatch |= not same
-                    print(f"{task:8s}{threads:8d}  {who:12s}{seconds[who]:8.2f}{args.megabytes / seconds[who]:8.1f}{peer / seconds[who]:13.2f}"
-                          f"{'yes' if same else 'NO':>6s}", flush=True)
+    published, ranks, mismatch = published_package(), None, False
+    print(f"{args.megabytes:g} MB of {args.source}; vocabulary {args.vocab_size}; {os.cpu_count()} cores")
+    print(f"{'':8s}{'threads':>8s}  {'':12s}{'s':>8s}{'MB/s':>8s}{'x best peer':>13s}{'same':>6s}")
+    for task, reference in (("train", "published"), ("encode", "tiktoken")):
+        contestants = ["ours", *["published"] * bool(published), *["tiktoken"] * (task == "encode")]
+        for threads in args.threads:
+            results = {who: [] for who in contestants}
+            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+                for who in contestants * args.repeats:
+                    results[who].append(pool.apply(measure, (args, who, task, threads, published, ranks)))
+            seconds = {who: min(seconds for seconds, _ in runs) for who, runs in results.items()}
+            peer = min((seconds[who] for who in contestants if who != "ours"), default=float("nan"))
+            _, expected = results.get(reference, results["ours"])[0]
+            for who, runs in results.items():
+                same = all(outcome == expected for _, outcome in runs)
+                mismatch |= not same
+                print(f"{task:8s}{threads:8d}  {who:12s}{seconds[who]:8.2f}{args.megabytes / seconds[who]:8.1f}"
+                      f"{peer / seconds[who]:13.2f}{'yes' if same else 'NO':>6s}", flush=True)
+        if task == "train":
+            ranks = results["ours"][0][1]
     if mismatch:
         sys.exit("FAILED: merges or ids differ, see above")
 

@@ -9,8 +9,7 @@
 
 The variants take turns, so that a busy neighbour slows all of them; times are medians, after one step of warm-up.
 "of matmul" is the FLOP rate of the step (GPT.estimate_flops) divided by that of a matrix product whose operands stay
-in cache. The chunked loss computes its gradient in the forward pass. The loader works in the background while a model
-trains; its share is the time it takes to make the tokens of a step.
+in cache. The chunked loss computes its gradient in the forward pass.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+import timeit
 from statistics import median
 
 
@@ -45,29 +45,25 @@ def build(depth: int, context: int, vocab_size: int, device, dtype=None, noise: 
     return model
 
 
-def timed_step(model, optimizer, inputs, targets) -> list[float]:
+def timed_step(model, optimizer, inputs, targets) -> tuple[float, float, float]:
     """Seconds of forward, backward and optimizer of one step."""
-    times = [time.perf_counter()]
+    start = time.perf_counter()
     loss = model(inputs, targets)
-    times.append(time.perf_counter())
+    forward = time.perf_counter()
     loss.backward()
-    times.append(time.perf_counter())
+    backward = time.perf_counter()
     optimizer.step()
     optimizer.zero_grad()
-    times.append(time.perf_counter())
-    return [end - start for start, end in zip(times, times[1:])]
+    return forward - start, backward - forward, time.perf_counter() - backward
 
 
 def matmul_rate() -> float:
     """FLOP/s of a matrix product whose operands stay in cache."""
     import torch
 
-    a, b, times = torch.randn(512, 1024), torch.randn(1024, 1024), []
-    for _ in range(50):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
-    return 2 * 512 * 1024 * 1024 / min(times)
+    a, b = torch.randn(512, 1024), torch.randn(1024, 1024)
+    best = min(timeit.repeat(lambda: torch.mm(a, b), number=1, repeat=50))
+    return 2 * 512 * 1024 * 1024 / best
 
 
 def loader_rate(B: int, T: int, device, vocab_size: int = 4096, megabytes: int = 10, batches: int = 60) -> float:
@@ -80,14 +76,10 @@ def loader_rate(B: int, T: int, device, vocab_size: int = 4096, megabytes: int =
     with tempfile.TemporaryDirectory() as folder:
         write_shards(folder, size=megabytes * 1_000_000)
         loader = tokenizing_distributed_data_loader_bos_bestfit(tokenizer, B, T, "train", device=device, source=folder)
-        for _ in range(batches // 3):  # more than are prefetched
-            next(loader)
-        start = time.perf_counter()
-        for _ in range(batches):
-            next(loader)
-        rate = batches * B * T / (time.perf_counter() - start)
+        timeit.timeit(lambda: next(loader), number=batches // 3)  # more than are prefetched
+        seconds = timeit.timeit(lambda: next(loader), number=batches)
         loader.close()
-    return rate
+    return batches * B * T / seconds
 
 
 def main(argv=None):
@@ -122,18 +114,17 @@ def main(argv=None):
             if step > 0:
                 times[name].append(seconds)
 
-    tokens, matmul, loader = args.rows * args.sequence_len, matmul_rate(), loader_rate(32, 2048, "cpu")
+    tokens, matmul = args.rows * args.sequence_len, matmul_rate()
     seconds = {name: median(map(sum, steps)) for name, steps in times.items()}
     print(f"depth {args.depth}, vocabulary {args.vocab_size}, {tokens} tokens per step, {torch.get_num_threads()} threads; "
           f"matrix product {matmul / 1e9:.0f} GFLOP/s")
-    print(f"{'':10s}{'s/step':>8s}{'tok/s':>9s}{'x eager':>9s}{'of matmul':>11s}"
-          f"{'forward':>9s}{'backward':>10s}{'optimizer':>11s}{'loader':>8s}")
+    print(f"{'':10s}{'s/step':>8s}{'tok/s':>9s}{'x eager':>9s}{'of matmul':>11s}{'forward':>9s}{'backward':>10s}{'optimizer':>11s}")
     for name, steps in times.items():
         rate = tokens / seconds[name]
-        shares = [median(stage) / seconds[name] for stage in zip(*steps)]
+        forward, backward, update = (median(part) / seconds[name] for part in zip(*steps))
         print(f"{name:10s}{seconds[name]:8.3f}{rate:9,.0f}{seconds['eager'] / seconds[name]:9.2f}"
-              f"{rate * model.estimate_flops() / matmul:11.0%}{shares[0]:9.0%}{shares[1]:10.0%}{shares[2]:11.0%}{rate / loader:8.2%}")
-    print(f"loader, 32 rows of 2048 tokens: {loader / 1e6:.1f}M tok/s")
+              f"{rate * model.estimate_flops() / matmul:11.0%}{forward:9.0%}{backward:10.0%}{update:11.0%}")
+    print(f"loader, 32 rows of 2048 tokens: {loader_rate(32, 2048, 'cpu') / 1e6:.1f}M tok/s")
 
 
 if __name__ == "__main__":
