@@ -13,10 +13,10 @@ import tokenize
 from collections import defaultdict
 from pathlib import Path
 
-PRODUCT, TESTS = 16_000, 10_500  # lines: everything but the tests; the tests. To shrink to 12,500 and 7,000
+PRODUCT, TESTS = 13_600, 8_000  # lines: everything but the tests; the tests. To shrink to 12,500 and 7,000
 FILE = 500  # lines of one file
-LARGER = {"nanochat/ui.html": 851, "tests/test_ui.py": 539}  # files that may be larger for now
-TOKENS_PER_LINE = 10.8  # of the product's Python code; 10.6 when it held tables of data
+LARGER = {"nanochat/ui.html": 750}  # files that may be larger
+TOKENS_PER_LINE = 11.2  # of the product's Python code
 SOURCE = {".py", ".rs", ".sh", ".html", ".toml"}
 
 
