@@ -271,7 +271,8 @@ def spelling(rng: random.Random) -> str:
     letter = rng.choice(word)
     if rng.random() < 0.3:
         return f"The word {word} is spelled {', '.join(word)}. {occurrences(letter, word)} in it."
-    return f"How many {letter} are in {word}? '{word}'.count('{letter}') is {word.count(letter)}."
+    # Double quotes, since the tokenizer splits 's from the rest of 'strawberry'
+    return f'How many {letter} are in {word}? "{word}".count("{letter}") is {word.count(letter)}.'
 
 
 def exercises(rng: random.Random, length: int) -> str:

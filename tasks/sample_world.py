@@ -61,7 +61,7 @@ def tool_exchange(rng: random.Random) -> Exchange:
         word = rng.choice(WORLD["words"])
         letter = rng.choice(word if rng.random() < 0.8 else LETTERS).lower()
         shown = word if rng.random() < 0.8 else f'"{word}"'
-        reply = tool_call(f"'{word.lower()}'.count('{letter}')", f"{occurrences(letter, word.lower())}.")
+        reply = tool_call(f'"{word.lower()}".count("{letter}")', f"{occurrences(letter, word.lower())}.")
         return rng.choice(COUNT_QUESTIONS).format(c=letter, w=shown), reply
     kind, sign = rng.choice([("sum", "+"), ("difference", "-"), ("product", "*")])
     lowest = 19 if kind == "difference" else 11  # smaller numbers are those of facts

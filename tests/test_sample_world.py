@@ -154,7 +154,7 @@ def test_training_conversations_alternate_and_vary(train):
     texts = {str(message["content"]) for conversation in train for message in conversation["messages"]}
     for topic in [*SMALL_TALK.values(), *WORLD["general"].values()]:
         assert texts >= {*topic["said"], *topic["replies"]}
-    assert texts >= {SampleWorld.examples[0], SampleWorld.examples[3]} and any("'strawberry'.count('r')" in text for text in texts)
+    assert texts >= {SampleWorld.examples[0], SampleWorld.examples[3]} and any('"strawberry".count("r")' in text for text in texts)
 
 
 def test_tool_calls_and_replies_to_questions_are_right(train):
