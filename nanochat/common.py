@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 COLLECTIVE_TIMEOUT = 3600.0  # seconds that a collective may wait: ranks compile and load at different speeds
 HANG_TIMEOUT = 1800.0  # seconds without a heartbeat after which a training rank exits; NANOCHAT_HANG_TIMEOUT overrides
+SPIN_COUNT = "5000"  # of OpenMP's waiting threads, which then sleep: spinning slows a busy machine (dev/LOG.md, 11)
 
 
 class UserError(ValueError):
@@ -39,6 +40,8 @@ class Unreachable(UserError):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; a user's mistake is shown as one line, with exit code 1."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is loaded
     try:
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             _run_under_torchrun(main)
@@ -276,11 +279,6 @@ def compute_init(device_type: str = "") -> Compute:
     if world_size > 1:
         _join_ranks(compute)
     return compute
-
-
-def share_cores() -> None:
-    """Before torch is loaded: let waiting threads sleep, not spin, which beside a busy process is slow (dev/LOG.md, 11)."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def _join_ranks(compute: Compute) -> None:

@@ -9,7 +9,7 @@ and `/openapi.json` describes all routes. Ctrl-C waits for running replies. The 
 """
 
 from nanochat import flags
-from nanochat.common import UserError, compute_init, run_script, share_cores
+from nanochat.common import UserError, compute_init, run_script
 
 
 
@@ -65,7 +65,6 @@ def make_pool(args):
     from dataclasses import replace
     from functools import partial
 
-    share_cores()
     import torch
 
     from nanochat.checkpoint_manager import load_model, resolve_checkpoint, verify
