@@ -12,6 +12,7 @@ flaw in Python's `marshal`, as to break out takes a flaw in the kernel.
 
 from __future__ import annotations
 
+import fcntl
 import marshal
 import os
 import signal
@@ -105,5 +106,7 @@ def run_sandbox(request: dict, tests: str | None, timeout: float) -> tuple[str, 
             finally:
                 with suppress(ProcessLookupError, PermissionError):  # none is left, on macOS only a zombie
                     os.killpg(process.pid, signal.SIGKILL)
+        for file in (report, stdout, stderr):  # the program may have set flags, such as O_DIRECT, with which reading fails
+            fcntl.fcntl(file, fcntl.F_SETFL, os.O_RDWR)
         texts = [os.pread(file.fileno(), MAX_OUTPUT_BYTES, 0).decode(errors="replace") for file in (report, stdout, stderr)]
     return *texts, timed_out

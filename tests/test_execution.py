@@ -86,6 +86,12 @@ def test_output_is_bounded_and_decoded():
 
 
 @on_linux
+def test_flags_that_a_program_sets_on_its_output_do_no_harm():
+    program = "import fcntl, os\nprint('x', flush=True)\nfor fd in (1, 2): fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT | os.O_APPEND)"
+    result = execute_code(program)
+    assert result.success and result.stdout == "x\n", result
+
+
 def test_the_folder_is_empty_is_writable_with_namespaces_only_and_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = "import os, tempfile; print(os.listdir()); open('a', 'w').close(); print(tempfile.gettempdir(), os.listdir())"
