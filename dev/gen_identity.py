@@ -1,6 +1,6 @@
 """Generate conversations in which the assistant knows that it is nanochat.
 
-    python -m dev.gen_identity      # writes identity_conversations.jsonl, which mid_train and chat_sft read if it exists
+    python -m dev.gen_identity      # writes identity_conversations.jsonl, which mid_train and chat_sft read, if it is missing
 
 Each topic of dev/identity.json has several questions and answers, which hold for every model that this repository trains.
 To give a model another persona, change that file or write the conversations yourself (see tasks/customjson.py).
@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 
 from nanochat import flags
-from nanochat.common import get_base_dir, run_script
+from nanochat.common import atomic, get_base_dir, run_script
 from tasks.common import single_turn
 
 
@@ -23,8 +23,12 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=42, help="seed of the generator")
     args = parser.parse_args(argv)
     path = get_base_dir() / "identity_conversations.jsonl"
+    if path.exists():  # perhaps written by hand
+        print(f"{path} is kept; delete it to have other conversations generated")
+        return
     lines = [json.dumps(messages, ensure_ascii=False) for messages in conversations(args.count, args.seed)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with atomic(path) as tmp:
+        tmp.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"wrote {len(lines)} conversations to {path}")
 
 

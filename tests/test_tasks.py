@@ -128,6 +128,13 @@ def test_identity_conversations_are_500_different_ones_fixed_by_the_seed(base_di
     assert sum("nanochat" in text_of(conversation) for conversation in task) > 100
 
 
+def test_a_persona_written_by_hand_is_kept(base_dir):
+    path = base_dir / "identity_conversations.jsonl"
+    path.write_text("mine")
+    gen_identity.main(["--count", "3"])
+    assert path.read_text() == "mine"
+
+
 # -----------------------------------------------------------------------------
 # Data sets of the hub
 
