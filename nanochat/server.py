@@ -34,7 +34,7 @@ from nanochat.tokenizer import Segments
 log = logging.getLogger(__name__)
 
 MAX_BODY = 1_000_000  # bytes
-BODY_TIMEOUT = 30  # seconds without a byte of an unfinished body
+BODY_TIMEOUT = 30  # seconds in which a body must arrive
 RETRY_AFTER = 5  # seconds
 SENDS_PER_SECOND = 1000  # of all streams: a send costs more than a token, so many streams send several tokens at a time
 MAX_PAUSE = 0.05  # seconds between the sends of a stream
@@ -55,7 +55,10 @@ PAGE_HEADERS = {
 
 
 class RequestModel(BaseModel):
-    """Part of a request. Numbers must be JSON numbers, without NaN and infinity; unknown fields are ignored."""
+    """Part of a request. Numbers must be JSON numbers, without NaN and infinity; unknown fields are ignored.
+
+    Lists fail at their first error: to report each of half a million would stop the event loop for seconds.
+    """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -67,7 +70,7 @@ class Part(RequestModel):
 
 class Message(RequestModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(max_length=200)]
+    content: str | Annotated[list[Part], Field(max_length=200, fail_fast=True)]
 
     def plain(self) -> dict:
         """The message as conversation.py expects it: the parts of a user's message are joined by newlines."""
@@ -89,13 +92,13 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 class ChatRequest(RequestModel):
     """The body of both routes. The page's replies are always one stream, so it needs none of the last five fields."""
 
-    messages: list[Message] = Field(min_length=1, max_length=500)
+    messages: list[Message] = Field(min_length=1, max_length=500, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, le=1_000_000)
     temperature: float | None = Field(None, ge=0, le=2)
     top_k: int | None = Field(None, ge=0, le=200)  # 0: all tokens
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -110,20 +113,21 @@ class BodyLimit:
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        size, complete = 0, False
+        size, complete, deadline = 0, False, time.monotonic() + BODY_TIMEOUT
+        close = {"Connection": "close"}  # the rest of the body is not read
 
         async def limited():
             nonlocal size, complete
             if complete:  # what is awaited now is the end of the connection
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), BODY_TIMEOUT)
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
             except asyncio.TimeoutError:
-                raise ApiError(408, f"the request body was incomplete after {BODY_TIMEOUT} s") from None
+                raise ApiError(408, f"the request body was incomplete after {BODY_TIMEOUT} s", headers=close) from None
             size += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if size > MAX_BODY:
-                raise ApiError(413, f"the request body is larger than {MAX_BODY:,} bytes; send a shorter conversation")
+                raise ApiError(413, f"the request body is larger than {MAX_BODY:,} bytes; send a shorter conversation", headers=close)
             return message
 
         await self.app(scope, limited, send)

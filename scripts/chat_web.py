@@ -8,10 +8,14 @@
 and `/openapi.json` describes all routes. Ctrl-C waits for running replies. The log holds no conversations.
 """
 
+import time
+from contextlib import suppress
+
 from nanochat import flags
 from nanochat.common import UserError, compute_init, run_script
 
-
+HEADER_TIMEOUT = 10  # seconds after a client has connected, in which the header of its first request must arrive
+KEEP_ALIVE = 75  # seconds until the next one. Clients close idle connections sooner
 
 def parse_args(argv):
     parser = flags.make_parser(__doc__.split("\n")[0])
@@ -36,11 +40,51 @@ def listen(host: str, port: int):
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port or --host") from error
 
 
+def raise_file_limit() -> int:
+    """Allow this process as many open files as the system permits; returns how many connections to keep."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
+    with suppress(ValueError, OSError):  # macOS may refuse
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # the rest is for files, and for connections that arrive within a second
+
+
+def close_idle(connections, seen: dict, limit: int) -> dict:
+    """Close connections whose next request has not begun in time and, beyond `limit`, those that are idle the longest.
+
+    `seen` is what the last call returned: connection -> (its last request, when that was last seen running).
+    """
+    now = time.monotonic()
+
+    def last_seen(connection):
+        request, _ = known = seen.get(connection, (None, now))
+        running = connection.cycle and not connection.cycle.response_complete
+        return (connection.cycle, now) if running or connection.cycle is not request else known
+
+    seen = {connection: last_seen(connection) for connection in connections}
+    idle = sorted((since, id(connection), connection) for connection, (_, since) in seen.items() if since < now)
+    for number, (since, _, connection) in enumerate(idle):
+        if number < len(seen) - limit or now - since > (KEEP_ALIVE if connection.cycle else HEADER_TIMEOUT):
+            connection.transport.abort()
+    return seen
+
+
 def make_server(app, pool, sock, grace: float = 30.0):
     """A uvicorn server that, when stopped, refuses new requests and waits `grace` seconds for the running replies."""
     import uvicorn
 
+    limit = raise_file_limit()
+
     class Server(uvicorn.Server):
+        seen: dict = {}
+
+        async def on_tick(self, counter):  # ten times a second
+            if counter % 10 == 0:
+                self.seen = close_idle(self.server_state.connections, self.seen, limit)
+            return await super().on_tick(counter)
+
         async def startup(self, sockets=None):
             await super().startup(sockets)
             host, port = sock.getsockname()[:2]
@@ -54,9 +98,8 @@ def make_server(app, pool, sock, grace: float = 30.0):
             await pool.drain(grace, hurry=lambda: self.force_exit)
             await super().shutdown(sockets)
 
-    # Clients close idle connections after some seconds; the server must keep them open for longer
     config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None, log_level="warning", access_log=False,
-                            server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=5)  # fmt: skip
+                            server_header=False, timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=5)  # fmt: skip
     return Server(config)
 
 

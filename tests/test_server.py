@@ -1,18 +1,22 @@
 """The HTTP server, with OpenAI's Python client and plain HTTP, around a scripted engine."""
 
 import json
+import select
+from contextlib import ExitStack
 
 import openai
 import pytest
-from chat_server import (PAGE, ROUTES, TOKENIZER, V1, ScriptedEngine, events_of, joined, message, segments_of, serving,
+from chat_server import (PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, events_of, joined, message, segments_of, serving,
                          tokens_of)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from nanochat import server
 from nanochat.conversation import render_for_completion
 from nanochat.server import ApiError, fit
 from nanochat.tokenizer import Segments
+from scripts import chat_web
 
 MODEL = "sft-d2-step-8"
 REPLIES = {
@@ -256,12 +260,50 @@ def test_bodies_above_the_limit_are_refused(site, route):
     assert send(site, route, body[:-300] + b'"}').status_code == 200
 
 
-def test_an_incomplete_body_times_out(site, monkeypatch):
+def test_an_incomplete_body_times_out_and_the_connection_is_closed(site, monkeypatch):
     monkeypatch.setattr(server, "BODY_TIMEOUT", 0.05)
     with site.connect() as connection:
         head = f"POST {PAGE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
         connection.sendall(head.encode() + b"{")
-        assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
+        assert read_all(connection).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("messages", [[{}] * 100_000, [{"role": "user", "content": [{}] * 100_000}], [{"content": [{}] * 200}] * 400])
+def test_a_body_full_of_mistakes_gets_one_error(messages):
+    with pytest.raises(ValidationError) as caught:
+        server.ChatRequest.model_validate({"messages": messages})
+    assert caught.value.error_count() < 10
+
+
+def read_all(connection) -> bytes:
+    """What the server sends until it closes the connection."""
+    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+def test_clients_that_send_no_complete_header_are_disconnected(monkeypatch):
+    monkeypatch.setattr(chat_web, "HEADER_TIMEOUT", 0.5)
+    monkeypatch.setattr(chat_web, "KEEP_ALIVE", 0.5)
+    engine = ScriptedEngine()
+    engine.hold()
+    with serving(engine) as site, site.open() as running, ExitStack() as stack:
+        silent, half, second = (stack.enter_context(site.connect()) for _ in range(3))
+        half.sendall(b"GET /health HTTP/1.1\r\nHost:")
+        second.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /health")
+        assert read_all(silent) == read_all(half) == b""
+        assert read_all(second).startswith(b"HTTP/1.1 200 ")
+        engine.release()
+        assert running.read().endswith(b"\n\n")  # a reply that takes long is not disconnected
+
+
+def test_above_the_limit_idle_connections_are_closed(monkeypatch):
+    monkeypatch.setattr(chat_web, "raise_file_limit", lambda: 4)
+    with serving(ScriptedEngine()) as site, ExitStack() as stack:
+        slow = [stack.enter_context(site.connect()) for _ in range(8)]
+        closed = set()
+        while len(closed) < 4:
+            closed.update(select.select(slow, [], [], TIMEOUT)[0])
+        assert all(read_all(connection) == b"" for connection in closed)
+        assert site.ask().status_code == 200
 
 
 values = st.recursive(
