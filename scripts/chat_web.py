@@ -17,6 +17,7 @@ from nanochat.common import UserError, compute_init, run_script
 HEADER_TIMEOUT = 10  # seconds after a client has connected, in which the header of its first request must arrive
 KEEP_ALIVE = 75  # seconds until the next one. Clients close idle connections sooner
 
+
 def parse_args(argv):
     parser = flags.make_parser(__doc__.split("\n")[0])
     flags.add_model_flags(parser, ["mid", "sft", "rl"])
