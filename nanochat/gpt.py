@@ -190,6 +190,9 @@ class GPT(nn.Module):
         if config.n_embd % config.n_head or config.n_head % config.n_kv_head:
             sizes = f"n_embd {config.n_embd}, n_head {config.n_head} and n_kv_head {config.n_kv_head}"
             raise UserError(f"each of {sizes} must be a multiple of the next")
+        if config.n_embd // config.n_head % 2 or config.n_embd < SMEAR_CHANNELS:
+            sizes = f"heads of {config.n_embd // config.n_head} and a width of {config.n_embd}"
+            raise UserError(f"{sizes} are not possible: heads must be even (rotary embedding), and the width at least {SMEAR_CHANNELS}")
         self.config = config
         self.recompute = False  # whether training recomputes cheap activations in the backward pass
         self.window_sizes = window_sizes(config)

@@ -197,6 +197,8 @@ def test_evaluating_and_chatting(base_dir, capsys, monkeypatch):
 
 USER_ERRORS = [  # (command, message, folder that is removed first)
     ("tok_train --source=SOURCE --vocab-size=1000000", "at most", None),
+    ("tok_train --source=SOURCE --vocab-size=99999999", "not possible", None),
+    ("base_train BASE --head-dim=7", "must be even", None),
     ("base_train BASE", "tok_train", "tokenizer"),
     ("mid_train CHAT", "base_train", "base_checkpoints"),
     ("chat_sft CHAT", "mid_train", "mid_checkpoints"),
