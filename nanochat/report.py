@@ -221,7 +221,8 @@ def draw(panels: list[list[Panel]], path: Path, title: str = "") -> None:
         if panel.log_x and curves:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+", "e"))
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}".replace("e+", "e"))
+            axes.tick_params(axis="x", labelsize=8)
             axes.minorticks_off()
         if not curves:
             axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="gray")
