@@ -52,7 +52,7 @@ SPLIT_PATTERN = (
 # tiktoken's regex engine panics at a million blanks. Longer runs are split, for training and encoding alike.
 MAX_BLANKS = 100_000
 DOWNLOAD_TIMEOUT = 15.0  # seconds for a published vocabulary (under 3 MB)
-MAX_VOCAB_SIZE = 2**21  # what rustbpe supports
+MAX_VOCAB_SIZE = 2**21 - 1  # as rustbpe's
 VOCABULARY_FILE = "vocabulary.json"
 
 
@@ -71,7 +71,7 @@ class RustBPETokenizer:
         if isinstance(iterator, str):
             raise TypeError("train_from_iterator takes an iterator of texts, not one text")
         num_special = len(SPECIAL_TOKENS)
-        if not 256 + num_special <= vocab_size < MAX_VOCAB_SIZE:
+        if not 256 + num_special <= vocab_size <= MAX_VOCAB_SIZE:
             limits = f"from {256 + num_special} (bytes and special tokens) to {MAX_VOCAB_SIZE:,}"
             raise UserError(f"a vocabulary of {vocab_size} tokens is not possible: their number must be {limits}")
         import rustbpe

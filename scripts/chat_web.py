@@ -49,7 +49,8 @@ def raise_file_limit() -> int:
     most = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
     with suppress(ValueError, OSError):  # macOS may refuse
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # the rest is for files, and for connections that arrive within a second
+    # The other half is for files, and for connections that arrive within a second
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
 def close_idle(connections, seen: dict, limit: int) -> dict:
@@ -65,9 +66,10 @@ def close_idle(connections, seen: dict, limit: int) -> dict:
         return (connection.cycle, now) if running or connection.cycle is not request else known
 
     seen = {connection: last_seen(connection) for connection in connections}
-    idle = sorted((since, id(connection), connection) for connection, (_, since) in seen.items() if since < now)
-    for number, (since, _, connection) in enumerate(idle):
-        if number < len(seen) - limit or now - since > (KEEP_ALIVE if connection.cycle else HEADER_TIMEOUT):
+    idle = sorted((connection for connection in seen if seen[connection][1] < now), key=lambda connection: seen[connection][1])
+    for number, connection in enumerate(idle):
+        patience = KEEP_ALIVE if connection.cycle else HEADER_TIMEOUT
+        if number < len(seen) - limit or now - seen[connection][1] > patience:
             connection.transport.abort()
     return seen
 
