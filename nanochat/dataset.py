@@ -147,6 +147,7 @@ def download_shards(source: str, num_train: int, workers: int = 4) -> None:
             for _ in pool.imap_unordered(download, missing):
                 bar.update()
     except Exception as error:  # of the library, its HTTP client or the system, without a common ancestor
+        pool.join()  # downloads under way are completed
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         cause = " ".join(str(error.__cause__ or error).split()) or repr(error)
