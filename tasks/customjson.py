@@ -21,7 +21,7 @@ class CustomJSON(Task):
         super().__init__(**view)
         path = Path(filepath)
         if not path.is_file():
-            raise Unreachable(f"there is no file of conversations at {path}")
+            raise Unreachable(f"there is no file of conversations at {path}; write one, or run `python -m dev.gen_identity`")
         self.rows = []
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -37,8 +37,8 @@ class CustomJSON(Task):
 def read_conversation(line: bytes, where: str) -> dict:
     """The conversation in one line of JSON; `where` names the line in an error."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.strip().decode("utf-8-sig"))
         conversation = record if isinstance(record, dict) else {"messages": record}
         return check_conversation({"messages": conversation.get("messages")})
-    except ValueError as error:  # invalid JSON and UTF-8 raise it, too
+    except (ValueError, RecursionError) as error:  # invalid JSON and UTF-8 raise them, too
         raise UserError(f"{where}: {error}") from error

@@ -45,6 +45,9 @@ def damage_first_page(path: Path) -> None:
         (lambda path: write_shard(path, ["a"], column="content"), "val", "no column `text`.*content"),
         (lambda path: write_shard(path, [1, 2]), "val", "no column `text` of strings"),
         (damage_first_page, "val", "0.parquet is not a readable parquet file"),
+        (lambda path: write_shard(path, pa.nulls(2)), "val", "no column `text` of strings"),
+        (lambda path: write_shard(path, pa.array([b"a", b"\xff"]).view(pa.string())), "val", "can't decode byte 0xff"),
+        (lambda path: pq.write_table(pa.table([["a"], ["b"]], ["text"] * 2), path), "val", "0.parquet is not .*exists 2 times"),
     ],
 )
 def test_a_folder_without_usable_shards_is_refused(tmp_path, write, split, message):

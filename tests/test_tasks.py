@@ -7,14 +7,16 @@ import pytest
 import regex
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import CPU
 
 from dev import gen_identity
 from nanochat.calculator import use_calculator
-from nanochat.common import UserError
+from nanochat.common import Unreachable, UserError
 from nanochat.tokenizer import SPLIT_PATTERN
-from tasks import common
+from tasks import arc, common, gsm8k, mmlu
 from tasks.arc import ARC
-from tasks.common import Task, TaskMixture, TaskSequence, check_conversation, final_number, load_hub_dataset, render_mc, single_turn
+from tasks.common import Task, TaskMixture, TaskSequence, check_conversation, final_number, load_hub_dataset, mixtures, render_mc
+from tasks.common import single_turn
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval, extract_code, passes
@@ -96,14 +98,15 @@ def test_customjson_reads_both_forms(tmp_path):
     first = single_turn("Wer bist du?", "Käthe 🌼")["messages"] * 2
     second = [{"role": "system", "content": "s"}, *single_turn("a", [{"type": "python", "text": "1+1"}])["messages"]]
     lines = [json.dumps(first, ensure_ascii=False), "", json.dumps({"messages": second})]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    path.write_text("\r\n".join(lines), encoding="utf-8-sig")  # as Windows' editors write it
     assert list(CustomJSON(path)) == [{"messages": first}, {"messages": second}]
     assert list(CustomJSON(str(path), start=1)) == [{"messages": second}]
 
 
 @pytest.mark.parametrize("line", [
     b"{", b"5", b'{"text": "a"}', b"null", b"[]", b'[{"role": "user", "content": "a"}]', b'[{"role": "assistant", "content": "a"}]',
-    b'[{"role": "\xff"}]',
+    b'[{"role": "\xff"}]', b"[" * 200_000, b"\0" * 9, json.dumps(single_turn("a", "b")).encode("utf-16"),
+    b'[{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]', json.dumps(single_turn("a", 5)).encode(),
 ])  # fmt: skip
 def test_customjson_names_the_line_that_is_wrong(tmp_path, line):
     path = tmp_path / "mine.jsonl"
@@ -132,7 +135,26 @@ def test_a_persona_written_by_hand_is_kept(base_dir):
     path = base_dir / "identity_conversations.jsonl"
     path.write_text("mine")
     gen_identity.main(["--count", "3"])
+    with pytest.raises(SystemExit):
+        gen_identity.main(["--count", "0"])
     assert path.read_text() == "mine"
+
+
+def test_tasks_requested_by_name_must_load_and_those_of_a_default_mixture_are_skipped_with_a_line(tmp_path, capsys):
+    persona = tmp_path / "identity.jsonl"
+    makers = {"Numbers": lambda: Numbers(3), "Identity": lambda: CustomJSON(persona)}
+    for val, names, explicit, message in (
+        (makers, "Numbers,Identity", True, "no file of conversations at .*identity.jsonl; write one"),
+        ({"Numbers": makers["Identity"]}, "Numbers", True, "no file of conversations"),
+        (makers, "Identitty", False, "Identitty is not one of the tasks here: Numbers, Identity"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mixtures(makers, val, names, CPU, explicit)
+    assert [len(part) for part in mixtures(makers, makers, "Numbers,Identity", CPU, explicit=False)] == [3, 3]
+    assert "Identity is skipped: there is no file" in capsys.readouterr().out
+    persona.write_text("{")  # what is broken is an error either way
+    with pytest.raises(UserError, match="identity.jsonl, line 1: "):
+        mixtures(makers, makers, "Numbers,Identity", CPU, explicit=False)
 
 
 # -----------------------------------------------------------------------------
@@ -205,6 +227,19 @@ def test_a_downloaded_data_set_needs_no_hub(hub, monkeypatch):
     assert datasets.config.HF_HUB_OFFLINE is False
 
 
+@pytest.mark.parametrize("module, task, row", [
+    (arc, ARC, {"question": "q"}),
+    (arc, ARC, {"question": None, "choices": {"label": ["A"], "text": ["a"]}, "answerKey": "A"}),
+    (arc, ARC, {"question": "q", "choices": {"label": ["A"], "text": ["a", None]}, "answerKey": "A"}),
+    (mmlu, MMLU, {"question": "q", "choices": ["a"] * 4, "answer": 4, "subject": ""}),
+    (gsm8k, GSM8K, {"question": "q", "answer": "no number"}),
+])  # fmt: skip
+def test_a_damaged_row_of_a_data_set_is_named(monkeypatch, module, task, row):
+    monkeypatch.setattr(module, "load_hub_dataset", lambda *names: [row])
+    with pytest.raises(UserError, match=rf"^row 0 of {task.__name__} is damaged \([^\n]*$"):
+        TaskMixture([task("some", "test")])[0]
+
+
 # -----------------------------------------------------------------------------
 # HumanEval
 
@@ -256,11 +291,22 @@ def test_humaneval(hub):
 # Spelling and counting letters, with the word list of the fake hub
 
 
+def test_a_page_in_place_of_the_word_list_is_not_kept_and_an_existing_one_is_refused(hub, base_dir):
+    for page in (b"<html>Please log in</html>", b"\xff", b"too few words", b"ONE\n" * 2000, b""):
+        hub.faults["words_alpha.txt"] = [page]
+        with pytest.raises(Unreachable, match="does not send a usable words_alpha.txt "):
+            load_words("train")
+        assert not (base_dir / "words_alpha.txt").exists()
+    (base_dir / "words_alpha.txt").write_bytes(page)
+    with pytest.raises(UserError, match="words_alpha.txt is not usable .*Delete it"):
+        load_words("train")
+
+
 def test_simple_spelling(hub, base_dir):
     task = SimpleSpelling(size=300)
     assert len(task) == 300 and list(task) == list(SimpleSpelling(size=300, split="train"))
     train, test = set(load_words("train")), set(load_words("test"))
-    assert not train & test and len(train | test) == 234
+    assert not train & test and len(train | test) == 1521
     for conversation in task:
         word = prompt_of(conversation).removeprefix("Spell the word: ")
         assert word in train and text_of(conversation) == f"{word}:" + ",".join(word)
