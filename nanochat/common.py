@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 COLLECTIVE_TIMEOUT = 3600.0  # seconds that a collective may wait: ranks compile and load at different speeds
 HANG_TIMEOUT = 1800.0  # seconds without a heartbeat after which a training rank exits; NANOCHAT_HANG_TIMEOUT overrides
 SPIN_COUNT = "5000"  # of OpenMP's waiting threads, which then sleep: spinning slows a busy machine (dev/LOG.md, 11)
+# A terminal obeys control characters, so those that a model or a file contains are shown: ESC as \x1b
+CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class UserError(ValueError):
@@ -62,7 +64,7 @@ def run_script(main: Callable[[], None]) -> None:
         if rank > 0:
             time.sleep(2)  # an error of all ranks is printed by rank 0 only, since torchrun then ends the others
             line = f"rank {rank}: {line}"
-        sys.exit(line)
+        sys.exit(line.translate(CONTROLS))
 
 
 def _run_under_torchrun(main: Callable[[], None]) -> None:
@@ -348,9 +350,9 @@ def compute_cleanup(compute: Compute) -> None:
 
 
 def print0(*args, **kwargs) -> None:
-    """Print on the main rank only."""
+    """Print on the main rank only, with control characters shown."""
     if ranks()[0] == 0:
-        print(*args, **kwargs, flush=True)
+        print(*(str(arg).translate(CONTROLS) for arg in args), **kwargs, flush=True)
 
 
 def check_wandb(run: str) -> None:

@@ -118,7 +118,7 @@ def main(argv=None):
 
     def sample():
         if compute.is_main:
-            print("\n".join(sample_texts(model, tokenizer)), flush=True)
+            print0("\n".join(sample_texts(model, tokenizer)))
 
     # The loop: save, evaluate, train
     compiled = compile_model(model, compute, B)

@@ -228,7 +228,6 @@ def test_a_downloaded_data_set_needs_no_hub(hub, monkeypatch):
 
 
 @pytest.mark.parametrize("module, task, row", [
-    (arc, ARC, {"question": "q"}),
     (arc, ARC, {"question": None, "choices": {"label": ["A"], "text": ["a"]}, "answerKey": "A"}),
     (arc, ARC, {"question": "q", "choices": {"label": ["A"], "text": ["a", None]}, "answerKey": "A"}),
     (mmlu, MMLU, {"question": "q", "choices": ["a"] * 4, "answer": 4, "subject": ""}),
