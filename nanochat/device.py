@@ -73,9 +73,14 @@ def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.
 
 
 def compiler_fault(device: torch.device) -> str | None:
-    """Why nothing can be compiled here (no compiler or headers, a cache folder that is full or noexec, ...), in one line."""
+    """Why nothing can be compiled here (no compiler or headers, a cache folder that is full or noexec, ...), in one line.
+
+    UserError if PyTorch's compiler cannot even be imported, as our operators need it, too.
+    """
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except OSError as error:
+        raise UserError(f"PyTorch cannot create its cache: {error}; set TORCHINDUCTOR_CACHE_DIR to a writable folder") from error
     except Exception as error:  # whatever the compiler and its tools raise
         reason = str(error).split("Output:\n")[-1].split("\n\nSet TORCH")[0]  # between the command and advice on debugging
         return " ".join(reason.split())[:300]
