@@ -201,8 +201,11 @@ class Compute:
     def heartbeat(self) -> None:
         """Start or restart the timer after which a rank that hangs prints its stacks and exits, so that torchrun ends the job."""
         if self.world_size > 1:
-            timeout = float(os.environ.get("NANOCHAT_HANG_TIMEOUT", HANG_TIMEOUT))
-            faulthandler.dump_traceback_later(timeout, exit=True)
+            timeout = os.environ.get("NANOCHAT_HANG_TIMEOUT", HANG_TIMEOUT)
+            try:
+                faulthandler.dump_traceback_later(float(timeout), exit=True)
+            except (ValueError, OverflowError) as error:
+                raise UserError(f"NANOCHAT_HANG_TIMEOUT={timeout} is not a number of seconds above 0") from error
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of `x` over all ranks, on every rank."""

@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import CPU
 
 from nanochat.common import UserError, atomic, base_dir_path, compute_init, get_base_dir, run_script
 
@@ -105,13 +107,16 @@ def test_on_main_and_main_first_raise_everywhere(run_ranks):
 # One process
 
 
-def test_ranks_without_torchrun_or_a_gpu_are_refused(monkeypatch):
+def test_ranks_without_torchrun_a_gpu_or_a_time_out_are_refused(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="WORLD_SIZE is 2 .* torchrun"):
         patch.setenv("WORLD_SIZE", "2")
         compute_init("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setenv("NANOCHAT_HANG_TIMEOUT", "0")
+    with pytest.raises(UserError, match="NANOCHAT_HANG_TIMEOUT=0 is not"):
+        replace(CPU, world_size=2).heartbeat()
     with pytest.raises(UserError, match="local rank 5 has no GPU: there are 4; .*--nproc-per-node=4"):
         compute_init("cuda")
 
@@ -154,9 +159,8 @@ def test_the_base_folder(tmp_path, monkeypatch):
     deep = "/x" * 1950  # with the names of our files it would be longer than Linux permits
     for wrong in (tmp_path / "file", tmp_path / "file/below", tmp_path / ("x" * 300), deep, "a\nb", "~nobody.of.that.name/x"):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(wrong))
-        with pytest.raises(UserError, match="NANOCHAT_BASE_DIR=.*; set it to a writable folder") as error:
+        with pytest.raises(UserError, match="NANOCHAT_BASE_DIR=.*; set it to a writable folder"):
             base_dir_path()
-        assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("folder", [False, True])

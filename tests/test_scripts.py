@@ -222,8 +222,6 @@ USER_ERRORS = [  # (command, message, folder that is removed first)
     ("base_train BASE --n-kv-head=7", "must be a multiple", None),
     ("mid_train CHAT --num-epochs=0", "at least 0.001", None),
     ("chat_sft CHAT --device-batch-size=0", "at least 1, or -1", None),
-    ("base_loss --device-batch-size=-1", "at least 1", None),
-    ("chat_eval --temperature=-1", "at least 0", None),
 ]  # fmt: skip
 
 
