@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 COLLECTIVE_TIMEOUT = 3600.0  # seconds that a collective may wait: ranks compile and load at different speeds
 HANG_TIMEOUT = 1800.0  # seconds without a heartbeat after which a training rank exits; NANOCHAT_HANG_TIMEOUT overrides
-NO_MEMORY = "can't allocate memory|out of memory|Storage size calculation overflowed"  # in PyTorch's errors
+NO_MEMORY = "allocate memory|out of memory|Storage size calculation overflowed"  # in PyTorch's errors
 SPIN_COUNT = "5000"  # of OpenMP's waiting threads, which then sleep: spinning slows a busy machine (dev/LOG.md, 11)
 
 
