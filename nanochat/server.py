@@ -18,8 +18,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from contextlib import asynccontextmanager
-from copy import copy
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,7 +28,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from nanochat.common import UserError
-from nanochat.conversation import render_conversation, render_for_completion
+from nanochat.conversation import checked_turns, render_conversation, render_for_completion
 from nanochat.engine_thread import Busy, EngineFailure, Pool, Reply, new_tokens
 from nanochat.tokenizer import Segments
 
@@ -155,12 +153,16 @@ def fit(tokenizer, messages: list[dict], context: int, max_tokens: int | None = 
     `max_tokens`, as few exchanges as possible are dropped to leave room for such a reply. An exchange is a user message
     and its answer; the system message is kept.
     """
-    tokenizer = copy(tokenizer)
-    tokenizer.encode = cache(tokenizer.encode)  # a long conversation is rendered several times
     head, turns = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
 
-    def prompt_without(exchanges: int) -> list[int]:
+    longest = max(map(len, tokenizer.ranks))  # bytes of a token
+
+    def prompt_without(exchanges: int) -> list[int] | range:
+        """Of what is far too long, a range of the least length that it may have: to encode megabytes takes seconds."""
         conversation = {"messages": head + turns[2 * exchanges :]}
+        texts = (text for _, parts in checked_turns(conversation) for _, text in parts)
+        if (least := sum(map(len, texts)) // longest) > 4 * context:
+            return range(least)
         if messages[-1]["role"] == "assistant":
             return render_conversation(tokenizer, conversation, max_tokens=None)[0][:-1]  # without its end token
         return render_for_completion(tokenizer, conversation)
@@ -172,7 +174,8 @@ def fit(tokenizer, messages: list[dict], context: int, max_tokens: int | None = 
         dropped = bisect_left(range(droppable), True, key=lambda exchanges: len(prompt_without(exchanges)) <= room)
         prompt = prompt_without(dropped)
     if len(prompt) > room:
-        message = f"the messages have {len(prompt)} tokens, and the model's context of {context} must hold them and the reply"
+        least = "at least " if isinstance(prompt, range) else ""
+        message = f"the messages have {least}{len(prompt)} tokens, and the model's context of {context} must hold them and the reply"
         raise ApiError(400, f"{message}; keep them below {room + 1}", param="messages", code="context_length_exceeded")
     return prompt, dropped
 

@@ -116,11 +116,13 @@ def test_as_few_exchanges_as_possible_are_dropped(lengths, system):
         fit(TOKENIZER, head + messages[:-1] + [message("x" * 199, messages[-1]["role"])], 200, 1000)
 
 
-def test_a_long_conversation_is_encoded_once(monkeypatch):
+def test_what_is_far_too_long_is_not_encoded(monkeypatch):
     encoded, encode = [], TOKENIZER.encode
-    monkeypatch.setattr(TOKENIZER, "encode", lambda text: encoded.append(text) or encode(text))
-    fit(TOKENIZER, [message(f"{i} " * 20, "assistant" if i % 2 else "user") for i in range(101)], 400, 30)
-    assert len(encoded) == len(set(encoded)) == 101
+    monkeypatch.setattr(TOKENIZER, "encode", lambda text: encoded.append(len(text)) or encode(text))
+    messages = [message("x" * (100_000 if i < 9 else 30), "assistant" if i % 2 else "user") for i in range(101)]
+    assert fit(TOKENIZER, messages, 400, 30)[1] > 40 and sum(encoded) < 9 * 4 * 400
+    with pytest.raises(ApiError, match="at least 100000 tokens"):
+        fit(TOKENIZER, messages[:1], 400, 30)
 
 
 # -----------------------------------------------------------------------------
