@@ -175,7 +175,7 @@ def fit(tokenizer, messages: list[dict], context: int, max_tokens: int | None = 
         prompt = prompt_without(dropped)
     if len(prompt) > room:
         least = "at least " if isinstance(prompt, range) else ""
-        message = f"the messages have {least}{len(prompt)} tokens, and the model's context of {context} must hold them and the reply"
+        message = f"the messages have {least}{len(prompt)} tokens, and the context of {context} must hold them and the reply"
         raise ApiError(400, f"{message}; keep them below {room + 1}", param="messages", code="context_length_exceeded")
     return prompt, dropped
 

@@ -295,7 +295,8 @@ def test_only_a_server_on_loopback_knows_its_names(host, address, names):
 def test_a_request_of_ambiguous_length_is_refused_and_its_connection_closed(site):
     with site.connect() as connection:
         lengths = "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
-        connection.sendall(f"POST {PAGE} HTTP/1.1\r\nHost: localhost\r\n{lengths}GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        host = "HTTP/1.1\r\nHost: localhost\r\n"
+        connection.sendall(f"POST {PAGE} {host}{lengths}GET / {host}\r\n".encode())
         reply = read_all(connection)
         assert reply.startswith(b"HTTP/1.1 400 ") and reply.count(b"HTTP/1.1") == 1
 
