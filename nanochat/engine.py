@@ -3,7 +3,7 @@
 Keys and values of earlier positions are cached, so a new token costs one pass through the model, and a pass costs
 about the same for one sequence as for sixteen. So all running sequences share each pass; scheduler.py decides which.
 What belongs to a sequence (its rng, its settings, its tool call) is kept with it, so its tokens do not depend on the
-other sequences, up to the rounding of sums.
+other sequences, up to the rounding of sums; an error in one ends that one alone ("failed").
 
 The engine knows a model only by calling it: `model.hidden(ids, kv_cache=...)` advances a cache and `model.logits`
 computes logits. It knows nothing about conversations. An engine must be used by one thread at a time.
@@ -11,6 +11,7 @@ computes logits. It knows nothing about conversations. An engine must be used by
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ import torch
 from nanochat.calculator import use_calculator
 from nanochat.common import UserError
 from nanochat.scheduler import Sequence, Scheduler
+
+log = logging.getLogger(__name__)
 
 
 class KVCache:
@@ -86,7 +89,8 @@ def sample(
 
     Returns (tokens (B,) int64, log-probabilities (B,) float32 under the settings). The uniform sample selects the token
     by inverting the cumulative distribution. Temperature 0 is greedy. `top_k` keeps the k most likely tokens; `top_p`
-    keeps the fewest of these that have that share of the probability (nucleus sampling, arXiv:1904.09751).
+    keeps the fewest of these that have that share of the probability (nucleus sampling, arXiv:1904.09751). Where
+    logits are NaN, so is the log-probability.
     """
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     log_probs = torch.zeros(len(logits), device=logits.device)
@@ -106,14 +110,15 @@ def sample(
         if ordered:
             scores, candidates = scores.topk(k, dim=-1)  # (R, k), most likely first
         scores = scores.float()
-        # Subtract the maximum first, so that a tiny temperature cannot give infinity minus infinity; as float32 it may be 0
-        weights = (scores - scores.amax(dim=-1, keepdim=True)).div_(max(temperature, 1e-30)).exp_()
+        # Subtract the maximum first, so that a tiny temperature cannot give infinity minus infinity
+        divisor = min(max(temperature, 1e-30), 1e30)  # float32 would make 0 or infinity of others
+        weights = (scores - scores.amax(dim=-1, keepdim=True)).div_(divisor).exp_()
         cumulative = weights.cumsum(dim=-1)
         total = cumulative[:, -1:]
         if top_p < 1:
             kept = (cumulative - weights < top_p * total).sum(dim=-1, keepdim=True)
             total = cumulative.gather(1, kept.clamp(min=1) - 1)
-        choice = torch.searchsorted(cumulative, u[rows] * total, right=True)  # (R, 1)
+        choice = torch.searchsorted(cumulative, u[rows] * total, right=True).clamp_(max=k - 1)  # (R, 1); NaN would find k
         tokens[rows] = (candidates.gather(1, choice) if ordered else choice)[:, 0]
         log_probs[rows] = (weights.gather(1, choice) / total).log()[:, 0]
     return tokens, log_probs
@@ -136,12 +141,12 @@ class Engine:
 
     def __init__(self, model, tokenizer, max_sequences: int = 64, context: int | None = None):
         self.model, self.tokenizer = model, tokenizer
-        self.python_start, self.python_end, self.output_start, self.output_end, assistant_end = (
+        self.python_start, self.python_end, self.output_start, self.output_end, self.assistant_end = (
             tokenizer.encode_special(f"<|{name}|>")
             for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end")
         )
         # assistant_end ends a reply; a base model ends a document with the next one's bos.
-        self.terminal_tokens = frozenset((assistant_end, tokenizer.get_bos_token_id()))
+        self.terminal_tokens = frozenset((self.assistant_end, tokenizer.get_bos_token_id()))
         self.context = min(context or model.config.sequence_len, model.config.sequence_len)
         self.device = model.get_device()
         # Keys and values have the dtype of the embeddings, the narrowest of the weights
@@ -250,8 +255,8 @@ class Engine:
         """Prefill some of the waiting prompts, then generate one token for each running sequence.
 
         Returns (sequence, token, mask) for each of these: mask 1 if the token was sampled, 0 if a tool forced it.
-        A sequence that this token finishes has its `finish_reason` set. If a step fails or is interrupted, all
-        sequences end as "cancelled" and the engine can be used again.
+        A sequence that this token finishes has its `finish_reason` set; of one that failed the token is assistant_end.
+        If a step fails or is interrupted, all sequences end as "cancelled" and the engine can be used again.
         """
         try:
             return self._step()
@@ -273,7 +278,20 @@ class Engine:
         tokens, log_probs = sample(self._logits(seqs), settings, [uniform_sample(seq.rng) for seq in seqs])
         self.generated_tokens += len(seqs)
         sampled = torch.stack([tokens.float(), log_probs], dim=1).tolist()  # one transfer; ids below 2^24 are exact in float32
-        return [(seq, *self._accept(seq, int(token), log_prob)) for seq, (token, log_prob) in zip(seqs, sampled)]
+        return [(seq, *self._accept_or_fail(seq, int(token), log_prob)) for seq, (token, log_prob) in zip(seqs, sampled)]
+
+    def _accept_or_fail(self, seq: Sequence, token: int, log_prob: float) -> tuple[int, int]:
+        try:
+            if math.isnan(log_prob):
+                raise FloatingPointError("the model's logits are NaN")
+            return self._accept(seq, token, log_prob)
+        except Exception:
+            log.exception("a sequence failed")
+            seq.computed = 0  # nothing of it may be reused, and NaN would remain NaN for the next sequence of the slot
+            for memory in (self.cache.k_cache, self.cache.v_cache):
+                memory[:, seq.slot] = 0
+            self.scheduler.end(seq, "failed")
+            return self.assistant_end, 0
 
     def _prefill(self, seq: Sequence, start: int, end: int, source: int | None) -> None:
         """Fill the cache with tokens start .. end of a prompt, after those that are copied from the slot `source`."""

@@ -22,6 +22,7 @@ from nanochat.common import UserError
 log = logging.getLogger(__name__)
 
 FAILING = 3  # failed steps in a row after which an engine is reported as failing
+FAILURE = "the server failed while generating this reply; try again"
 
 
 class Busy(Exception):
@@ -149,13 +150,15 @@ class EngineThread:
             self._fail(self._running.values(), error)
         else:
             self.failures = 0
-            self._send([(self._running[seq], [token], seq.finish_reason, None) for seq, token, _ in events])
+            failure = EngineFailure(FAILURE)  # of single sequences, which the engine has logged
+            self._send([(self._running[seq], [token], seq.finish_reason, failure if seq.finish_reason == "failed" else None)
+                        for seq, token, _ in events])  # fmt: skip
 
     def _fail(self, replies: Iterable[Reply], error: Exception) -> None:
         """End replies. Clients see their own mistakes; the details of other errors are only logged."""
         if not isinstance(error, UserError):
             log.error("the engine on %s failed", self.device, exc_info=error)
-            error = EngineFailure("the server failed while generating this reply; try again")
+            error = EngineFailure(FAILURE)
         self._send([(reply, [], "failed", error) for reply in replies])
 
     def _send(self, events: list[tuple]) -> None:

@@ -34,7 +34,7 @@ class Sequence:
     call: list[int] | None = None  # tokens of an unfinished tool call
     masks: list[int] = field(default_factory=list)  # of the generated tokens: 1 sampled, 0 forced by a tool
     log_probs: list[float] = field(default_factory=list)  # of the generated tokens under the settings; 0 if forced
-    finish_reason: str | None = None  # "stop", "length", "context" or "cancelled" once finished
+    finish_reason: str | None = None  # "stop", "length", "context", "failed" or "cancelled" once finished
     prompt_length: int = 0
     slot: int | None = None  # its place in the cache, once it has one
     computed: int = 0  # number of tokens whose keys and values the slot holds

@@ -16,18 +16,19 @@ import re
 import secrets
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request, Response
+from fastapi.datastructures import Headers
 from fastapi.exceptions import HTTPException, RequestValidationError, StarletteHTTPException
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from nanochat.common import UserError
-from nanochat.conversation import render_conversation, render_for_completion
+from nanochat.conversation import checked_turns, render_conversation, render_for_completion
 from nanochat.engine_thread import Busy, EngineFailure, Pool, Reply, new_tokens
 from nanochat.tokenizer import Segments
 
@@ -106,15 +107,27 @@ class ChatRequest(RequestModel):
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
 
 
-class BodyLimit:
-    """Middleware that refuses bodies that are too large or never end."""
+class Guard:
+    """Middleware that refuses requests for other hosts or of ambiguous length, and bodies that are too large or never end.
 
-    def __init__(self, app):
-        self.app = app
+    `hosts` are the names of the server, as in the Host header; empty if any name may be one. A web page can make its own
+    name resolve to 127.0.0.1 and would then be of the same origin as the server (DNS rebinding).
+    """
+
+    def __init__(self, app, hosts: Collection[str]):
+        self.app, self.hosts = app, hosts
 
     async def __call__(self, scope, receive, send):
         size, complete, deadline = 0, False, time.monotonic() + BODY_TIMEOUT
         close = {"Connection": "close"}  # the rest of the body is not read
+        headers = Headers(scope=scope)
+        host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
+        if self.hosts and host and host not in self.hosts:
+            message = f"this server is not {host[:100]!r}; use http://localhost, or start it with another --host"
+            return await as_response(ApiError(403, message, headers=close))(scope, receive, send)
+        if "transfer-encoding" in headers and "content-length" in headers:  # a proxy may go by the other one
+            message = "a request must not have both Content-Length and Transfer-Encoding"
+            return await as_response(ApiError(400, message, headers=close))(scope, receive, send)
 
         async def limited():
             nonlocal size, complete
@@ -142,8 +155,14 @@ def fit(tokenizer, messages: list[dict], context: int, max_tokens: int | None = 
     """
     head, turns = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
 
-    def prompt_without(exchanges: int) -> list[int]:
+    longest = max(map(len, tokenizer.ranks))  # bytes of a token
+
+    def prompt_without(exchanges: int) -> list[int] | range:
+        """Of what is far too long, a range of the least length that it may have: to encode megabytes takes seconds."""
         conversation = {"messages": head + turns[2 * exchanges :]}
+        texts = (text for _, parts in checked_turns(conversation) for _, text in parts)
+        if (least := sum(map(len, texts)) // longest) > 4 * context:
+            return range(least)
         if messages[-1]["role"] == "assistant":
             return render_conversation(tokenizer, conversation, max_tokens=None)[0][:-1]  # without its end token
         return render_for_completion(tokenizer, conversation)
@@ -155,7 +174,8 @@ def fit(tokenizer, messages: list[dict], context: int, max_tokens: int | None = 
         dropped = bisect_left(range(droppable), True, key=lambda exchanges: len(prompt_without(exchanges)) <= room)
         prompt = prompt_without(dropped)
     if len(prompt) > room:
-        message = f"the messages have {len(prompt)} tokens, and the model's context of {context} must hold them and the reply"
+        least = "at least " if isinstance(prompt, range) else ""
+        message = f"the messages have {least}{len(prompt)} tokens, and the context of {context} must hold them and the reply"
         raise ApiError(400, f"{message}; keep them below {room + 1}", param="messages", code="context_length_exceeded")
     return prompt, dropped
 
@@ -192,6 +212,11 @@ def as_api_error(error: Exception) -> ApiError:
     # uvicorn closes the connection after an unexpected error
     message = "internal server error; the server's log has the details"
     return ApiError(500, message, "server_error", headers={"Connection": "close"})
+
+
+def as_response(error: Exception) -> JSONResponse:
+    shown = as_api_error(error)
+    return JSONResponse(shown.detail, shown.status_code, shown.headers)
 
 
 def invalid(problem: dict) -> ApiError:
@@ -343,11 +368,15 @@ async def completion(generation: Generation, head: dict) -> dict:
 
 
 def make_app(
-    pool: Pool, name: str, temperature: float = 0.8, top_k: int = 50, max_tokens: int = 512, examples: Sequence[str] = ()
-):
-    """The FastAPI app. `pool` has been started; `name` is the model's, as in "sft d4 step 60"; `examples` are for the page."""
+    pool: Pool, name: str, temperature: float = 0.8, top_k: int = 50, max_tokens: int = 512, examples: Sequence[str] = (),
+    hosts: Collection[str] = (),
+):  # fmt: skip
+    """The FastAPI app. `pool` has been started; `name` is the model's, as in "sft d4 step 60"; `examples` are for the page.
+
+    `hosts`: see Guard.
+    """
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(Guard, hosts=hosts)
     tokenizer, context = pool.threads[0].engine.tokenizer, pool.threads[0].engine.context
     defaults = {"temperature": temperature, "top_k": top_k, "max_tokens": max_tokens}
     model_id = name.replace(" ", "-")
@@ -355,8 +384,7 @@ def make_app(
     card = {"id": model_id, "object": "model", "created": int(time.time()), "owned_by": "nanochat"}
 
     async def send_error(request: Request, error: Exception) -> JSONResponse:
-        shown = as_api_error(error)
-        return JSONResponse(shown.detail, shown.status_code, shown.headers)
+        return as_response(error)
 
     for kind in (Busy, UserError, RequestValidationError, StarletteHTTPException, EngineFailure, Exception):
         app.add_exception_handler(kind, send_error)

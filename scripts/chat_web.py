@@ -8,6 +8,7 @@
 and `/openapi.json` describes all routes. Ctrl-C waits for running replies. The log holds no conversations.
 """
 
+import gc
 import time
 from contextlib import suppress
 
@@ -36,9 +37,23 @@ def listen(host: str, port: int):
     import socket
 
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port or --host") from error
+    # Connections inherit it: without it each token would wait until the client has acknowledged the one before, for 40 ms
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host.lower()
+
+
+def own_names(host: str, sock) -> set[str]:
+    """The names of a server that only this machine can reach; empty for others, whose names we do not know."""
+    from ipaddress import ip_address
+
+    return {"localhost", "127.0.0.1", "[::1]", in_url(host)} if ip_address(sock.getsockname()[0]).is_loopback else set()
 
 
 def raise_file_limit() -> int:
@@ -91,7 +106,7 @@ def make_server(app, pool, sock, grace: float = 30.0):
         async def startup(self, sockets=None):
             await super().startup(sockets)
             host, port = sock.getsockname()[:2]
-            print(f"ready on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+            print(f"ready on http://{in_url(host)}:{port}", flush=True)
 
         def handle_exit(self, sig, frame):
             self.force_exit = self.should_exit  # the second signal: at once
@@ -147,7 +162,9 @@ def main(argv=None):
         pool, name, examples = make_pool(args)
         try:
             pool.start()
-            app = make_app(pool, name, args.temperature, args.top_k, args.max_tokens, examples)
+            names = own_names(args.host, sock)
+            app = make_app(pool, name, args.temperature, args.top_k, args.max_tokens, examples, names)
+            gc.freeze()  # otherwise a large body of small lists makes the collector search all modules again and again
             make_server(app, pool, sock).run(sockets=[sock])
         finally:
             pool.stop()

@@ -134,12 +134,13 @@ def segments_of(response: httpx.Response) -> list[tuple[str, str]]:
 def serving(*engines, max_queue: int = 64, grace: float = TIMEOUT, **defaults):
     """A Site whose server has these engines, one thread each."""
     from nanochat.server import make_app
-    from scripts.chat_web import listen, make_server
+    from scripts.chat_web import listen, make_server, own_names
 
     pool = Pool([EngineThread(lambda engine=engine: engine, f"fake:{i}", max_queue) for i, engine in enumerate(engines)])
     pool.start()
     sock = listen("127.0.0.1", 0)
-    server = make_server(make_app(pool, "sft d2 step 8", **defaults), pool, sock, grace)
+    app = make_app(pool, "sft d2 step 8", **defaults, hosts=own_names("127.0.0.1", sock))
+    server = make_server(app, pool, sock, grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     site = Site(f"http://127.0.0.1:{sock.getsockname()[1]}", engines[0], pool, server)

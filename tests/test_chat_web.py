@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import sys
 
 import httpx
@@ -20,6 +21,7 @@ def test_a_signal_ends_the_server_after_the_running_reply(chat_base, number):
         assert line.startswith("ready on http://127.0.0.1:"), line + server.stderr.read().decode()
         with httpx.Client(base_url=line.removeprefix("ready on ").strip(), timeout=60) as client:
             assert client.get("/health").json()["model"] == "sft d2 step 5"
+            assert client.get("/health", headers={"Host": "evil.example"}).status_code == 403
             with client.stream("POST", PAGE, json={"messages": [message("qqqq")], "max_tokens": 200}) as response:
                 lines = response.iter_lines()
                 assert "token" in next(lines)
@@ -29,6 +31,12 @@ def test_a_signal_ends_the_server_after_the_running_reply(chat_base, number):
         log = server.communicate(timeout=60)[1].decode()
         assert server.returncode == 0 and "Traceback" not in log
         assert "200 generated in" in log and "qqqq" not in log
+
+
+def test_connections_send_without_delay():
+    """Nagle's algorithm would hold each token back until the one before is acknowledged."""
+    with listen("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname()), sock.accept()[0] as accepted:
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("arguments, says", [

@@ -131,10 +131,11 @@ def test_sampling_one_row_does_not_depend_on_the_others():
 def test_sampling_with_extreme_settings_finds_a_token():
     logits = torch.tensor([[0.0, 15.0, -15.0, -float("inf")]])
     largest = 1 - 2**-23
-    for temperature in (1e-50, 1e-30, 1e-3, 1.0, 1e3):
+    for temperature in (5e-324, 1e-45, 1e-30, 1e-3, 1.0, 1e3, 1e300):  # the ends are 0, denormal and infinity in float32
         for u in (0.0, 0.5, largest):
             assert sample_one(logits, temperature, u) in ((1,) if temperature < 1e-2 else (0, 1, 2))
-            assert sample_one(logits, temperature, u, top_p=1e-9) == sample_one(logits, temperature, u, top_k=1) == 1
+            for k, p in [(None, 1e-9), (None, 5e-324), (1, 1.0), (10**6, 1e-9)]:
+                assert sample_one(logits, temperature, u, k, p) == 1
     # The largest uniform sample times any total near one is less than the total, so a token is always found
     totals = 1 + torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 1e-4
     assert (totals * torch.tensor(largest) < totals).all()
@@ -277,6 +278,21 @@ def test_a_failed_step_cancels_all_sequences_and_the_engine_stays_usable(monkeyp
     assert [seq.finish_reason for seq in seqs] == ["cancelled"] * 2 and not engine.busy
     again = finish(engine, **request)
     assert again.generated == first.generated and again.reused == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.5}])
+def test_a_sequence_whose_logits_are_nan_fails_alone_and_leaves_a_clean_slot(settings):
+    model = make_model()
+    requests = [{"tokens": [first, *range(1, 20), 1], "max_tokens": 12, **settings} for first in (0, 30, 31)]
+    expected = [finish(Engine(model, TOKENIZER), **request).generated for request in requests]
+    with torch.no_grad():
+        model.transformer.wte.weight[201] = float("nan")
+    engine = Engine(model, TOKENIZER, max_sequences=2)
+    bad = [engine.submit([*range(20), 201, *range(20)], **settings) for _ in range(3)]
+    seqs = [engine.submit(**request) for request in requests[1:]]
+    assert {*engine.finish()} == {*bad, *seqs} and {seq.finish_reason for seq in bad} == {"failed"}
+    seqs.insert(0, finish(engine, **requests[0]))  # it starts as the bad ones, and may reuse nothing of them
+    assert [seq.generated for seq in seqs] == expected
 
 
 def test_the_cache_grows_with_the_sequences_in_the_dtype_of_the_model():

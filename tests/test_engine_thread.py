@@ -89,7 +89,7 @@ def test_a_client_that_disconnects_frees_its_sequences_before_the_next_step(held
     n = extra.get("n", 1)
     body = json.dumps({"messages": [message()], **extra})
     with held.connect() as connection:
-        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall((head + body).encode())
         held.engine.allow(1)
         if extra != {"n": 2}:
@@ -140,6 +140,22 @@ def test_a_failed_step_is_the_last_event_and_repeated_failures_show_in_health(he
     assert response.status_code == 503 and response.json()["status"] == "failing" and response.json()["ready"] is False
     assert segments_of(held.ask()) == [("text", "hello")]
     assert held.get("/health").json()["status"] == "ok" and held.get("/stats").json()["failed"] == 3
+
+
+def test_an_error_in_one_reply_ends_no_other(monkeypatch, caplog):
+    monkeypatch.setattr("nanochat.engine.use_calculator", lambda text: 1 / 0)
+    engine = ScriptedEngine(lambda prompt: "=<|python_start|>1<|python_end|>!" if "sum" in prompt else "hello")
+    engine.hold()
+    with serving(engine) as site, ThreadPoolExecutor(4) as pool:
+        bad = [pool.submit(site.ask, "sum", path) for path in ROUTES]
+        good = pool.submit(site.ask)
+        wait_for_replies(site, 3)
+        engine.release()
+        assert events_in(bad[0].result(TIMEOUT).text.split("\n"))[-1]["error"]["type"] == "server_error"
+        assert bad[1].result(TIMEOUT).status_code == 500 and segments_of(good.result(TIMEOUT)) == [("text", "hello")]
+        stats = site.get("/stats").json()
+        assert stats["failed"] == 2 and stats["workers"][0]["running"] == 0 and site.pool.threads[0].failures == 0
+    assert "division by zero" in caplog.text
 
 
 def test_shutdown_refuses_new_requests_and_waits_for_running_replies_until_the_second_signal(held):

@@ -3,6 +3,7 @@
 import json
 import select
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -113,6 +114,15 @@ def test_as_few_exchanges_as_possible_are_dropped(lengths, system):
     # A reply gets at most a quarter of the context
     with pytest.raises(ApiError, match="keep them below 150.*context_length_exceeded"):
         fit(TOKENIZER, head + messages[:-1] + [message("x" * 199, messages[-1]["role"])], 200, 1000)
+
+
+def test_what_is_far_too_long_is_not_encoded(monkeypatch):
+    encoded, encode = [], TOKENIZER.encode
+    monkeypatch.setattr(TOKENIZER, "encode", lambda text: encoded.append(len(text)) or encode(text))
+    messages = [message("x" * (100_000 if i < 9 else 30), "assistant" if i % 2 else "user") for i in range(101)]
+    assert fit(TOKENIZER, messages, 400, 30)[1] > 40 and sum(encoded) < 9 * 4 * 400
+    with pytest.raises(ApiError, match="at least 100000 tokens"):
+        fit(TOKENIZER, messages[:1], 400, 30)
 
 
 # -----------------------------------------------------------------------------
@@ -260,10 +270,41 @@ def test_bodies_above_the_limit_are_refused(site, route):
     assert send(site, route, body[:-300] + b'"}').status_code == 200
 
 
+HOSTS = {403: ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost@evil.example", "10.0.0.1"],
+         200: ["localhost", "LocalHost:1", "127.0.0.1:8000", "[::1]:8000"]}  # fmt: skip
+
+
+def test_requests_for_other_hosts_are_refused(site):
+    """A page whose name resolves to 127.0.0.1 cannot use the server."""
+    for status, hosts in HOSTS.items():
+        for host in hosts:
+            for response in (site.client.get("/health", headers={"Host": host}),
+                             site.client.post(PAGE, json=VALID, headers={"Host": host})):  # fmt: skip
+                assert response.status_code == status, host
+    assert "--host" in error_of(site.client.get("/", headers={"Host": "evil.example"}), 403)["message"]
+
+
+@pytest.mark.parametrize("host, address, names", [
+    ("127.0.0.2", "127.0.0.2", {"localhost", "127.0.0.1", "[::1]", "127.0.0.2"}),
+    ("::1", "::1", {"localhost", "127.0.0.1", "[::1]"}), ("0.0.0.0", "0.0.0.0", set()), ("my.net", "10.0.0.1", set()),
+])  # fmt: skip
+def test_only_a_server_on_loopback_knows_its_names(host, address, names):
+    assert chat_web.own_names(host, SimpleNamespace(getsockname=lambda: (address, 8000))) == names
+
+
+def test_a_request_of_ambiguous_length_is_refused_and_its_connection_closed(site):
+    with site.connect() as connection:
+        lengths = "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        host = "HTTP/1.1\r\nHost: localhost\r\n"
+        connection.sendall(f"POST {PAGE} {host}{lengths}GET / {host}\r\n".encode())
+        reply = read_all(connection)
+        assert reply.startswith(b"HTTP/1.1 400 ") and reply.count(b"HTTP/1.1") == 1
+
+
 def test_an_incomplete_body_times_out_and_the_connection_is_closed(site, monkeypatch):
     monkeypatch.setattr(server, "BODY_TIMEOUT", 0.05)
     with site.connect() as connection:
-        head = f"POST {PAGE} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        head = f"POST {PAGE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
         connection.sendall(head.encode() + b"{")
         assert read_all(connection).startswith(b"HTTP/1.1 408 ")
 
@@ -288,7 +329,7 @@ def test_clients_that_send_no_complete_header_are_disconnected(monkeypatch):
     with serving(engine) as site, site.open() as running, ExitStack() as stack:
         silent, half, second = (stack.enter_context(site.connect()) for _ in range(3))
         half.sendall(b"GET /health HTTP/1.1\r\nHost:")
-        second.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /health")
+        second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health")
         assert read_all(silent) == read_all(half) == b""
         assert read_all(second).startswith(b"HTTP/1.1 200 ")
         engine.release()

@@ -231,14 +231,33 @@ def test_without_storage_the_page_says_so_and_works(visit):
     expect(page.get_by_role("status")).to_contain_text("storage is full or switched off")
 
 
-def test_damaged_storage_is_ignored(visit):
-    odd = ["{}", '[{"parts": []}]', '[{"text": "x", "parts": {"every": 1}}]', '[{"text": "Fine", "parts": []}]']
-    chats = {f"chat:{i}": f'{{"id": "{i}", "exchanges": {exchanges}}}' for i, exchanges in enumerate(odd)}
-    settings = '{"temperature": "hot", "top_k": 7, "system": 5, "__proto__": 1}'
-    page = visit(stored={"chat:a": "{not JSON", "chat:b": "[]", **chats, "settings": settings, "theme": "{}"})
-    expect(links(page)).to_have_text(["Fine"])
+NOT_A_PRIMITIVE = {"toString": 1, "valueOf": 1, "toLocaleString": 1}
+
+
+def test_what_is_odd_in_the_storage_is_dropped(visit):
+    text, values = {"type": "text", "text": "Hi."}, [None, 0, -1e300, "x", [], {}, NOT_A_PRIMITIVE]
+    fine = {"text": "Fine", "parts": [text], "tokens": 3, "speed": 1.5, "problem": {"text": "It failed."}}
+    odd = [*values, {"parts": []}, {"text": "x"}, {"text": 5, "parts": []}, {"text": "x", "parts": {"every": 1}}]
+    odd += [{**fine, "parts": [text, part]} for part in (*values, {"text": "x"}, {"type": "image", "text": ""}, {"type": "text"})]
+    odd += [{**fine, key: NOT_A_PRIMITIVE} for key in ("tokens", "speed", "forgotten", "problem")]
+    chats = [{"exchanges": exchanges} for exchanges in (*values, *([exchange] for exchange in odd))]
+    chats += [{"id": value, "updated": value, "exchanges": [*odd, fine]} for value in values]
+    stored = {f"chat:{i}": json.dumps(chat) for i, chat in enumerate([*values, *chats])}
+    stored |= {"chat:": json.dumps({"exchanges": [fine]}), "chat:a": "{not JSON", "chat:b": "9" * 10_000, "theme": "{}"}
+    stored["chat:long"] = json.dumps({"exchanges": [{**fine, "text": "Long" * 200_000}], "updated": 1})
+    settings = {"temperature": "hot", "top_k": 7.4, "max_tokens": 1e300, "system": "x" * 5000, "__proto__": 1}
+    page = visit(stored={**stored, "settings": json.dumps(settings)})
+    expect(links(page)).to_have_text(["Long" * 20, *["Fine"] * len(values)])
     talk(page, "Hello", "Hi.")
-    assert request(page)["top_k"] == 7 and "temperature" not in request(page)
+    sent = request(page)
+    assert (sent["top_k"], sent["max_tokens"], "temperature" in sent) == (7, 4096, False)
+    assert len(sent["messages"][0]["content"]) == 4000
+    links(page).last.click()
+    assert talk(page, "More", "Yes.")[1:] == ["Fine", "Hi.", "More"]
+    page.on("dialog", lambda dialog: dialog.accept())
+    number = page.evaluate("localStorage.length")
+    click(page, "Delete “Fine”")
+    assert page.evaluate("localStorage.length") == number - 1
 
 
 def test_an_edited_or_regenerated_exchange_replaces_what_followed(page):
