@@ -215,7 +215,7 @@ def as_api_error(error: Exception) -> ApiError:
         case RequestValidationError():
             # For a field that may be a string or a list, pydantic reports both; the most specific error is the useful one
             general = ("string_type", "list_type")
-            return invalid(max(error.errors(), key=lambda item: (len(item["loc"]), item["type"] not in general)))
+            return invalid(max(error.errors(), key=lambda item: (item["type"] not in general, len(item["loc"]))))
         case StarletteHTTPException():  # the base class of FastAPI's own
             message = "unknown URL; GET /openapi.json lists the routes" if error.status_code == 404 else error.detail
             return ApiError(error.status_code, message, headers=error.headers)

@@ -171,11 +171,12 @@ class Text:
     """The text of a reply as its tokens arrive, and these tokens with their log-probabilities if the request asks for them.
 
     `echo_from`: where the part of the prompt begins that precedes the reply in the text (None: it does not). `silent`:
-    the reply itself is left out.
+    the reply itself is left out. `terminal`: a terminal token counts among the tokens with log-probabilities; programs for
+    evaluation expect one for each that was generated.
     """
 
-    def __init__(self, reply: Reply, stop: list[str], echo_from: int | None = None, silent: bool = False):
-        self.reply, self.echo_from, self.silent = reply, echo_from, silent
+    def __init__(self, reply: Reply, stop: list[str], echo_from: int | None = None, silent=False, terminal=False):
+        self.reply, self.echo_from, self.silent, self.terminal = reply, echo_from, silent, terminal
         self.engine = reply.thread.engine
         self.tokenizer = self.engine.tokenizer
         self.segments = Segments(self.tokenizer, stop)
@@ -199,7 +200,7 @@ class Text:
         if self.segments.stopped:
             self.reply.end("stop")
         seq = self.reply.seq
-        if seq.top_logprobs is not None and self.segments.shows(token):
+        if seq.top_logprobs is not None and (self.segments.shows(token) or self.terminal and token in self.engine.terminal_tokens):
             before = seq.prompt_length - 1 if seq.prompt_logprobs else 0
             self.add(token, *seq.scores[before + self.received - 1])
         return segments
@@ -216,19 +217,19 @@ class Text:
         self.scored.append(ScoredToken(data(token), self.end, logprob, {data(id): value for id, value in top.items()}))
         self.end += len(self.utf8.decode(data(token)))
 
-    def take(self, text: str) -> list[ScoredToken]:
-        """The tokens that begin in `text`, which follows the text of the last call."""
+    def take(self, text: str, final: bool) -> list[ScoredToken]:
+        """The tokens that begin in `text`, which follows the text of the last call; a `final` terminal token too."""
         self.taken += len(text)
-        count = sum(token.offset < self.taken for token in self.scored)
+        count = sum(token.offset < self.taken or final and not self.segments.stopped for token in self.scored)
         tokens, self.scored = self.scored[:count], self.scored[count:]
         return tokens
 
 
 class Generation:
-    """The replies to one request, `n` for each of its prompts, as text, and their statistics."""
+    """The replies to one request, `n` for each of its prompts, and their statistics."""
 
-    def __init__(self, texts: list[Text], n: int):
-        self.texts, self.n = texts, n
+    def __init__(self, texts: list[Text], n: int, chat: bool):
+        self.texts, self.n, self.chat = texts, n, chat
         self.replies = [text.reply for text in texts]
         self.thread, self.start = self.replies[0].thread, time.monotonic()
 
@@ -270,6 +271,40 @@ class Generation:
             log.info("%s: %d prompt tokens, %d generated in %.2f s (%s)", self.thread.device, self.usage["prompt_tokens"],
                      self.usage["completion_tokens"], time.monotonic() - self.start, ", ".join(self.finish_reasons))  # fmt: skip
 
+    def choice(self, index: int, text: str, reason: str | None = None, **content) -> dict:
+        """One of OpenAI's `choices`; `content` is the form that `text` has in a chat: a message or a delta."""
+        tokens = self.texts[index].take(text, final=reason is not None)
+        logprobs = (chat_logprobs if self.chat else completion_logprobs)(tokens) if tokens else None
+        reason = "length" if reason == "context" else reason
+        return {"index": index, **(content if self.chat else {"text": text}), "logprobs": logprobs, "finish_reason": reason}
+
+    async def stream(self, head: dict, include_usage: bool):
+        """The events of a streamed reply."""
+
+        def chunk(index: int, text: str = "", reason: str | None = None, **delta) -> str:
+            return event({**head, "choices": [self.choice(index, text, reason, delta=delta)]})
+
+        if include_usage:
+            head = {**head, "usage": None}
+        if self.chat:
+            yield "".join(chunk(index, role="assistant", content="") for index in range(len(self.texts)))
+        async for segments in self.segments():
+            yield "".join(chunk(index, text, content=text) for index, kind, text in segments if kind == "text")
+        yield "".join(chunk(index, reason=reason) for index, reason in enumerate(self.finish_reasons))
+        if include_usage:
+            yield event({**head, "choices": [], "usage": self.usage})
+        yield "data: [DONE]\n\n"
+
+    async def complete(self, head: dict) -> dict:
+        """A reply that is not streamed."""
+        texts = [""] * len(self.texts)
+        async for segments in self.segments():
+            for index, kind, text in segments:
+                texts[index] += text if kind == "text" else ""
+        choices = [self.choice(index, text, reason, message={"role": "assistant", "content": text, "refusal": None})
+                   for index, (text, reason) in enumerate(zip(texts, self.finish_reasons))]  # fmt: skip
+        return {**head, "choices": choices, "usage": self.usage}
+
 
 class EventStream(StreamingResponse):
     """Server-sent events from an async iterator, while the client is connected. An error is the last event."""
@@ -304,48 +339,6 @@ async def page_events(generation: Generation, dropped: int):
     async for segments in generation.segments():
         yield "".join(event({"token": text, "type": kind}) for _, kind, text in segments)
     yield event({"done": True, "finish_reason": generation.finish_reasons[0], "usage": generation.usage, "forgotten": dropped})
-
-
-class Choices:
-    """Makes OpenAI's `choices` of a generation, one per reply: for the chat routes, or for completions."""
-
-    def __init__(self, generation: Generation, chat: bool, scored: bool):
-        self.generation, self.chat, self.scored = generation, chat, scored
-
-    def choice(self, index: int, text: str, reason: str | None = None, **content) -> dict:
-        """`content` is the form that `text` has in a chat: a message or a delta."""
-        tokens = self.generation.texts[index].take(text)
-        logprobs = (chat_logprobs if self.chat else completion_logprobs)(tokens) if self.scored else None
-        reason = "length" if reason == "context" else reason
-        return {"index": index, **(content if self.chat else {"text": text}), "logprobs": logprobs, "finish_reason": reason}
-
-    async def stream(self, head: dict, include_usage: bool):
-        """The events of a streamed reply."""
-
-        def chunk(index: int, text: str = "", reason: str | None = None, **delta) -> str:
-            return event({**head, "choices": [self.choice(index, text, reason, delta=delta)]})
-
-        if include_usage:
-            head = {**head, "usage": None}
-        indices = range(len(self.generation.replies))
-        if self.chat:
-            yield "".join(chunk(index, role="assistant", content="") for index in indices)
-        async for segments in self.generation.segments():
-            yield "".join(chunk(index, text, content=text) for index, kind, text in segments if kind == "text")
-        yield "".join(chunk(index, reason=self.generation.finish_reasons[index]) for index in indices)
-        if include_usage:
-            yield event({**head, "choices": [], "usage": self.generation.usage})
-        yield "data: [DONE]\n\n"
-
-    async def complete(self, head: dict) -> dict:
-        """A reply that is not streamed."""
-        texts = [""] * len(self.generation.replies)
-        async for segments in self.generation.segments():
-            for index, kind, text in segments:
-                texts[index] += text if kind == "text" else ""
-        choices = [self.choice(index, text, reason, message={"role": "assistant", "content": text, "refusal": None})
-                   for index, (text, reason) in enumerate(zip(texts, self.generation.finish_reasons))]  # fmt: skip
-        return {**head, "choices": choices, "usage": self.generation.usage}
 
 
 # -----------------------------------------------------------------------------
@@ -385,7 +378,8 @@ def make_app(
         settings["top_k"] = settings["top_k"] or None
         settings["seed"] = secrets.randbits(31) if body.seed is None else body.seed
         replies = pool.submit(prompts, body.n or 1, **settings)
-        return Generation([Text(reply, body.stop or [], **text) for reply in replies], body.n or 1)
+        chat = isinstance(body, ChatRequest)
+        return Generation([Text(reply, body.stop or [], **text) for reply in replies], body.n or 1, chat)
 
     async def start_chat(body: ChatRequest, scores: dict, limit: int | None = None) -> tuple[Generation, int]:
         """(the replies, the number of dropped exchanges); `limit` as in `fit`."""
@@ -394,24 +388,24 @@ def make_app(
         prompt, dropped = await asyncio.to_thread(fit, tokenizer, as_turns(body.messages), context, limit)
         return start(body, [prompt], scores), dropped
 
-    async def respond(request: Request, body: GenerationRequest, kind: str, generation: Generation, scored: bool):
-        chat = isinstance(body, ChatRequest)
-        choices = Choices(generation, chat, scored)
-        id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
-        head = {"id": id, "object": kind, "created": int(time.time()), "model": model_id}
+    async def respond(request: Request, body: GenerationRequest, generation: Generation):
+        prefix, kind = ("chatcmpl", "chat.completion") if generation.chat else ("cmpl", "text_completion")
+        head = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": model_id}
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            head["object"] += ".chunk" if chat else ""
-            return EventStream(choices.stream(head, include_usage), generation)
+            head["object"] += ".chunk" if generation.chat else ""
+            return EventStream(generation.stream(head, include_usage), generation)
         async with generation.until_disconnect(request.receive):
-            return await choices.complete(head)
+            content = await generation.complete(head)
+            return await asyncio.to_thread(JSONResponse, content)  # the log-probabilities of a long prompt take a second
 
     def check_model(requested: str | None) -> None:
         if requested not in (None, "", *cards):
             message = f"the model {requested[:100]!r} does not exist; use {model_id!r}, or omit `model`"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.head("/", include_in_schema=False)
+    @app.get("/", include_in_schema=False)
     async def page():
         return FileResponse(FILES / "ui.html", headers=PAGE_HEADERS)
 
@@ -429,20 +423,19 @@ def make_app(
     async def chat(request: Request, body: ChatRequest):
         check_model(body.model)
         body.max_tokens = body.max_completion_tokens or body.max_tokens
-        scored = bool(body.logprobs or body.top_logprobs)
-        generation, _ = await start_chat(body, {"top_logprobs": body.top_logprobs or 0} if scored else {})
-        return await respond(request, body, "chat.completion", generation, scored)
+        scores = {"top_logprobs": body.top_logprobs or 0} if body.logprobs or body.top_logprobs else {}
+        generation, _ = await start_chat(body, scores)
+        return await respond(request, body, generation)
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest):
         check_model(body.model)
         body.max_tokens = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default
         prompts = [await asyncio.to_thread(prompt_ids, tokenizer, prompt, context) for prompt in body.prompt]
-        scored = body.logprobs is not None
-        scores = {"top_logprobs": body.logprobs, "prompt_logprobs": bool(body.echo)} if scored else {}
+        scores = {} if body.logprobs is None else {"top_logprobs": body.logprobs, "prompt_logprobs": bool(body.echo)}
         echo_from = int(isinstance(body.prompt[0], str)) if body.echo else None  # bos before a text is ours
-        generation = start(body, prompts, scores, echo_from=echo_from, silent=body.max_tokens == 0)
-        return await respond(request, body, "text_completion", generation, scored)
+        generation = start(body, prompts, scores, echo_from=echo_from, silent=body.max_tokens == 0, terminal=True)
+        return await respond(request, body, generation)
 
     @app.get("/v1/models")
     async def models():
@@ -453,7 +446,8 @@ def make_app(
         check_model(id)
         return cards[id or model_id]
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")
     async def health():
         status = "shutting down" if pool.closing else "failing" if any(thread.failing for thread in pool.threads) else "ok"
         waiting = sum(thread.num_waiting for thread in pool.threads)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from chat_server import (PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, events_of, joined, message, segments_of, serving,
-                         tokens_of)  # fmt: skip
+from chat_server import (MODEL, PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, ask, error_of, events_of, joined, message,
+                         segments_of, serving, text_of, tokens_of)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -20,7 +20,6 @@ from nanochat.server import fit
 from nanochat.tokenizer import Segments
 from scripts import chat_web
 
-MODEL = "sft-d2-step-8"
 REPLIES = {
     "emoji": "né 👩‍🚀!",
     "sums": "It is <|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>42.",
@@ -43,14 +42,6 @@ def site():
 def client(site):
     with openai.OpenAI(base_url=f"{site.address}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def ask(client, text="hi", **settings):
-    return client.chat.completions.create(**{"model": MODEL, "messages": [message(text)], **settings})
-
-
-def text_of(chunks) -> str:
-    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
 
 
 # -----------------------------------------------------------------------------
@@ -96,6 +87,19 @@ def test_text_ends_before_the_first_stop_string(text, stop):
      "<|user_start|>a<|user_end|><|assistant_start|>=<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>"
      "<|assistant_end|><|user_start|>b<|user_end|><|assistant_start|>"),
     ([message("count"), message("1, ", "assistant")], "<|user_start|>count<|user_end|><|assistant_start|>1, "),
+    ([message("count"), message("1, ", "assistant")], "<|user_start|>count<|user_end|><|assistant_start|>1, "),
+    ([message("a", "system"), message("b", "developer"), message("c"), message("d")],
+     "<|user_start|>a\n\nb\n\nc\n\nd<|user_end|><|assistant_start|>"),
+    ([message("a"), message("b", "assistant"), message("c", "system"), message("d"), message("e", "system")],
+     "<|user_start|>a<|user_end|><|assistant_start|>b<|assistant_end|><|user_start|>c\n\nd\n\ne<|user_end|><|assistant_start|>"),
+    ([message("a", "system")], "<|user_start|>a<|user_end|><|assistant_start|>"),
+    ([message("a", "assistant"), message("b")],
+     "<|user_start|><|user_end|><|assistant_start|>a<|assistant_end|><|user_start|>b<|user_end|><|assistant_start|>"),
+    ([message("long", "system"), message("b", "assistant"), message([{"type": "python", "text": "1+1"}], "assistant")],
+     "<|user_start|>long<|user_end|><|assistant_start|>b\n\n<|python_start|>1+1<|python_end|>"),
+    ([message(None), {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]},
+      {**message("4", "tool"), "tool_call_id": "1"}],
+     "<|user_start|><|user_end|><|assistant_start|>f({})<|assistant_end|><|user_start|>4<|user_end|><|assistant_start|>"),
 ])  # fmt: skip
 def test_messages_are_rendered_as_in_training_and_a_last_assistant_message_is_continued(site, route, messages, prompt):
     assert site.post(route, messages=messages).status_code == 200
@@ -205,16 +209,6 @@ def test_settings_reach_the_engine_and_defaults_replace_missing_ones(route):
 # Errors
 
 VALID = {"messages": [message()], "max_tokens": 2}
-
-
-def error_of(response, status: int) -> dict:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    error = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"} and response.json().keys() == {"error"}
-    assert error["type"] == {5: "server_error", 4: "invalid_request_error"}[status // 100]
-    assert 10 < len(error["message"]) < 300 and "\n" not in error["message"] and "Traceback" not in response.text
-    return error
 
 
 def send(site, route, body, content_type="application/json"):
