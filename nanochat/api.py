@@ -81,46 +81,49 @@ class Message(RequestModel):
         """An assistant's message may lack its content, as one that only calls tools does."""
         return {"content": None, **message} if isinstance(message, dict) and message.get("role") == "assistant" else message
 
-    def text(self) -> str | list[dict]:
-        """The content as conversation.py expects it: of the user a string, of the assistant possibly a list of parts.
+    def parts(self) -> list[dict]:
+        """The content as parts, none of them empty; what is not the assistant's is one. Calls of tools become text."""
+        if self.role == "assistant" and isinstance(self.content, list):
+            parts = [part.model_dump() for part in self.content]
+        elif isinstance(self.content, list):
+            parts = [text_part("\n".join(part.text for part in self.content))]
+        else:
+            parts = [text_part(self.content or "")]
+        for call in self.tool_calls or []:
+            parts.append(text_part(f"{call.function.name}({call.function.arguments})"))
+        return [part for part in parts if part["text"]]
 
-        A call of a tool, which another model must have made, becomes text.
-        """
-        content = self.content or ""
-        if self.role != "assistant":
-            return content if isinstance(content, str) else "\n".join(part.text for part in content)
-        parts = content if isinstance(content, str) else [part.model_dump() for part in content]
-        calls = "\n".join(f"{call.function.name}({call.function.arguments})" for call in self.tool_calls or [])
-        return joined(parts, calls)
 
-
-def joined(first: str | list[dict], second: str | list[dict]) -> str | list[dict]:
-    """Two contents with a blank line between them, unless one is empty."""
-    if not first or not second:
-        return first or second
-    if isinstance(first, str) and isinstance(second, str):
-        return f"{first}\n\n{second}"
-    first, second = ([{"type": "text", "text": content}] if isinstance(content, str) else content for content in (first, second))
-    return [*first, {"type": "text", "text": "\n\n"}, *second]
+def text_part(text: str) -> dict:
+    return {"type": "text", "text": text}
 
 
 def as_turns(messages: list[Message]) -> list[dict]:
     """Messages of any roles in any order as conversation.py expects them: user and assistant alternating.
 
     At the start there may be a system message; later ones, and results of tools, are the user's text. Neighbours of a
-    role are joined. An assistant's message at the start answers an empty one.
+    role are joined by blank lines. An assistant's message at the start answers an empty one.
     """
-    turns: list[dict] = []
+    turns: list[tuple[str, list[dict]]] = []
     for message in messages:
-        system = message.role in ("system", "developer") and all(turn["role"] == "system" for turn in turns)
-        role = "system" if system else "assistant" if message.role == "assistant" else "user"
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] = joined(turns[-1]["content"], message.text())
-        else:
-            turns.append({"role": role, "content": message.text()})
-    if turns[0]["role"] == "system" and (len(turns) == 1 or turns[1]["role"] == "assistant"):
-        turns[0]["role"] = "user"
-    return turns if turns[0]["role"] != "assistant" else [{"role": "user", "content": ""}, *turns]
+        role = {"assistant": "assistant", "system": "system", "developer": "system"}.get(message.role, "user")
+        if role == "system" and turns and turns[-1][0] != "system":
+            role = "user"
+        if not turns or turns[-1][0] != role:
+            turns.append((role, []))
+        parts, new = turns[-1][1], message.parts()
+        parts += [text_part("\n\n"), *new] if parts and new else new
+    roles = [role for role, _ in turns]
+    if roles == ["system"] or roles[:2] == ["system", "assistant"]:
+        turns[0] = ("user", turns[0][1])
+    if roles[0] == "assistant":
+        turns.insert(0, ("user", []))
+    texts = ["".join(part["text"] for part in parts) for _, parts in turns]
+    # One string is encoded as a whole
+    return [
+        {"role": role, "content": text if all(part["type"] == "text" for part in parts) else parts}
+        for (role, parts), text in zip(turns, texts)
+    ]
 
 
 class StreamOptions(RequestModel):
@@ -262,7 +265,10 @@ def chat_logprobs(tokens: list[ScoredToken]) -> dict:
     def item(data: bytes, logprob: float) -> dict:
         return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
 
-    content = [{**item(token.data, token.logprob), "top_logprobs": [item(*top) for top in token.top.items()]} for token in tokens]
+    content = []
+    for token in tokens:
+        top = [item(data, logprob) for data, logprob in token.top.items()]
+        content.append({**item(token.data, token.logprob), "top_logprobs": top})
     return {"content": content, "refusal": None}
 
 
@@ -276,7 +282,13 @@ def completion_logprobs(tokens: list[ScoredToken]) -> dict:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def top(token: ScoredToken) -> dict | None:
-        return None if token.logprob is None else {shown(data): p for data, p in {**token.top, token.data: token.logprob}.items()}
+        if token.logprob is None:
+            return None
+        return {shown(data): logprob for data, logprob in {**token.top, token.data: token.logprob}.items()}
 
-    return {"tokens": [shown(token.data) for token in tokens], "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [top(token) for token in tokens], "text_offset": [token.offset for token in tokens]}  # fmt: skip
+    return {
+        "tokens": [shown(token.data) for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [top(token) for token in tokens],
+        "text_offset": [token.offset for token in tokens],
+    }

@@ -132,9 +132,11 @@ def token_scores(logits: torch.Tensor, tokens: list[int], tops: list[int]) -> li
     They are those of the model itself: a log-softmax of the logits, before temperature, top_k and top_p.
     """
     log_probs = logits.float().log_softmax(dim=-1)
-    scores = log_probs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    values, ids = (best.tolist() for best in log_probs.topk(min(max(tops), logits.size(-1)), dim=-1))
-    return [(scores[i], dict(zip(ids[i][:top], values[i]))) for i, top in enumerate(tops)]
+    chosen = torch.tensor(tokens, device=logits.device)[:, None]
+    scores = log_probs.gather(1, chosen)[:, 0].tolist()
+    best = log_probs.topk(max(tops), dim=-1)
+    likely = zip(best.indices.tolist(), best.values.tolist(), tops)
+    return [(score, dict(zip(ids[:top], values))) for score, (ids, values, top) in zip(scores, likely)]
 
 
 def uniform_sample(rng: random.Random) -> float:
@@ -295,12 +297,19 @@ class Engine:
         tokens, log_probs = sample(logits, settings, [uniform_sample(seq.rng) for seq in seqs])
         self.generated_tokens += len(seqs)
         sampled = torch.stack([tokens.float(), log_probs], dim=1).tolist()  # one transfer; ids below 2^24 are exact in float32
-        if rows := [row for row, seq in enumerate(seqs) if seq.top_logprobs is not None]:
-            tokens = [seqs[row].forced[0] if seqs[row].forced else int(sampled[row][0]) for row in rows]
-            scores = token_scores(logits[rows], tokens, [seqs[row].top_logprobs for row in rows])
-            for row, score in zip(rows, scores):
-                seqs[row].scores.append(score)
+        self._score(seqs, logits, [int(token) for token, _ in sampled])
         return [(seq, *self._accept_or_fail(seq, int(token), log_prob)) for seq, (token, log_prob) in zip(seqs, sampled)]
+
+    def _score(self, seqs: list[Sequence], logits: torch.Tensor, sampled: list[int]) -> None:
+        """Keep the log-probabilities of the new tokens of those sequences that want them."""
+        rows = [row for row, seq in enumerate(seqs) if seq.top_logprobs is not None]
+        if not rows:
+            return
+        scored = [seqs[row] for row in rows]
+        tokens = [seq.forced[0] if seq.forced else sampled[row] for seq, row in zip(scored, rows)]
+        scores = token_scores(logits[rows], tokens, [seq.top_logprobs for seq in scored])
+        for seq, score in zip(scored, scores):
+            seq.scores.append(score)
 
     def _accept_or_fail(self, seq: Sequence, token: int, log_prob: float) -> tuple[int, int]:
         try:
@@ -326,10 +335,10 @@ class Engine:
             before = seq.tokens[start - 1] if start else -1
             place = torch.tensor([[seq.slot], [start], [before]], dtype=torch.int32, device=self.device)
             hidden = self.model.hidden(ids, kv_cache=self.cache.select(*place), last_only=not seq.prompt_logprobs)
-            for first in range(start, end if seq.prompt_logprobs else start, SCORED_AT_ONCE):
-                tokens = seq.tokens[first + 1 : min(first + SCORED_AT_ONCE, end) + 1]
-                logits = self.model.logits(hidden[0, first - start :][: len(tokens)])
-                seq.scores += token_scores(logits, tokens, [seq.top_logprobs] * len(tokens))
+            if seq.prompt_logprobs:
+                following = torch.tensor(seq.tokens[start + 1 : end + 1])
+                for part, tokens in zip(hidden[0].split(SCORED_AT_ONCE), following.split(SCORED_AT_ONCE)):
+                    seq.scores += token_scores(self.model.logits(part), tokens.tolist(), [seq.top_logprobs] * len(tokens))
             self.prefill_tokens += end - start
 
     def _logits(self, seqs: list[Sequence]) -> torch.Tensor:

@@ -206,16 +206,19 @@ class Text:
         return segments
 
     def prompt(self) -> list[tuple[str, str]]:
-        tokens, seq = self.reply.prompt, self.reply.seq
-        if seq.prompt_logprobs:
-            for token, score in list(zip(tokens, [(None, {}), *seq.scores]))[self.echo_from :]:
+        """The prompt as a segment."""
+        tokens = self.reply.prompt[self.echo_from :]
+        if self.reply.seq.prompt_logprobs:
+            scores = [(None, {}), *self.reply.seq.scores]
+            for token, score in zip(tokens, scores[self.echo_from :]):
                 self.add(token, *score)
-        return [("text", self.tokenizer.decode(tokens[self.echo_from :]))]
+        return [("text", self.tokenizer.decode(tokens))]
 
     def add(self, token: int, logprob: float | None, top: dict[int, float]) -> None:
-        data = self.tokenizer.id_to_bytes
-        self.scored.append(ScoredToken(data(token), self.end, logprob, {data(id): value for id, value in top.items()}))
-        self.end += len(self.utf8.decode(data(token)))
+        data = self.tokenizer.id_to_bytes(token)
+        likely = {self.tokenizer.id_to_bytes(id): value for id, value in top.items()}
+        self.scored.append(ScoredToken(data, self.end, logprob, likely))
+        self.end += len(self.utf8.decode(data))
 
     def take(self, text: str, final: bool) -> list[ScoredToken]:
         """The tokens that begin in `text`, which follows the text of the last call; a `final` terminal token too."""

@@ -31,24 +31,26 @@ def parse_args(argv):
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all addresses of this machine")
     group.add_argument("--max-sequences", type=flags.COUNT, default=64, help="replies generated at once on each device, if they fit")
     group.add_argument("--max-queue", type=flags.number(int, 0), default=64, help="replies that may wait for each device")
-    group.add_argument("--api-key", type=api_key, help="what clients must send as API key, and browsers as password (default: none)")
-    group.add_argument("--allow-origin", type=origin, action="append", default=[], metavar="URL",
+    group.add_argument("--api-key", type=KEY, help="what clients must send as API key, and browsers as password (default: none)")
+    group.add_argument("--allow-origin", type=ORIGIN, action="append", default=[], metavar="URL",
                        help="web site whose pages may use the API, or *; repeatable (this machine's always may)")  # fmt: skip
     flags.add_sampling_flags(parser, temperature=0.8)  # of requests that do not set them
     return parser.parse_args(argv)
 
 
-def api_key(text: str) -> str:
-    if not re.fullmatch(r"[!-~]+", text):
-        raise argparse.ArgumentTypeError("the key must consist of visible ASCII characters, without spaces")
-    return text
+def matching(pattern: str, what: str):
+    """A type for argparse: a text of this form."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return text
+
+    return parse
 
 
-def origin(text: str) -> str:
-    """As browsers send it: without a path."""
-    if not re.fullmatch(r"https?://[^/\s]+/?|\*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an origin such as https://example.com or http://10.0.0.5:3000")
-    return text.rstrip("/").lower()
+KEY = matching(r"[!-~]+", "a key: it must consist of visible ASCII characters")
+ORIGIN = matching(r"https?://[^/\sA-Z]+|\*", "an origin such as https://example.com or http://10.0.0.5:3000")
 
 
 def listen(host: str, port: int):
