@@ -136,11 +136,13 @@ def as_list(value):
     return [value] if single else value
 
 
+StopString = Annotated[str, StringConstraints(max_length=100)]
 StopStrings = Annotated[
-    Annotated[list[Annotated[str, StringConstraints(max_length=100)]], Field(max_length=4, fail_fast=True)],
+    Annotated[list[StopString], Field(max_length=4, fail_fast=True)],
     BeforeValidator(as_list),
     AfterValidator(lambda strings: [string for string in strings if string]),
 ]
+MaxTokens = Annotated[int | None, Field(ge=1, le=UNLIMITED), off(-1, UNLIMITED)]
 NO_PENALTY = "penalties are not supported: it should be 0; to get less repetition, raise the temperature"
 NO_TOOLS = "the model calls no functions: it should be 'auto' or 'none', and the reply will be text"
 
@@ -148,7 +150,7 @@ NO_TOOLS = "the model calls no functions: it should be 'auto' or 'none', and the
 class GenerationRequest(RequestModel):
     """What the bodies of all routes that generate have in common."""
 
-    max_tokens: Annotated[int | None, Field(ge=1, le=UNLIMITED), off(-1, UNLIMITED)] = None
+    max_tokens: MaxTokens = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_k: Annotated[int | None, Field(ge=0, le=200), off(-1, 0)] = None  # 0: all tokens
     top_p: Annotated[float | None, Field(gt=0, le=1), off(0, 1.0)] = None
@@ -168,7 +170,7 @@ class ChatRequest(GenerationRequest):
     """The body of the chat routes. The page's replies are always one stream of text."""
 
     messages: list[Message] = Field(min_length=1, max_length=500, fail_fast=True)
-    max_completion_tokens: Annotated[int | None, Field(ge=1, le=UNLIMITED), off(-1, UNLIMITED)] = None
+    max_completion_tokens: MaxTokens = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tool_choice: refused(NO_TOOLS, "auto", "none") = None
@@ -179,7 +181,8 @@ class ChatRequest(GenerationRequest):
     audio: refused("the model writes text only: leave it out") = None
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 MANY = Field(min_length=1, max_length=128, fail_fast=True)
 
 
@@ -284,7 +287,8 @@ def completion_logprobs(tokens: list[ScoredToken]) -> dict:
     def top(token: ScoredToken) -> dict | None:
         if token.logprob is None:
             return None
-        return {shown(data): logprob for data, logprob in {**token.top, token.data: token.logprob}.items()}
+        likely = {**token.top, token.data: token.logprob}
+        return {shown(data): logprob for data, logprob in likely.items()}
 
     return {
         "tokens": [shown(token.data) for token in tokens],

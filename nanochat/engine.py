@@ -136,7 +136,7 @@ def token_scores(logits: torch.Tensor, tokens: list[int], tops: list[int]) -> li
     scores = log_probs.gather(1, chosen)[:, 0].tolist()
     best = log_probs.topk(max(tops), dim=-1)
     likely = zip(best.indices.tolist(), best.values.tolist(), tops)
-    return [(score, dict(zip(ids[:top], values))) for score, (ids, values, top) in zip(scores, likely)]
+    return list(zip(scores, [dict(zip(ids[:top], values)) for ids, values, top in likely]))
 
 
 def uniform_sample(rng: random.Random) -> float:
@@ -176,7 +176,8 @@ class Engine:
 
     def submit(
         self, tokens: list[int], max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float = 1.0, seed: int = 42, sample_index: int = 0, top_logprobs: int | None = None, prompt_logprobs: bool = False,
+        top_p: float = 1.0, seed: int = 42, sample_index: int = 0, top_logprobs: int | None = None,
+        prompt_logprobs: bool = False,
     ) -> Sequence:  # fmt: skip
         """Add a prompt, which `step` continues. The tokens depend on these arguments only.
 
@@ -338,7 +339,8 @@ class Engine:
             if seq.prompt_logprobs:
                 following = torch.tensor(seq.tokens[start + 1 : end + 1])
                 for part, tokens in zip(hidden[0].split(SCORED_AT_ONCE), following.split(SCORED_AT_ONCE)):
-                    seq.scores += token_scores(self.model.logits(part), tokens.tolist(), [seq.top_logprobs] * len(tokens))
+                    logits = self.model.logits(part)
+                    seq.scores += token_scores(logits, tokens.tolist(), [seq.top_logprobs] * len(tokens))
             self.prefill_tokens += end - start
 
     def _logits(self, seqs: list[Sequence]) -> torch.Tensor:

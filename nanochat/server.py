@@ -84,7 +84,8 @@ class Guard:
         if self.hosts and host and host not in self.hosts:
             message = f"this server is not {host[:100]!r}; use http://localhost, or start it with another --host"
             return await as_response(ApiError(403, message, headers=close))(scope, receive, send)
-        if self.api_key is not None and scope["path"] != "/health" and not self.authorized(headers.get("authorization", "")):
+        is_open = self.api_key is None or scope["path"] == "/health"
+        if not is_open and not self.authorized(headers.get("authorization", "")):
             message = "this server needs its API key: as `api_key` of a client, or in a browser as the password of any user"
             challenge = {**close, "WWW-Authenticate": 'Basic realm="nanochat", charset="UTF-8"'}
             return await as_response(ApiError(401, message, code="invalid_api_key", headers=challenge))(scope, receive, send)
@@ -200,7 +201,8 @@ class Text:
         if self.segments.stopped:
             self.reply.end("stop")
         seq = self.reply.seq
-        if seq.top_logprobs is not None and (self.segments.shows(token) or self.terminal and token in self.engine.terminal_tokens):
+        of_text = self.segments.shows(token) or self.terminal and token in self.engine.terminal_tokens
+        if of_text and seq.top_logprobs is not None:
             before = seq.prompt_length - 1 if seq.prompt_logprobs else 0
             self.add(token, *seq.scores[before + self.received - 1])
         return segments
@@ -278,8 +280,10 @@ class Generation:
         """One of OpenAI's `choices`; `content` is the form that `text` has in a chat: a message or a delta."""
         tokens = self.texts[index].take(text, final=reason is not None)
         logprobs = (chat_logprobs if self.chat else completion_logprobs)(tokens) if tokens else None
+        if not self.chat:
+            content = {"text": text}
         reason = "length" if reason == "context" else reason
-        return {"index": index, **(content if self.chat else {"text": text}), "logprobs": logprobs, "finish_reason": reason}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
     async def stream(self, head: dict, include_usage: bool):
         """The events of a streamed reply."""
@@ -304,8 +308,10 @@ class Generation:
         async for segments in self.segments():
             for index, kind, text in segments:
                 texts[index] += text if kind == "text" else ""
-        choices = [self.choice(index, text, reason, message={"role": "assistant", "content": text, "refusal": None})
-                   for index, (text, reason) in enumerate(zip(texts, self.finish_reasons))]  # fmt: skip
+        choices = []
+        for index, (text, reason) in enumerate(zip(texts, self.finish_reasons)):
+            message = {"role": "assistant", "content": text, "refusal": None}
+            choices.append(self.choice(index, text, reason, message=message))
         return {**head, "choices": choices, "usage": self.usage}
 
 
@@ -365,8 +371,8 @@ def make_app(
     model_id = name.replace(" ", "-")
     started = time.monotonic()
     chats = not name.startswith("base ")
-    cards = {id: {"id": id, "object": "model", "created": int(time.time()), "owned_by": "nanochat", "max_model_len": context}
-             for id in (model_id, "nanochat")}  # fmt: skip
+    card = {"object": "model", "created": int(time.time()), "owned_by": "nanochat", "max_model_len": context}
+    cards = {id: {"id": id, **card} for id in (model_id, "nanochat")}
 
     async def send_error(request: Request, error: Exception) -> JSONResponse:
         return as_response(error)
