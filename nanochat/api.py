@@ -82,7 +82,7 @@ class Message(RequestModel):
         return {"content": None, **message} if isinstance(message, dict) and message.get("role") == "assistant" else message
 
     def parts(self) -> list[dict]:
-        """The content as parts, none of them empty; what is not the assistant's is one. Calls of tools become text."""
+        """The content as parts, without empty text; what is not the assistant's is one part. Calls of tools become text."""
         if self.role == "assistant" and isinstance(self.content, list):
             parts = [part.model_dump() for part in self.content]
         elif isinstance(self.content, list):
@@ -91,7 +91,7 @@ class Message(RequestModel):
             parts = [text_part(self.content or "")]
         for call in self.tool_calls or []:
             parts.append(text_part(f"{call.function.name}({call.function.arguments})"))
-        return [part for part in parts if part["text"]]
+        return [part for part in parts if part != text_part("")]
 
 
 def text_part(text: str) -> dict:

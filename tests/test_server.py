@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from chat_server import (MODEL, PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, ask, error_of, events_of, joined, message,
-                         segments_of, serving, text_of, tokens_of)  # fmt: skip
+from chat_server import (COMPLETIONS, MODEL, PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, ask, error_of, events_of, joined,
+                         message, segments_of, serving, text_of, tokens_of)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nanochat import server
 from nanochat.conversation import render_for_completion
-from nanochat.api import ApiError, ChatRequest
+from nanochat.api import ApiError, ChatRequest, CompletionRequest
 from nanochat.server import fit
 from nanochat.tokenizer import Segments
 from scripts import chat_web
@@ -348,10 +348,16 @@ values = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.sampled_from(ROUTES), st.sampled_from([*ChatRequest.model_fields]), values)
-def test_any_value_of_a_field_is_accepted_or_refused_with_an_error(site, route, field, value):
-    response = send(site, route, json.dumps({**VALID, field: value}).encode())
+FIELDS = [(route, field) for route, model in ((PAGE, ChatRequest), (V1, ChatRequest), (COMPLETIONS, CompletionRequest))
+          for field in model.model_fields if field != "prompt"]  # fmt: skip
+
+
+@settings(max_examples=90, deadline=None, derandomize=True)
+@given(st.sampled_from(FIELDS), values)
+def test_any_value_of_a_field_is_accepted_or_refused_with_an_error(site, route_and_field, value):
+    route, field = route_and_field
+    body = {**VALID, "prompt": tokens_of("<|bos|><|assistant_start|>"), field: value}
+    response = send(site, route, json.dumps(body).encode())
     assert response.status_code in (200, 400, 404)
     if response.status_code != 200:
         error_of(response, response.status_code)
