@@ -45,6 +45,7 @@ def number(kind: type, least: float, most: float = float("inf"), or_: float | No
     return parse
 
 
+SOURCES = "climbmix, fineweb-edu, sample, a file or folder of .txt, .md, .jsonl or .parquet, or hf:DATASET[:CONFIG]"
 COUNT = number(int, 1)  # 1, 2, ...
 COUNT_OR_AUTO = number(int, 1, or_=-1)  # -1: chosen by the program
 INTERVAL = number(int, 0, or_=-1)  # steps; -1: at the end only, 0: never
