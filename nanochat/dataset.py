@@ -17,7 +17,6 @@ import http.client
 import json
 import os
 import re
-import stat
 import time
 import urllib.error
 import urllib.request
@@ -145,6 +144,7 @@ def iter_documents(split: str, source: str = DEFAULT_SOURCE) -> Iterator[str]:
 KINDS = (".txt", ".md", ".jsonl", ".parquet")
 HELD_OUT, MOST_HELD_OUT = 0.05, 2**14  # of the documents, for validation
 SHARD_CHARS, ROW_GROUP = 2**26, 1024  # characters of a shard, documents of a row group
+NOT_TEXT = re.compile("[\0\ud800-\udfff\ufffd]")  # NUL is in binary files and UTF-16, U+FFFD is what could not be decoded
 SHORT, LONG, LONGEST = 1000, 4000, 8000  # characters of a document of plain text, see cut_text
 
 
@@ -165,15 +165,10 @@ def own_files(source: Path, skip: Skipped) -> list[tuple[Path, int, int]]:
     for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
         if any(part.startswith(".") for part in path.relative_to(source).parts) or prepared in path.parents:
             continue
-        try:
-            info = path.stat()
-        except OSError as error:  # a broken link
-            skip("unreadable files", error)
-            continue
-        if stat.S_ISREG(info.st_mode) and path.suffix.lower() in KINDS:
-            files.append((path, info.st_size, info.st_mtime_ns))
+        if path.suffix.lower() in KINDS and path.is_file():
+            files.append((path, path.stat().st_size, path.stat().st_mtime_ns))
         elif not path.is_dir() or path.is_symlink() or not os.access(path, os.R_OK | os.X_OK):
-            skip(f"links to folders, and what is not {', '.join(KINDS)}", path)
+            skip(f"no {', '.join(KINDS)}, links that are broken or to folders, unreadable folders", path)
     return files
 
 
@@ -241,15 +236,6 @@ def hub_documents(name: str) -> Iterator[tuple[str, str | None]]:
                           "or set HF_ENDPOINT to a mirror, then run this again") from error
 
 
-def unusable(text: str | None) -> str | None:
-    """Why a document is left out; None if it is not."""
-    if not isinstance(text, str):
-        return "lines or rows without a string `text`"
-    if not text.strip():
-        return "empty documents"
-    return "documents with bytes that are not UTF-8 text" if re.search("[\0\ud800-\udfff\ufffd]", text) else None
-
-
 def write_documents(documents: Iterator, size: int, num_shards: int, skip: Skipped, folder: Path) -> None:
     """Write shards without duplicates, sorted by the documents' hashes, with a held-out part, and print a summary.
 
@@ -271,8 +257,11 @@ def write_documents(documents: Iterator, size: int, num_shards: int, skip: Skipp
 
     with tqdm(total=size or None, desc="reading", unit="B", unit_scale=True, disable=None) as bar:  # in a terminal only
         for place, text in documents:
-            if reason := unusable(text):
-                skip(reason, place)
+            if not isinstance(text, str) or not text.strip():
+                skip("no string `text`, or an empty one", place)
+                continue
+            if NOT_TEXT.search(text):
+                skip("bytes that are not UTF-8 text", place)
                 continue
             data = text.encode()
             bar.update(len(data))
