@@ -26,7 +26,6 @@ from hashlib import blake2b
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterator, TextIO
-from zlib import crc32
 
 from nanochat import flags
 from nanochat.common import Unreachable, UserError, atomic, get_base_dir, hub_endpoint, print0, run_script
@@ -199,22 +198,22 @@ def text_in(line: str) -> str | None:
 def cut_text(file: TextIO) -> Iterator[str]:
     """Documents of about 1,000 to 8,000 characters, which end with a paragraph (before a blank line) or at least a line.
 
-    Of the places where a document may end, the checksum of the line before chooses one in four. So equal passages are cut
+    Of the places where a document may end, the hash of the line before chooses one in four. So equal passages are cut
     equally wherever they are: repeated ones are found, and an insertion changes only the documents around it.
     """
-    document, size, checksum = [], 0, 0
+    document, size, last = [], 0, ""
     while line := file.readline(LONGEST):
         if text := line.strip():
-            checksum = crc32(text.encode())
+            last = text
         elif not document:
             continue
         document.append(line)
         size += len(line)
         may_end = size >= (LONG if text else SHORT)
-        if may_end and checksum % 4 == 0 or size >= LONGEST:
+        if may_end and blake2b(last.encode()).digest()[0] % 4 == 0 or size >= LONGEST:
             yield "".join(document).strip()
             document, size = [], 0
-    if document or not checksum:  # an empty file is one empty document, so that it is reported
+    if document or not last:  # an empty file is one empty document, so that it is reported
         yield "".join(document).strip()
 
 
