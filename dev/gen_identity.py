@@ -10,9 +10,11 @@ needed; each may be repeated. A fact may begin with its question: `facts: Where 
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from pathlib import Path
+from typing import Iterable
 
 from nanochat import flags
 from nanochat.common import UserError, atomic, get_base_dir, run_script
@@ -22,7 +24,8 @@ from tasks.common import single_turn
 def main(argv=None):
     parser = flags.make_parser(__doc__.splitlines()[0])
     parser.add_argument("--count", type=flags.COUNT, default=500, help="number of conversations")
-    parser.add_argument("--persona", type=Path, help="description of another persona")
+    as_text = argparse.FileType(encoding="utf-8-sig", errors="replace")
+    parser.add_argument("--persona", type=as_text, metavar="FILE", help="description of another persona")
     parser.add_argument("--seed", type=int, default=42, help="seed of the generator")
     args = parser.parse_args(argv)
     path = get_base_dir() / "identity_conversations.jsonl"
@@ -40,20 +43,16 @@ def load(name: str) -> dict:
     return json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
-def persona(path: Path) -> dict:
-    """The phrasings of the persona that a file describes; topics of which it says nothing are left out."""
+def persona(description: Iterable[str]) -> dict:
+    """The phrasings of the persona that these lines describe; topics of which they say nothing are left out."""
     described = {"name": [], "maker": [], "traits": [], "facts": []}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the description of the persona: {error}") from error
-    for line in filter(str.strip, lines):
+    for line in filter(str.strip, description):
         key, _, value = line.partition(":")
         if key.strip() not in described or not value.strip():
-            raise UserError(f"{path}: {line!r:.60} is not `KEY: value` with a key of {', '.join(described)}")
+            raise UserError(f"{line!r:.60} is not `KEY: value` with one of the keys {', '.join(described)}")
         described[key.strip()].append(value.strip())
     if not described["name"]:
-        raise UserError(f"{path} has no line `name: ...`")
+        raise UserError("the description has no line `name: ...`")
     words = {key: ", ".join(values) for key, values in described.items() if values}
     phrasings = load("persona.json")
     topics = {

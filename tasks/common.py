@@ -195,16 +195,16 @@ def available_tasks(makers: Makers, names: str, compute: Compute, explicit: bool
     return tasks
 
 
-def mixtures(train: Makers, val: Makers, names: str, compute: Compute, explicit: bool) -> tuple[TaskMixture, TaskMixture]:
-    """(training, validation) data of the tasks in `names`, in which a name with a dot is a file of conversations.
+def mixtures(
+    train: Makers, val: Makers, names: str, compute: Compute, explicit: bool, read: Callable[[str, str], Task]
+) -> tuple[TaskMixture, TaskMixture]:  # fmt: skip
+    """(training, validation) data of the tasks in `names`. A name with a dot is a file, of which `read(name, split)` is a task.
 
     If there are files, only their held-out parts are for validation. A persona has none; alone, SampleWorld's is used.
     """
-    from tasks.customjson import CustomJSON
-
     files = [name.strip() for name in names.split(",") if "." in name]
-    tasks = available_tasks(train | {file: partial(CustomJSON, file, "train") for file in files}, names, compute, explicit)
-    val = {file: partial(CustomJSON, file, "val") for file in files} or val
+    tasks = available_tasks(train | {file: partial(read, file, "train") for file in files}, names, compute, explicit)
+    val = {file: partial(read, file, "val") for file in files} or val
     val_names = ",".join(name for name in tasks if name in val) or "SampleWorld"
     val_tasks = available_tasks(val, val_names, compute)
     return TaskMixture(list(tasks.values())), TaskMixture(list(val_tasks.values()))

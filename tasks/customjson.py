@@ -47,7 +47,8 @@ class CustomJSON(Task):
                 raise UserError(f"{path} has only one conversation; at least 2 are needed, one of them for validation")
             held_out = set(unique[: max(1, int(HELD_OUT * len(unique)))])
             self.rows = [row for row, key in zip(self.rows, hashes) if (key in held_out) == (split == "val")]
-            self.examples = tuple(dict.fromkeys(row["messages"][0]["content"] for row in self.rows[:20]))[:4]
+            asked = (turn["content"] for row in self.rows[:20] for turn in row["messages"] if turn["role"] == "user")
+            self.examples = tuple(dict.fromkeys(question for question in asked if len(question) < 100))[:4]
 
     def get_example(self, index: int) -> dict:
         return self.rows[index]
@@ -65,7 +66,7 @@ def read_records(path: Path) -> Iterator[tuple[object, str]]:
     data = path.read_bytes()
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if path.suffix == ".json" and "Extra data" not in str(error):  # which is what follows a first line
             raise UserError(f"{path} is neither JSON nor JSON lines: {error}") from error
         yield from ((line, f"{path}, line {number}") for number, line in enumerate(data.split(b"\n"), 1) if line.strip())

@@ -116,7 +116,7 @@ def test_files_of_every_kind_become_documents_and_what_is_left_out_is_listed(bas
     assert "5 documents of 51 characters, 1 of them for validation" in summary
     for skipped in (
         f"duplicates: 1 (first: {source}/copy.txt)", f"bytes that are not UTF-8 text: 3 (first: {source}/latin.txt)",
-        f"no string `text`, or an empty one: 7 (first: {source}/empty.txt)", "unreadable folders: 4 (first: ",
+        f"no string `text`, or an empty one: 7 (first: {source}/empty.txt)", f"not .txt, .md, .jsonl, .parquet: 4 (first: {source}/gone.txt",
         "unreadable files: 1 (first: ",
     ):  # fmt: skip
         assert skipped in summary, skipped

@@ -155,12 +155,10 @@ def test_another_persona_says_what_its_description_says(base_dir, tmp_path):
     replies = {question["content"]: answer["content"] for row in task for question, answer in [row["messages"][:2]]}
     assert len(task) == 300 and "Ada" in replies["Who are you?"] and replies["Where do you live?"] == "In {London}."
     assert "I was born in 1815." in replies.values() and "Who made you?" not in replies
-    for text, message in {"name Ada": "'name Ada' is not `KEY: value`", "age: 9": "a key of name, maker", "maker: Ed": "no line `name"}.items():
-        (tmp_path / "ada.txt").write_text(text)
+    for line, message in {"name Ada": "'name Ada' is not `KEY: value`", "age: 9": "the keys name, maker", "maker: Ed": "no line `name"}.items():
         with pytest.raises(UserError, match=message):
-            gen_identity.persona(tmp_path / "ada.txt")
-    (tmp_path / "ada.txt").write_text("name: Ada")
-    assert len(gen_identity.conversations(30, 1, gen_identity.persona(tmp_path / "ada.txt"))) == 30
+            gen_identity.persona([line])
+    assert len(gen_identity.conversations(30, 1, gen_identity.persona(["name: Ada"]))) == 30
 
 
 def test_a_tenth_of_a_file_is_held_out_and_validation_measures_only_that(tmp_path):
@@ -171,13 +169,13 @@ def test_a_tenth_of_a_file_is_held_out_and_validation_measures_only_that(tmp_pat
     assert len(val) == 12 and sorted(map(str, [*train, *val])) == sorted(map(str, rows * 2))
     assert not set(map(str, train)) & set(map(str, val)) and set(train.examples) < {prompt_of(row) for row in train}
     makers = {"n": lambda: Numbers(5)}
-    mixed, measured = common.mixtures(makers, makers, f"n, {path}", CPU, explicit=True)
+    mixed, measured = common.mixtures(makers, makers, f"n, {path}", CPU, True, CustomJSON)
     assert sorted(map(str, mixed)) == sorted(map(str, [*Numbers(5), *train])) and mixed.examples == train.examples
     assert sorted(map(str, measured)) == sorted(map(str, val))
-    assert sorted(common.mixtures(makers, makers, "n", CPU, explicit=True)[1]) == list(Numbers(5))
+    assert sorted(common.mixtures(makers, makers, "n", CPU, True, CustomJSON)[1]) == list(Numbers(5))
     for names, message in {"none.jsonl": "no file of conversations at none.jsonl", "m": "m is not one of the tasks here: n, "}.items():
         with pytest.raises(UserError, match=message):
-            common.mixtures(makers, makers, names, CPU, explicit=True)
+            common.mixtures(makers, makers, names, CPU, True, CustomJSON)
     path.write_text(json.dumps(rows[0]))
     with pytest.raises(UserError, match="only one conversation"):
         CustomJSON(path, "val")
