@@ -175,8 +175,7 @@ def own_documents(paths: list[Path], skip: Skipped) -> Iterator[tuple[str, str |
     for path in paths:
         try:
             if path.suffix.lower() == ".parquet":
-                for group, texts in read_row_groups(path):
-                    yield from ((f"{path}, row group {group}", text) for text in texts)
+                yield from ((f"{path}, row group {group}", text) for group, texts in read_row_groups(path) for text in texts)
                 continue
             with open(path, encoding="utf-8-sig", errors="replace") as file:
                 if path.suffix.lower() == ".jsonl":
@@ -189,7 +188,7 @@ def own_documents(paths: list[Path], skip: Skipped) -> Iterator[tuple[str, str |
 
 def text_in(line: str) -> str | None:
     try:
-        return json.loads(line)["text"] if line.strip() else ""
+        return json.loads(line)["text"]
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
@@ -268,7 +267,7 @@ def write_documents(documents: Iterator, size: int, num_shards: int, skip: Skipp
             if key in seen:
                 skip("duplicates", place)
                 continue
-            if chars >= SHARD_CHARS:
+            if train and chars >= SHARD_CHARS:
                 if len(paths) + 1 == num_shards:
                     skip("what is beyond the shards of -n", place)
                     break
@@ -282,7 +281,8 @@ def write_documents(documents: Iterator, size: int, num_shards: int, skip: Skipp
     if len(seen) < 2:
         raise UserError(f"at least 2 documents are needed, one of them for validation; found: {len(seen)}; skipped: {skip}")
     held_out = held_out or [train.pop(train.index(min(train)))]
-    write(train or [held_out.pop()])
+    if train or not paths:
+        write(train or [held_out.pop()])
     write(held_out)
     for path in paths:
         path.rename(path.with_stem(f"{path.stem}_{content.hexdigest()}"))

@@ -169,15 +169,14 @@ def test_a_file_is_prepared_once_and_anew_when_it_changes_and_a_resumed_run_noti
     assert dataset.resolve("climbmix") == "climbmix"
 
 
-def test_much_text_makes_several_shards_of_row_groups(base_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "SHARD_CHARS", 5000)
-    monkeypatch.setattr(dataset, "ROW_GROUP", 10)
-    texts = [f"document {i} " * 10 for i in range(200)]
-    (tmp_path / "notes.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+@pytest.mark.parametrize("shard_chars, count, shards", [(5000, 200, 5), (1, 14, 13), (1, 15, 14)])
+def test_much_text_makes_several_shards_in_another_order(base_dir, tmp_path, monkeypatch, shard_chars, count, shards):
+    monkeypatch.setattr(dataset, "SHARD_CHARS", shard_chars)
+    texts = [f"document {i} " * 10 for i in range(count)]
+    (tmp_path / "notes.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     train, val = splits(tmp_path / "notes.jsonl")
-    assert sorted(train + val) == sorted(texts) and train[:40] != sorted(train[:40], key=texts.index)
-    paths = split_paths(str(tmp_path / "notes.jsonl"), "train")
-    assert len(paths) == 5 and {pq.ParquetFile(path).metadata.row_group(0).num_rows for path in paths} == {10}
+    assert sorted(train + val) == sorted(texts) and (shard_chars == 1 or train != sorted(train, key=texts.index))
+    assert len(split_paths(str(tmp_path / "notes.jsonl"), "train")) == shards
 
 
 def test_a_data_set_of_the_hub_is_read_up_to_a_number_of_shards(hub, base_dir, monkeypatch, capsys):
@@ -185,9 +184,8 @@ def test_a_data_set_of_the_hub_is_read_up_to_a_number_of_shards(hub, base_dir, m
     dataset.main(["--source", "hf:karpathy/climbmix-400b-shuffle", "-n", "2"])
     output = capsys.readouterr().out
     assert "2 training shards" in output and "what is beyond the shards of -n: 1" in output
-    for name, message in {"fake/none": "doesn't exist", "openai/gsm8k:main": "no `text` but question, answer"}.items():
-        with pytest.raises(UserError, match=f"cannot read the data set {name} from .*{message}"):
-            dataset.main(["--source", f"hf:{name}"])
+    with pytest.raises(UserError, match="cannot read the data set openai/gsm8k:main from .* no `text` but question, answer"):
+        dataset.main(["--source", "hf:openai/gsm8k:main"])
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     dataset.main(["--source", "hf:karpathy/climbmix-400b-shuffle"])  # prepared before, so the hub is not needed
     with pytest.raises(UserError, match="fake/none from http://127.0.0.1:9: nothing answers there"):

@@ -111,11 +111,9 @@ def test_customjson_reads_every_form_as_lines_as_an_array_and_alone(tmp_path, re
 
 
 def test_customjson_keeps_system_messages_parts_and_the_input_of_an_instruction(tmp_path):
-    path = tmp_path / "mine.jsonl"
     messages = [{"role": "system", "content": "s"}, *single_turn("a", [{"type": "python", "text": "1+1"}])["messages"]]
-    path.write_text(f'{json.dumps(messages)}\n{{"instruction": "Add.", "input": "2 and 3", "output": "5"}}')
-    assert list(CustomJSON(path)) == [{"messages": messages}, single_turn("Add.\n\n2 and 3", "5")]
-    assert list(CustomJSON(path, start=1)) == [single_turn("Add.\n\n2 and 3", "5")]
+    (tmp_path / "mine.jsonl").write_text(f'{json.dumps(messages)}\n{{"instruction": "Add.", "input": "2 and 3", "output": "5"}}')
+    assert list(CustomJSON(tmp_path / "mine.jsonl")) == [{"messages": messages}, single_turn("Add.\n\n2 and 3", "5")]
 
 
 @pytest.mark.parametrize("line", [
@@ -172,10 +170,8 @@ def test_a_tenth_of_a_file_is_held_out_and_validation_measures_only_that(tmp_pat
     mixed, measured = common.mixtures(makers, makers, f"n, {path}", CPU, True, CustomJSON)
     assert sorted(map(str, mixed)) == sorted(map(str, [*Numbers(5), *train])) and mixed.examples == train.examples
     assert sorted(map(str, measured)) == sorted(map(str, val))
-    assert sorted(common.mixtures(makers, makers, "n", CPU, True, CustomJSON)[1]) == list(Numbers(5))
-    for names, message in {"none.jsonl": "no file of conversations at none.jsonl", "m": "m is not one of the tasks here: n, "}.items():
-        with pytest.raises(UserError, match=message):
-            common.mixtures(makers, makers, names, CPU, True, CustomJSON)
+    with pytest.raises(UserError, match="no file of conversations at none.jsonl"):
+        common.mixtures(makers, makers, "none.jsonl", CPU, True, CustomJSON)
     path.write_text(json.dumps(rows[0]))
     with pytest.raises(UserError, match="only one conversation"):
         CustomJSON(path, "val")
