@@ -27,14 +27,14 @@ OTHER_BYTES = 5e9  # data sets of the tasks, CORE, logs
 
 def main(argv=None):
     parser = flags.make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--depth", type=flags.COUNT, nargs="+", default=[20], help="layers; several numbers for several runs")
+    parser.add_argument("--depth", type=flags.DEPTH, nargs="+", default=[20], help="layers; several numbers for several runs")
     flags.add_size_flags(parser)
     group = parser.add_argument_group("vocabulary, hardware, output")
     group.add_argument("--vocab-size", type=flags.COUNT, default=32768, help="tokens of the vocabulary")
     group.add_argument("--gpus", type=flags.COUNT, default=8, help="number of GPUs")
     group.add_argument("--gpu", default="H100", help="type of GPU, one listed in nanochat/device.py")
-    group.add_argument("--mfu", type=float, default=0.5, help="share of the bf16 peak that training reaches")
-    group.add_argument("--dollars-per-gpu-hour", type=float, default=3.0, help="price")
+    group.add_argument("--mfu", type=flags.number(float, 0.001, 1), default=0.5, help="share of the bf16 peak that training reaches")
+    group.add_argument("--dollars-per-gpu-hour", type=flags.FRACTION, default=3.0, help="price")
     group.add_argument("--chat", action="store_true", help="with midtraining and fine-tuning")
     group.add_argument("--check", action="store_true", help="fail if the base folder lacks space or has another tokenizer")
     group.add_argument("--shards", action="store_true", help="print only the number of shards")

@@ -23,10 +23,10 @@ from tasks.common import single_turn
 
 def main(argv=None):
     parser = flags.make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--count", type=flags.COUNT, default=500, help="number of conversations")
+    parser.add_argument("--count", type=flags.number(int, 1, 100_000), default=500, help="number of conversations")
     as_text = argparse.FileType(encoding="utf-8-sig", errors="replace")
     parser.add_argument("--persona", type=as_text, metavar="FILE", help="description of another persona")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the generator")
+    parser.add_argument("--seed", type=flags.SEED, default=42, help="seed of the generator")
     args = parser.parse_args(argv)
     path = get_base_dir() / "identity_conversations.jsonl"
     if path.exists():  # perhaps written by hand

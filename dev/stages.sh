@@ -5,6 +5,7 @@
 # checkpoint.
 
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
+NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR/#\~\//$HOME/}  # as Python does
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}  # seconds that torchrun waits for a last save
 TINY=${TINY:-}
 if [[ -n $TINY ]]; then

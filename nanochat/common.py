@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 COLLECTIVE_TIMEOUT = 3600.0  # seconds that a collective may wait: ranks compile and load at different speeds
 HANG_TIMEOUT = 1800.0  # seconds without a heartbeat after which a training rank exits; NANOCHAT_HANG_TIMEOUT overrides
+NO_MEMORY = "allocate memory|out of memory|Storage size calculation overflowed"  # in PyTorch's errors
 SPIN_COUNT = "5000"  # of OpenMP's waiting threads, which then sleep: spinning slows a busy machine (dev/LOG.md, 11)
+# A terminal obeys control characters, so those that a model or a file contains are shown: ESC as \x1b
+CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class UserError(ValueError):
@@ -52,17 +55,19 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError) as error:
+    except Exception as error:
         line = f"error: {error}"
-        if isinstance(error, OSError):
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise
+        if isinstance(error, MemoryError) or re.search(NO_MEMORY, line):
+            line = f"error: not enough memory ({line[7:200]}); use a smaller --depth, --max-seq-len or --device-batch-size"
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             line += f"; free some space, or set NANOCHAT_BASE_DIR (now {base_dir_path()}) to a writable folder"
+        elif not isinstance(error, UserError):
+            raise
         rank = ranks()[0]
         if rank > 0:
             time.sleep(2)  # an error of all ranks is printed by rank 0 only, since torchrun then ends the others
             line = f"rank {rank}: {line}"
-        sys.exit(line)
+        sys.exit(line.translate(CONTROLS))
 
 
 def _run_under_torchrun(main: Callable[[], None]) -> None:
@@ -90,12 +95,18 @@ def _run_under_torchrun(main: Callable[[], None]) -> None:
 
 
 def base_dir_path() -> Path:
-    """Where all artifacts live: `$NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`."""
+    """Where all artifacts live: `$NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. UserError if that cannot be a folder."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
     try:
-        return path.expanduser()
-    except RuntimeError as error:  # `~name` of no user
-        raise UserError(f"NANOCHAT_BASE_DIR {path}: {error}") from error
+        if not str(path).isprintable():
+            raise ValueError("it has characters that cannot be printed")
+        path = path.expanduser()
+        with suppress(FileNotFoundError):
+            (path / ("x" * 250)).lstat()  # fails if the path is a file, lies below one, or has no room for the names in it
+        return path
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: `~name` of no user
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"NANOCHAT_BASE_DIR={str(path)[:200]!r} cannot be used ({reason}); set it to a writable folder") from error
 
 
 def get_base_dir() -> Path:
@@ -192,8 +203,11 @@ class Compute:
     def heartbeat(self) -> None:
         """Start or restart the timer after which a rank that hangs prints its stacks and exits, so that torchrun ends the job."""
         if self.world_size > 1:
-            timeout = float(os.environ.get("NANOCHAT_HANG_TIMEOUT", HANG_TIMEOUT))
-            faulthandler.dump_traceback_later(timeout, exit=True)
+            timeout = os.environ.get("NANOCHAT_HANG_TIMEOUT", HANG_TIMEOUT)
+            try:
+                faulthandler.dump_traceback_later(float(timeout), exit=True)
+            except (ValueError, OverflowError) as error:
+                raise UserError(f"NANOCHAT_HANG_TIMEOUT={timeout} is not a number of seconds above 0") from error
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of `x` over all ranks, on every rank."""
@@ -348,19 +362,24 @@ def compute_cleanup(compute: Compute) -> None:
 
 
 def print0(*args, **kwargs) -> None:
-    """Print on the main rank only."""
+    """Print on the main rank only, with control characters shown."""
     if ranks()[0] == 0:
-        print(*args, **kwargs, flush=True)
+        print(*(str(arg).translate(CONTROLS) for arg in args), **kwargs, flush=True)
 
 
 def check_wandb(run: str) -> None:
     """Raise UserError if `--run` names a wandb run and there is no login. Called before anything is built."""
-    if run == "dummy" or ranks()[0] != 0 or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+    if run == "dummy" or ranks()[0] != 0:
         return
     import wandb
 
-    if not wandb.login(prompt=False):
-        raise UserError(f"--run={run} needs a login to wandb: run `wandb login`, set WANDB_MODE=offline, or omit --run")
+    try:
+        if wandb.setup().settings.mode in ("offline", "dryrun", "disabled") or wandb.login(prompt=False):
+            return
+        reason = ""
+    except (wandb.Error, ValueError) as error:  # ValueError: of its settings
+        reason = f" ({' '.join(str(error).split())})"
+    raise UserError(f"--run={run} needs a login to wandb{reason}: run `wandb login`, set WANDB_MODE=offline, or omit --run")
 
 
 def wandb_run(project: str, run: str, config: dict, id: str | None = None):

@@ -53,31 +53,27 @@ class CoreTask(NamedTuple):
 
 
 def fetch_bundle(compute: Compute) -> Path:
-    """The unpacked bundle, downloaded once by the main rank.
-
-    Raises UserError on all ranks if it cannot be had or is damaged; a damaged zip file is deleted.
-    """
+    """The unpacked bundle, downloaded once by the main rank. UserError on all ranks if it cannot be had or is damaged."""
     folder = get_base_dir() / "eval_bundle"
 
     def unpack(target: Path) -> None:
-        archive = fetch_file(file_url(BUNDLE_URL), folder.with_suffix(".zip"))
-        try:
-            with zipfile.ZipFile(archive) as bundle:
-                bundle.getinfo("eval_bundle/core.yaml")
-                if sum(member.file_size for member in bundle.infolist()) > MAX_UNPACKED:
-                    raise ValueError(f"it unpacks to more than {MAX_UNPACKED:,} bytes")
-                if damaged := bundle.testzip():
-                    raise ValueError(f"the checksum of {damaged} does not match")
-        except Exception as error:  # a damaged zip file can raise nearly anything
-            archive.unlink()
-            raise UserError(f"{archive} is damaged ({error}). It was deleted: run this again to download it") from error
-        with zipfile.ZipFile(archive) as bundle, TemporaryDirectory(prefix=".eval_bundle.", dir=folder.parent) as tmp:
-            bundle.extractall(tmp)
+        archive = folder.with_suffix(".zip")
+        with TemporaryDirectory(prefix=".eval_bundle.", dir=folder.parent) as tmp:
+            fetch_file(file_url(BUNDLE_URL), archive, lambda path: extract(path, tmp))
             Path(tmp, "eval_bundle").rename(target)
         archive.unlink()
 
     compute.on_main(lambda: write_once(folder, unpack))
     return folder
+
+
+def extract(archive: Path, target: str) -> None:
+    """Unpack the zip file. A damaged one can raise nearly anything."""
+    with zipfile.ZipFile(archive) as bundle:
+        bundle.getinfo("eval_bundle/core.yaml")
+        if sum(member.file_size for member in bundle.infolist()) > MAX_UNPACKED:
+            raise ValueError(f"it unpacks to more than {MAX_UNPACKED:,} bytes")
+        bundle.extractall(target)  # compares checksums, too
 
 
 def load_tasks(bundle: Path, max_questions: int = -1) -> list[CoreTask]:
@@ -87,7 +83,10 @@ def load_tasks(bundle: Path, max_questions: int = -1) -> list[CoreTask]:
     """
     tasks, path, end = [], bundle / "core.yaml", None if max_questions < 0 else max_questions
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has aliases, by which a short text can stand for a huge one")
+        entries = yaml.safe_load(text)["icl_tasks"]
         path = bundle / "eval_meta_data.csv"
         with open(path, encoding="utf-8", newline="") as file:
             baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
@@ -95,13 +94,15 @@ def load_tasks(bundle: Path, max_questions: int = -1) -> list[CoreTask]:
             label, kind, num_fewshot = entry["label"], entry["icl_task_type"], int(entry["num_fewshot"][0])
             delimiter = str(entry.get("continuation_delimiter", " "))
             path = bundle / "eval_data" / entry["dataset_uri"]
+            if not path.resolve().is_relative_to(bundle.resolve()):
+                raise ValueError("it lies outside the bundle")
             lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
             random.Random(1337).shuffle(lines)
             questions = [parse_question(json.loads(line), kind) for line in lines[:end]]
-            if not questions:
-                raise ValueError("no questions")
+            if not questions or num_fewshot < 0 or not 0 <= baselines[label] < 1:
+                raise ValueError(f"{label}: {len(questions)} questions, {num_fewshot} examples, baseline {baselines[label]}")
             tasks.append(CoreTask(label, kind, questions, num_fewshot, delimiter, baselines[label]))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except Exception as error:  # damaged data can raise nearly anything
         reason = " ".join(repr(error).split())[:300]
         raise UserError(f"{path} is damaged ({reason}). Delete the folder {bundle} and run this again") from error
     return tasks
@@ -119,7 +120,7 @@ def parse_question(row: dict, kind: str) -> Question:
         case _:
             options, gold = [], 0
     texts = [text for option in options for text in option]
-    if gold not in range(len(options)) or not all(isinstance(text, str) for text in texts):
+    if gold not in range(len(options)) or not all(isinstance(text, str) for text in texts) or ("", "") in options:
         raise ValueError(f"no question of type {kind!r}: {row}")
     return Question(options, gold)
 

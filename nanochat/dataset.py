@@ -25,7 +25,7 @@ from functools import partial
 from hashlib import blake2b
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterator, TextIO
+from typing import TYPE_CHECKING, Any, Callable, Iterator, TextIO
 
 from nanochat import flags
 from nanochat.common import Unreachable, UserError, atomic, get_base_dir, hub_endpoint, print0, run_script
@@ -104,8 +104,8 @@ def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
             if "text" not in fields or not (pa.types.is_string(fields["text"]) or pa.types.is_large_string(fields["text"])):
                 raise UserError(f"{path} has no column `text` of strings; its columns: {', '.join(fields) or 'none'}")
             yield shard
-    except (pa.ArrowException, OSError) as error:
-        cause = str(error).splitlines()[0]
+    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:  # KeyError: two columns `text`
+        cause = str(error).partition("\n")[0]
         raise UserError(
             f"{path} is not a readable parquet file ({cause}). Restore it, or delete it and run "
             "`python -m nanochat.dataset` again"
@@ -361,13 +361,25 @@ def write_once(path: Path, write: Callable[[Path], None]) -> None:
                 write(tmp)
 
 
-def fetch_file(url: str, path: Path, max_bytes: int = 2**30) -> Path:
-    """Download `url` to `path` unless `path` exists, and return `path`, which is complete or absent.
+def fetch_file(url: str, path: Path, read: Callable[[Path], Any] = Path, max_bytes: int = 2**30) -> Any:
+    """`read(path)` of the file from `url`, downloaded to `path` unless `path` exists. `path` is complete or absent.
 
-    Raises UserError if the server refuses, every attempt failed, or the file is larger than `max_bytes`.
+    Raises Unreachable if the server refuses, every attempt failed, the file is larger than `max_bytes`, or `read` raises
+    any error, as for the login page of a network. An existing file, perhaps the user's own, is then kept: UserError.
     """
-    write_once(path, partial(_download, url, path.name, max_bytes))
-    return path
+
+    def download(tmp: Path) -> None:
+        _download(url, path.name, max_bytes, tmp)
+        try:
+            read(tmp)
+        except Exception as error:  # wrong contents can raise nearly anything
+            raise Unreachable(f"{url} does not send a usable {path.name} ({error}). Check the connection") from error
+
+    write_once(path, download)
+    try:
+        return read(path)
+    except Exception as error:
+        raise UserError(f"{path} is not usable ({error}). Delete it and run this again") from error
 
 
 def _download(url: str, name: str, max_bytes: int, path: Path) -> None:
@@ -383,7 +395,7 @@ def _download(url: str, name: str, max_bytes: int, path: Path) -> None:
                     while chunk := response.read(2**16):
                         bar.update(file.write(chunk))
                         if file.tell() > max_bytes:
-                            raise UserError(f"{url} is larger than {max_bytes:,} bytes, so it is not {name}")
+                            raise Unreachable(f"{url} is larger than {max_bytes:,} bytes, so it is not {name}")
                 if size and file.tell() < size:
                     raise ConnectionError(f"the connection ended after {file.tell()} of {size} bytes")
                 return

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
-import shutil
 import sys
-import sysconfig
-from pathlib import Path
 
 import torch
 
@@ -64,16 +61,29 @@ def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.
             # The wrapper warns about in-place operations; blocks have none.
             logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
             print0(f"recomputing cheap activations: all of them take {needed / 1e9:.0f} GB and {free / 1e9:.0f} GB are free")
-    elif compute.device.type == "cpu":
-        headers = Path(sysconfig.get_path("include")) / "Python.h"
-        if not shutil.which("g++") and not shutil.which("clang++") or not headers.exists():
-            print0("training uncompiled, about a quarter slower: no C++ compiler or no Python headers found")
-            return model
+    elif compute.device.type != "cpu":
+        return model
+    if fault := next(filter(None, compute.gather(compiler_fault(compute.device))), None):  # all ranks alike
+        print0(f"training uncompiled and more slowly, since the compiler does not work: {fault}")
+        return model
+    if compute.device.type == "cpu":
         cpu.keep_freed_memory()
         cpu.deterministic()
-    else:
-        return model
     return torch.compile(model, dynamic=False)
+
+
+def compiler_fault(device: torch.device) -> str | None:
+    """Why nothing can be compiled here (no compiler or headers, a cache folder that is full or noexec, ...), in one line.
+
+    UserError if PyTorch's compiler cannot even be imported, as our operators need it, too.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except OSError as error:
+        raise UserError(f"PyTorch cannot create its cache: {error}; set TORCHINDUCTOR_CACHE_DIR to a writable folder") from error
+    except Exception as error:  # whatever the compiler and its tools raise
+        reason = str(error).split("Output:\n")[-1].split("\n\nSet TORCH")[0]  # between the command and advice on debugging
+        return " ".join(reason.split())[:300]
 
 
 def prepare_for_inference(model: GPT) -> GPT:

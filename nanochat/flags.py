@@ -23,8 +23,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
-def number(kind: type, least: float, most: float = float("inf"), or_: float | None = None) -> Callable[[str], float]:
-    """A type for argparse: a finite number from `least` to `most`, or the special value `or_`.
+def number(kind: type, least: float, most: float = 2**31 - 1, or_: float | None = None) -> Callable[[str], float]:
+    """A type for argparse: a number from `least` to `most`, or the special value `or_`.
 
     >>> number(int, 1, or_=-1)("0")
     Traceback (most recent call last):
@@ -36,8 +36,8 @@ def number(kind: type, least: float, most: float = float("inf"), or_: float | No
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
-        if value != or_ and not (least <= value <= most and abs(value) < float("inf")):
-            expected = f"at least {least}" if most == float("inf") else f"from {least} to {most}"
+        if value != or_ and not least <= value <= most:  # also of NaN
+            expected = f"at most {most}" if value > most else f"at least {least}"
             also = "" if or_ is None else f", or {or_}"
             raise argparse.ArgumentTypeError(f"{text} is not allowed: must be {expected}{also}")
         return value
@@ -45,11 +45,22 @@ def number(kind: type, least: float, most: float = float("inf"), or_: float | No
     return parse
 
 
+def step_or_latest(text: str) -> str:
+    """A type for argparse: a step, -1 or "latest"."""
+    try:
+        return text if text == "latest" else str(number(int, 0, or_=-1)(text))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor 'latest'") from None
+
+
 SOURCES = "climbmix, fineweb-edu, sample, a file or folder of .txt, .md, .jsonl or .parquet, or hf:DATASET[:CONFIG]"
 COUNT = number(int, 1)  # 1, 2, ...
 COUNT_OR_AUTO = number(int, 1, or_=-1)  # -1: chosen by the program
+DEPTH = number(int, 1, 1000)  # each layer takes milliseconds to build
 INTERVAL = number(int, 0, or_=-1)  # steps; -1: at the end only, 0: never
+SEED = number(int, 0)
 FRACTION = number(float, 0)
+SHARE = number(float, 0, 1)
 TEMPERATURE = number(float, 0, 2)
 TOP_K = number(int, 0, 200)  # 0: all tokens
 
@@ -80,7 +91,7 @@ def add_size_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--window-pattern", default="QQQL", help="attention window per layer, tiled: L full, S half, Q quarter")
     group = parser.add_argument_group("horizon: the first of these that is set")
     group.add_argument("--num-iterations", type=COUNT_OR_AUTO, default=-1, help="steps (-1: not set)")
-    group.add_argument("--target-flops", type=number(float, 1, or_=-1), default=-1.0, help="training FLOPs (-1: not set)")
+    group.add_argument("--target-flops", type=number(float, 1, 1e30, or_=-1), default=-1.0, help="training FLOPs (-1: not set)")
     ratio = ("--target-param-data-ratio", "--ratio")
     group.add_argument(*ratio, type=number(float, 0, or_=-1), default=12.0, help="tokens per scaling parameter")
     group.add_argument("--total-batch-size", type=COUNT_OR_AUTO, default=-1, help="tokens per step (-1: from the horizon)")
@@ -126,7 +137,7 @@ def add_rate_flags(parser: argparse.ArgumentParser, inherited: bool, **schedule:
         ("init_lr_frac", FRACTION, "factor of all learning rates"),
         ("weight_decay", FRACTION, "of the matrices, decaying to 0"),
         ("warmup_steps", number(int, 0), "steps of rising rates"),
-        ("warmdown_ratio", FRACTION, "share of the run in which rates fall"),
+        ("warmdown_ratio", SHARE, "share of the run in which rates fall"),
         ("final_lr_frac", FRACTION, "final fraction of the rates"),
     ):
         if name in schedule:
@@ -137,7 +148,7 @@ def add_saving_flags(
     parser: argparse.ArgumentParser, eval_every: int, save_every: int = -1, eval_tokens: bool = True
 ) -> None:
     group = parser.add_argument_group("evaluation and checkpoints")
-    group.add_argument("--resume-from-step", default="-1", help="step to resume from, or 'latest' (-1: start a new run)")
+    group.add_argument("--resume-from-step", type=step_or_latest, default="-1", help="step to resume from, or 'latest' (-1: start a new run)")
     group.add_argument("--eval-every", type=INTERVAL, default=eval_every, help="steps between evaluations (-1: last, 0: never)")
     group.add_argument("--save-every", type=COUNT_OR_AUTO, default=save_every, help="steps between checkpoints (-1: at the end)")
     group.add_argument("--keep-last", type=COUNT_OR_AUTO, default=-1, help="number of newest checkpoints to keep (-1: all)")

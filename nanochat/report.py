@@ -11,7 +11,7 @@ generated from these lines alone. Some keys of `data` have a meaning here:
     "metrics"  path of the run's metrics.jsonl: for a plot, training time, tokens per second and peak memory
     "flags"    {"given", "all"} of `flags.for_report`: the first are shown, the others folded away
     "chat"     messages, a conversation with the stage's model: the latest is shown near the top
-    "samples"  list of texts, or of conversations (lists of {"role", "content"}): shown verbatim
+    "samples"  list of texts, or of conversations (lists of {"role", "content"}): shown as code
 
 All other keys are shown as a table. Only the main rank may call `log`.
 """
@@ -31,7 +31,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
 
-from nanochat.common import UserError, base_dir_path, get_base_dir, run_script
+from nanochat.common import CONTROLS, UserError, base_dir_path, get_base_dir, run_script
 
 STAGES = ("base", "mid", "sft", "rl")
 SPECIAL_KEYS = ("stage", "scores", "metrics", "flags", "chat", "samples")
@@ -129,7 +129,7 @@ def sample_text(sample) -> str:
         call = r"<\|python_start\|>(.*?)<\|python_end\|><\|output_start\|>(.*?)<\|output_end\|>"
         sample = re.sub(call, r"[\1 = \2]", sample, flags=re.DOTALL)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", sample)), default=0))
-    return f"{fence}text\n{sample}\n{fence}\n"
+    return f"{fence}text\n{sample.translate(CONTROLS)}\n{fence}\n"
 
 
 def duration(seconds: float) -> str:

@@ -82,7 +82,7 @@ def plan(
             raise UserError("no length of training: give --num-iterations, --target-flops or --target-param-data-ratio")
     if total_batch_size <= 0:
         # The exponent is from "Power Lines" (arXiv:2505.13738)
-        best = 2 ** round(math.log2(D12_BATCH * (horizon / D12_TOKENS) ** 0.383))
+        best = 2 ** round(math.log2(D12_BATCH * (max(1, horizon) / D12_TOKENS) ** 0.383))
         total_batch_size = max(1, round(best / sequence_len)) * sequence_len
     if num_iterations <= 0:
         num_iterations = max(1, round(horizon / total_batch_size))

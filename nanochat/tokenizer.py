@@ -100,9 +100,9 @@ class RustBPETokenizer:
                 raise ValueError("its checksum does not match: it was damaged or edited")
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(body["tokens"])}
             check_vocabulary(ranks, body["special_tokens"])
-        except (ValueError, KeyError, TypeError, AttributeError) as cause:
+            return cls(ranks, body["pattern"], body["special_tokens"])
+        except Exception as cause:  # a damaged file can raise nearly anything
             raise UserError(f"the tokenizer in {path} cannot be used ({cause!r}); restore it or train a new one") from cause
-        return cls(ranks, body["pattern"], body["special_tokens"])
 
     @classmethod
     def from_pretrained(cls, tiktoken_name: str) -> RustBPETokenizer:
@@ -145,7 +145,7 @@ class RustBPETokenizer:
     def encode_special(self, name: str) -> int:
         """The id of a special token: `encode_special("<|bos|>")`."""
         if name not in self.special_tokens:
-            raise ValueError(f"{name!r} is not a special token; there are {', '.join(self.special_tokens)}")
+            raise UserError(f"{name!r} is not a special token; there are {', '.join(self.special_tokens)}")
         return self.special_tokens[name]
 
     def get_bos_token_id(self) -> int:
@@ -286,13 +286,13 @@ def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
 
 def check_vocabulary(ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
     """Raise ValueError unless every byte has a token, ranks are 0, 1, 2, ... and special ids differ from them."""
-    if not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ValueError("some of the 256 bytes have no token")
+    if b"" in ranks or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError("some of the 256 bytes have no token, or a token has no bytes")
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f"the ids of its {len(ranks)} tokens are not 0 to {len(ranks) - 1}")
     ids = list(special_tokens.values())
-    if not all(type(id) is int and len(ranks) <= id < 2**31 for id in ids) or len(set(ids)) < len(ids):
-        raise ValueError("special tokens share ids with others")
+    if not all(type(id) is int and len(ranks) <= id <= MAX_VOCAB_SIZE for id in ids) or len(set(ids)) < len(ids):
+        raise ValueError(f"special tokens share ids with others, or have ids above {MAX_VOCAB_SIZE:,}")
 
 
 def _checksum(body: dict) -> str:

@@ -391,8 +391,6 @@ def step_to_resume(directory: Path, requested: str, restarted: bool) -> int | No
     earlier run left under this tag, or later checkpoints than the requested one, are moved to TAG.old, so that "latest"
     always belongs to this run.
     """
-    if requested not in ("-1", "latest") and not requested.isdigit():
-        raise UserError(f"--resume-from-step {requested!r} is neither a step nor 'latest'")
     if requested == "latest" or restarted and list_steps(directory):
         return find_last_step(directory)
     step = None if requested == "-1" else int(requested)

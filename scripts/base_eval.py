@@ -44,7 +44,7 @@ def main(argv=None):
         path = get_base_dir() / "base_eval" / f"{name}.csv"
         path.parent.mkdir(exist_ok=True)
         path.write_text(as_csv(result), encoding="utf-8")
-        print(as_csv(result), end="")
+        print0(as_csv(result), end="")
         print(f"CORE {result['core']:.4f} +- {result['stderr']:.4f} (one standard error); written to {path}")
         centered = {label: round(task["centered"], 4) for label, task in result["tasks"].items()}
         data = {"model": name, "CORE": result["core"], "CORE standard error": result["stderr"], **centered}

@@ -59,7 +59,7 @@ def main(argv=None):
         else:  # only our own models have a column in the report's final table
             results["samples"] = sample_texts(model, tokenizer)
             results |= {"stage": "base", "scores": {f"{split} bpb of text": results[f"{split} bpb"] for split in ("train", "val")}}
-        print("\n".join(results["samples"]))
+        print0("\n".join(results["samples"]))
         report.log("Base model loss", results)
     compute_cleanup(compute)
 

@@ -20,7 +20,7 @@ def main(argv=None):
     parser = flags.make_parser("Pretrain a base model.")
     flags.add_run_flags(parser)
     group = parser.add_argument_group("model, data and hardware")
-    group.add_argument("--depth", type=flags.COUNT, default=20, help="number of layers; the one dial")
+    group.add_argument("--depth", type=flags.DEPTH, default=20, help="number of layers; the one dial")
     group.add_argument("--model-tag", default=None, help="name of the checkpoint folder (default d{depth})")
     group.add_argument("--source", default="climbmix", help=flags.SOURCES)
     group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=-1, help="rows per micro-batch (-1: what fits)")
@@ -120,7 +120,7 @@ def main(argv=None):
 
     def sample():
         if compute.is_main:
-            print("\n".join(sample_texts(model, tokenizer)), flush=True)
+            print0("\n".join(sample_texts(model, tokenizer)))
 
     # The loop: save, evaluate, train
     compiled = compile_model(model, compute, B)

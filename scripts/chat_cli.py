@@ -12,7 +12,7 @@ import sys
 from contextlib import closing, suppress
 
 from nanochat import flags
-from nanochat.common import UserError, compute_init, run_script
+from nanochat.common import CONTROLS, UserError, compute_init, run_script
 
 BRACKETS = {"text": ("", ""), "python": ("[", "]"), "python_output": ("=[", "]")}  # a call is shown as [48/2]=[24]
 
@@ -59,7 +59,7 @@ class Chat:
                     if next_kind != kind:
                         yield BRACKETS[kind][1] + BRACKETS[next_kind][0]
                         kind = next_kind
-                    yield chunk
+                    yield chunk.translate(CONTROLS)  # also if it is not for a terminal, since it may go to one later
         finally:
             self.engine.cancel(seq)
             self.finish_reason = seq.finish_reason
@@ -87,6 +87,8 @@ def converse(chat: Chat) -> None:
     """Read messages and print replies until the user exits."""
     with suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history at the prompt, if available
+    with suppress(AttributeError):  # of a standard input that is closed
+        sys.stdin.reconfigure(errors="replace")  # for what is not UTF-8
     print("Type 'clear' for a new conversation and 'quit' to exit. Ctrl-C stops a reply.")
     try:
         while (text := input("\nText: " if chat.raw else "\nUser: ").strip()) not in ("quit", "exit"):
@@ -104,7 +106,7 @@ def answer(chat: Chat, text: str) -> None:
     try:
         with closing(chat.ask(text)) as chunks:
             first = next(chunks, "")  # raises before anything is printed if the message is too long
-            print((text if chat.raw else "Assistant: ") + first, end="", flush=True)
+            print((text.translate(CONTROLS) if chat.raw else "Assistant: ") + first, end="", flush=True)
             for chunk in chunks:
                 print(chunk, end="", flush=True)
         print()

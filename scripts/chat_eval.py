@@ -90,18 +90,21 @@ def main(argv=None):
     from nanochat.task_eval import count_right
 
     compute = compute_init(args.device_type)
-    model, tokenizer, meta = load_model(args.stage, compute, model_tag=args.model_tag, step=args.step)
-    engine = Engine(prepare_for_inference(model), tokenizer)
-
-    results = {}
+    tasks = {}
     for name in names:
         try:
-            task = compute.main_first(lambda: make_task(name, args.allow_unsafe_code))
+            tasks[name] = compute.main_first(lambda: make_task(name, args.allow_unsafe_code))
         except UserError as error:
             if args.task_name:  # requested by name: a result without it would be silently different
                 raise
             print0(f"{name:14s} skipped: {error}")
-            continue
+    if not tasks:
+        raise UserError("none of the tasks could be loaded (reasons above); -a SampleWorld needs no data hub")
+
+    model, tokenizer, meta = load_model(args.stage, compute, model_tag=args.model_tag, step=args.step)
+    engine = Engine(prepare_for_inference(model), tokenizer)
+    results = {}
+    for name, task in tasks.items():
         if name == "HumanEval":
             print0(f"HumanEval runs model-written code behind: {', '.join(task.layers) or 'nothing'}")
         right = count_right(
@@ -114,8 +117,6 @@ def main(argv=None):
         results[name] = {"accuracy": accuracy, "stderr": error, "n": n, "baseline": task.baseline}
         print0(f"{name:14s} {100 * accuracy:6.2f}% +- {100 * error:.2f}  "
                f"({n} problems, guessing scores {100 * task.baseline:.0f}%)")
-    if not results:
-        raise UserError("none of the tasks could be run (reasons above); -a SampleWorld needs no data hub")
 
     scores = {name: result["accuracy"] for name, result in results.items()}
     if set(CHATCORE) <= set(results):

@@ -12,10 +12,17 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import pickletools
 from pathlib import Path
 
 from nanochat import flags
 from nanochat.common import UserError, compute_init, print0, run_script
+
+# What a pickled Encoding consists of. Others could ask for 34 GB with 20 bytes, or nest tuples that take for ever to hash.
+OPCODES = set(
+    "PROTO FRAME MARK MEMOIZE BINGET LONG_BINGET STACK_GLOBAL EMPTY_TUPLE NEWOBJ BUILD STOP EMPTY_DICT SETITEM SETITEMS "
+    "SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 BININT2".split()
+)
 
 
 def main(argv=None):
@@ -84,7 +91,10 @@ def read_tokenizer(path: Path):
             raise pickle.UnpicklingError(f"refused: it wants to run {module}.{name}")
 
     try:
-        state = EncodingUnpickler(io.BytesIO(path.read_bytes())).load().state
+        data = path.read_bytes()
+        if extra := {opcode.name for opcode, _, _ in pickletools.genops(data)} - OPCODES:
+            raise pickle.UnpicklingError(f"refused: no tokenizer needs {', '.join(sorted(extra))}")
+        state = EncodingUnpickler(io.BytesIO(data)).load().state
         check_vocabulary(state["mergeable_ranks"], state["special_tokens"])
         return RustBPETokenizer(state["mergeable_ranks"], state["pat_str"], state["special_tokens"])
     except Exception as error:  # a damaged pickle can raise nearly anything

@@ -49,8 +49,12 @@ class Task:
         return len(range(len(self.rows))[self.view])
 
     def __getitem__(self, index: int) -> dict:
-        """The conversation at `index` of the view; IndexError past its end."""
-        return self.get_example(range(len(self.rows))[self.view][index])
+        """The conversation at `index` of the view; IndexError past its end. UserError if its row lacks something."""
+        row = range(len(self.rows))[self.view][index]
+        try:
+            return self.get_example(row)
+        except (LookupError, TypeError, AttributeError, AssertionError) as error:
+            raise UserError(f"row {row} of {type(self).__name__} is damaged ({error!r}); omit the task") from error
 
 
 class CategoricalTask(Task):
@@ -144,8 +148,8 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
     Respond only with the letter of the correct answer.
     """
     assert len(letters) == len(choices), f"{len(letters)} letters for {len(choices)} choices"
-    lines = "\n".join(f"- {choice} ({letter})" for letter, choice in zip(letters, choices))
-    return f"Multiple choice question: {question}\n{lines}\n\nRespond only with the letter of the correct answer."
+    lines = "".join("- " + choice + " (" + letter + ")\n" for letter, choice in zip(letters, choices))  # None is a TypeError
+    return "Multiple choice question: " + question + f"\n{lines}\nRespond only with the letter of the correct answer."
 
 
 def final_number(text: str) -> Decimal | None:
@@ -206,5 +210,5 @@ def mixtures(
     tasks = available_tasks(train | {file: partial(read, file, "train") for file in files}, names, compute, explicit)
     val = {file: partial(read, file, "val") for file in files} or val
     val_names = ",".join(name for name in tasks if name in val) or "SampleWorld"
-    val_tasks = available_tasks(val, val_names, compute)
+    val_tasks = available_tasks(val, val_names, compute, explicit)
     return TaskMixture(list(tasks.values())), TaskMixture(list(val_tasks.values()))

@@ -36,7 +36,7 @@ class CustomJSON(Task):
         super().__init__(**view)
         path = Path(filepath).expanduser()
         if not path.is_file():
-            raise Unreachable(f"there is no file of conversations at {path}")
+            raise Unreachable(f"there is no file of conversations at {path}; write one, or run `python -m dev.gen_identity`")
         self.rows = [read_conversation(record, where) for record, where in read_records(path)]
         if not self.rows:
             raise UserError(f"{path} has no conversations; it needs one per line, as JSON")
@@ -65,7 +65,7 @@ def read_records(path: Path) -> Iterator[tuple[object, str]]:
     """(record, place) of each line of a file (bytes), or of each item of an array (parsed) if the file is one JSON value."""
     data = path.read_bytes()
     try:
-        value = json.loads(data)
+        value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         if path.suffix == ".json" and "Extra data" not in str(error):  # which is what follows a first line
             raise UserError(f"{path} is neither JSON nor JSON lines: {error}") from error
@@ -81,7 +81,7 @@ def read_records(path: Path) -> Iterator[tuple[object, str]]:
 def read_conversation(record: object, where: str) -> dict:
     """The conversation of a record in any of the forms; `where` names it in an error."""
     try:
-        record = json.loads(record) if isinstance(record, bytes) else record
+        record = json.loads(record.strip().decode("utf-8-sig")) if isinstance(record, bytes) else record
         match record:
             case [*messages] | {"messages": [*messages]} | {"conversations": [*messages]}:
                 pass

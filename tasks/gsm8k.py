@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from tasks.common import NumberTask, load_hub_dataset, single_turn
+from tasks.common import NumberTask, final_number, load_hub_dataset, single_turn
 
 
 class GSM8K(NumberTask):
@@ -24,7 +24,9 @@ class GSM8K(NumberTask):
 
     def get_example(self, index: int) -> dict:
         row = self.rows[index]
-        return single_turn(row["question"], answer_parts(row["answer"]))
+        parts = answer_parts(row["answer"])
+        assert final_number(parts[-1]["text"]) is not None, "no number after ####"
+        return single_turn(row["question"], parts)
 
 
 def answer_parts(answer: str) -> list[dict]:

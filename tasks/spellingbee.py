@@ -23,11 +23,18 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 QUESTIONS = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
 
 
-def load_words(split: str) -> list[str]:
-    """The words of a split, in alphabetical order; fetched once. UserError where the list is out of reach."""
-    assert split in ("train", "test"), split
-    path = fetch_file(file_url(WORDS_URL), get_base_dir() / "words_alpha.txt", max_bytes=2**26)
+def read_words(path: Path) -> list[str]:
+    """The words of a file, one per line. ValueError if it is no list of words."""
     words = path.read_text(encoding="ascii").split()
+    if len(words) < 1000 or not all(word.isalpha() and word.islower() for word in words):  # there are 370,105
+        raise ValueError("it is not a list of at least 1,000 lower-case words")
+    return words
+
+
+def load_words(split: str) -> list[str]:
+    """The words of a split, in alphabetical order; fetched once. UserError where the list is out of reach or damaged."""
+    assert split in ("train", "test"), split
+    words = fetch_file(file_url(WORDS_URL), get_base_dir() / "words_alpha.txt", read_words, max_bytes=2**26)
     return words[9::10] if split == "test" else [word for index, word in enumerate(words) if index % 10 != 9]
 
 

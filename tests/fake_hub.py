@@ -6,6 +6,7 @@ It serves a handful of made-up rows in the columns of the real data sets to the 
 
 import hashlib
 import io
+import itertools
 import json
 import re
 import threading
@@ -76,7 +77,7 @@ def repositories() -> dict[str, dict[str, bytes]]:
 
 @lru_cache(maxsize=None)
 def plain_files() -> dict[str, bytes]:
-    words = "\r\n".join(f"{a}{b}{c}" for a in ("straw", "blue", "elder") for b in ("berry", "bird", "tree") for c in "abcdefghijklmnopqrstuvwxyz")
+    words = "\r\n".join("".join(letters) for letters in itertools.product(("straw", "blue", "elder"), ("berry", "bird", "tree"), "abcdefghijklm", "nopqrstuvwxyz"))
     tasks = [{"label": label, "dataset_uri": f"{label}.jsonl", "num_fewshot": [2], "icl_task_type": kind, "continuation_delimiter": delimiter}
              for label, (kind, _, delimiter, _) in CORE_TASKS.items()]  # fmt: skip
     bundle = io.BytesIO()
@@ -92,14 +93,14 @@ def plain_files() -> dict[str, bytes]:
 class FakeHub(ThreadingHTTPServer):
     """Records the paths of its downloads in `requests`.
 
-    `faults` maps a pattern of paths to the faults of their next downloads: an HTTP status, "cut" or "corrupt".
+    `faults` maps a pattern of paths to the faults of their next downloads: an HTTP status, "cut", "corrupt" or other bytes.
     """
 
     daemon_threads = True
 
     def __init__(self, port: int):
         super().__init__(("127.0.0.1", port), Handler)
-        self.faults: dict[str, list[int | str]] = {}
+        self.faults: dict[str, list[int | str | bytes]] = {}
         self.requests: list[str] = []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -154,7 +155,8 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             return self.send_json({"error": "fault"}, fault, {"Retry-After": "0"})
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        self.send_bytes(bytes(len(data)) if fault == "corrupt" else data, 200, headers, cut=fault == "cut")
+        content = {"corrupt": bytes(len(data)), "cut": data, None: data}.get(fault, fault)
+        self.send_bytes(content, 200, headers, cut=fault == "cut")
 
     def send_bytes(self, data: bytes, status: int, headers: dict, cut: bool = False):
         self.send_response(status)

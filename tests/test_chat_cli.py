@@ -8,7 +8,7 @@ import pytest
 from chat_server import ROOT, TOKENIZER, ScriptedEngine, message, program
 from tiny import Script
 
-from nanochat.common import UserError
+from nanochat.common import UserError, print0
 from nanochat.engine import Engine
 from scripts.chat_cli import Chat, answer, main
 
@@ -60,6 +60,14 @@ def test_notes_follow_a_reply_that_is_cut_off_and_refuse_a_message_that_is_too_l
         assert says in shown.err and "\n" not in shown.err.strip() if says else shown.err == ""
     assert shown.out == "Assistant: short\n"
     assert chat.engine.prompts[1] == prompt("?", "x" * 50, "?")  # what was refused changed nothing
+
+
+def test_control_characters_are_shown_and_not_sent_to_the_terminal(capsys):
+    chat = chat_with("\x1b[31m\tred\n\r\b\x9b\x07é")
+    answer(chat, "?")
+    print0("\x1b]0;")  # as the training scripts print their samples
+    assert capsys.readouterr().out == "Assistant: \\x1b[31m\tred\n\\r\\x08\\x9b\\x07é\n\\x1b]0;\n"
+    assert "\x1b" in TOKENIZER.decode(chat.turns[0])  # the conversation is what the model wrote
 
 
 def test_a_base_model_continues_text_and_remembers_nothing():
@@ -114,8 +122,9 @@ def test_an_answer_imports_no_heavy_library(chat_base):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-def test_ctrl_c_stops_the_reply_and_then_the_program(chat_base):
-    """A real second process: Ctrl-C in the middle of a reply, another question, Ctrl-C at the prompt."""
+def test_ctrl_c_stops_the_reply_and_then_the_program(chat_base, monkeypatch):
+    """A real second process: Ctrl-C in the middle of a reply, another question with a bad byte, Ctrl-C at the prompt."""
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
     with program("scripts.chat_cli", "-k", "5", "-m", "100000") as chat:
 
         def read_until(marker):
@@ -126,7 +135,7 @@ def test_ctrl_c_stops_the_reply_and_then_the_program(chat_base):
                 seen += byte
 
         read_until(b"User: ")
-        for question in (b"hello\n", b"and again\n"):
+        for question in (b"hello\n", b"and \xff again\n"):
             chat.stdin.write(question)
             chat.stdin.flush()
             read_until(b"Assistant: ")

@@ -59,7 +59,7 @@ def test_an_unreachable_task_is_skipped_with_a_line_unless_it_is_requested_by_na
     assert "ChatCORE" not in entry["data"]["scores"]
     with pytest.raises(UserError, match="data of MMLU"):
         main(["-a", "GSM8K|SampleWorld", "-a", "MMLU", "--device-type", "cpu"])
-    assert len(runs) == 7
+    assert len(runs) == 5, "it is an error at the start"
     unreachable.update(CHATCORE)
     with pytest.raises(UserError, match="none of the tasks"):
         main(["--device-type", "cpu"])

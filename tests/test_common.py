@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import CPU
 
-from nanochat.common import UserError, atomic, compute_init, get_base_dir, run_script
+from nanochat.common import UserError, atomic, base_dir_path, compute_init, get_base_dir, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,13 +107,16 @@ def test_on_main_and_main_first_raise_everywhere(run_ranks):
 # One process
 
 
-def test_ranks_without_torchrun_or_a_gpu_are_refused(monkeypatch):
+def test_ranks_without_torchrun_a_gpu_or_a_time_out_are_refused(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="WORLD_SIZE is 2 .* torchrun"):
         patch.setenv("WORLD_SIZE", "2")
         compute_init("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setenv("NANOCHAT_HANG_TIMEOUT", "0")
+    with pytest.raises(UserError, match="NANOCHAT_HANG_TIMEOUT=0 is not"):
+        replace(CPU, world_size=2).heartbeat()
     with pytest.raises(UserError, match="local rank 5 has no GPU: there are 4; .*--nproc-per-node=4"):
         compute_init("cuda")
 
@@ -122,6 +127,8 @@ def test_ranks_without_torchrun_or_a_gpu_are_refused(monkeypatch):
         (UserError("what to do"), "error: what to do"),
         (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"),
          "error: [Errno 28] No space left on device: 'model.safetensors'; free some space, or set NANOCHAT_BASE_DIR"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "error: not enough memory (CUDA out"),
+        (MemoryError(), "error: not enough memory"),
         (KeyboardInterrupt(), "130"),
     ],
 )  # fmt: skip
@@ -149,10 +156,11 @@ def test_the_base_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/x")
     assert get_base_dir() == tmp_path / "x" and (tmp_path / "x").is_dir()
     (tmp_path / "file").touch()
-    for wrong in (tmp_path / "file/below", tmp_path / ("x" * 300), "~nobody.of.that.name/x"):
+    deep = "/x" * 1950  # with the names of our files it would be longer than Linux permits
+    for wrong in (tmp_path / "file", tmp_path / "file/below", tmp_path / ("x" * 300), deep, "a\nb", "~nobody.of.that.name/x"):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(wrong))
-        with pytest.raises(UserError, match="NANOCHAT_BASE_DIR"):
-            get_base_dir()
+        with pytest.raises(UserError, match="NANOCHAT_BASE_DIR=.*; set it to a writable folder"):
+            base_dir_path()
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -170,10 +178,11 @@ def test_atomic_writes_a_file_or_folder_completely_or_not_at_all(tmp_path, folde
     assert (target / "file" if folder else target).read_text() == "text"
 
 
-def test_wandb_without_a_login_is_a_user_error(tmp_path):
+@pytest.mark.parametrize("mode, key", [("online", ""), ("online", "too-short"), ("invalid", "")])
+def test_wandb_without_a_login_is_a_user_error(tmp_path, mode, key):
     """In a process of its own, since the library reads its settings once."""
     code = "from nanochat.common import *; run_script(lambda: check_wandb('name'))"
-    env = {**os.environ, "HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_API_KEY": ""}
+    env = {**os.environ, "HOME": str(tmp_path), "WANDB_MODE": mode, "WANDB_API_KEY": key}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
     line = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and re.match("error: --run=name needs a login to wandb: .*wandb login.*WANDB_MODE=offline", line)
+    assert done.returncode == 1 and re.match("error: --run=name needs a login to wandb.*: run `wandb login`, set WANDB_MODE=offline", line)

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -141,22 +142,34 @@ def test_the_bundle_is_downloaded_once_and_its_rows_are_shuffled_and_then_cut(hu
     assert load_tasks(bundle)[2].questions == questions and load_tasks(bundle, 7)[2].questions == questions[:7]
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: data[: len(data) // 2],
-    lambda data: data[:70] + bytes([data[70] ^ 0xFF]) + data[71:],
-    lambda data: data.replace(b"eval_bundle/core.yaml", b"eval_bundle/cole.yaml"),
+def in_each_header(offset: int, value: bytes, data: bytes) -> bytes:
+    """Damage at an offset into each file's header, which the directory at the end of a zip file repeats 2 bytes later."""
+    pattern = rb"(?s)(PK\x03\x04.{%d}|PK\x01\x02.{%d}).{%d}" % (offset, offset + 2, len(value))
+    return re.sub(pattern, lambda match: match[1] + value, data)
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (lambda data: data[: len(data) // 2], "not a zip file"),
+    (lambda data: data[:70] + bytes([data[70] ^ 0xFF]) + data[71:], "Bad CRC-32"),
+    (lambda data: data.replace(b"eval_data/facts.jsonl", b"core.yaml/facts.jsonl"), "Not a directory"),
+    (lambda data: data.replace(b"eval_bundle/core.yaml", b"eval_bundle/cole.yaml"), "no item named"),
+    (partial(in_each_header, 2, b"\x01"), "encrypted"), (partial(in_each_header, 4, b"\x63"), "compression method"),
+    (partial(in_each_header, 18, b"\xff\xff\xff\x7f"), "unpacks to more than"),
 ])  # fmt: skip
-def test_a_damaged_zip_file_is_deleted_and_downloaded_again(hub, base_dir, damage):
+def test_a_damaged_zip_file_is_not_published_and_one_that_exists_is_refused(hub, base_dir, damage, reason):
     archive = base_dir / "eval_bundle.zip"
-    archive.write_bytes(damage(plain_files()["eval_bundle.zip"]))
-    with pytest.raises(UserError, match="eval_bundle.zip is damaged .*It was deleted: run this again"):
+    hub.faults[archive.name] = [damage(plain_files()[archive.name])]
+    with pytest.raises(UserError, match=f"does not send a usable eval_bundle.zip .*{reason}"):
         fetch_bundle(CPU)
     assert not [path for path in base_dir.iterdir() if path.suffix != ".lock"]
-    load_tasks(fetch_bundle(CPU))
+    archive.write_bytes(damage(plain_files()[archive.name]))
+    with pytest.raises(UserError, match=f"eval_bundle.zip is not usable .*{reason}.*Delete it and run this again"):
+        fetch_bundle(CPU)
 
 
 GOOD = {"query": "q", "choices": ["a", "b"], "gold": 1}
 SCHEMA = {"context_options": ["a", "b"], "continuation": "c", "gold": 1}
+ENTRY = {"label": "facts", "dataset_uri": "facts.jsonl", "num_fewshot": [2], "icl_task_type": "language_modeling"}
 
 
 @pytest.mark.parametrize("name, text", [
@@ -164,7 +177,12 @@ SCHEMA = {"context_options": ["a", "b"], "continuation": "c", "gold": 1}
     *(("questions", json.dumps({**GOOD, **change})) for change in ({"choices": "ab"}, {"choices": ["a", 2]}, {"gold": 2})),
     *(("pronouns", json.dumps({key: value for key, value in SCHEMA.items() if key != missing})) for missing in SCHEMA),
     ("facts", '{"context": "a"}'), ("facts", "[1]"), ("facts", '{"context": '), ("facts", "\n"),
+    ("facts", "[" * 100_000), ("questions", json.dumps({"query": "", "choices": ["", "a"], "gold": 1})),
     ("core.yaml", "icl_tasks: [1]"), ("core.yaml", "a: ["), ("eval_meta_data.csv", "Eval Task,Random baseline\nfacts,25\n"),
+    ("core.yaml", "[" * 1000), ("core.yaml", "a: &a [x]\nicl_tasks: [*a]"),
+    ("eval_meta_data.csv", "Eval Task,Random baseline\nquestions,25\npronouns,50\nfacts,100\n"),
+    *(("core.yaml", json.dumps({"icl_tasks": [{**ENTRY, "dataset_uri": uri}]})) for uri in ("/etc/passwd", "../../x", 5)),
+    *(("core.yaml", json.dumps({"icl_tasks": [{**ENTRY, "num_fewshot": n}]})) for n in ([-1], [float("inf")], 2)),
 ])  # fmt: skip
 def test_any_damage_of_the_bundle_is_one_error_that_names_the_remedy(bundle, name, text):
     (bundle / name if "." in name else bundle / "eval_data" / f"{name}.jsonl").write_text(text)

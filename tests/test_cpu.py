@@ -1,11 +1,17 @@
-"""CPU tricks: packed products agree with plain ones and follow the weights."""
+"""CPU tricks: packed products agree with plain ones and follow the weights. A compiler that does not work is not used."""
+
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import write_program
 from test_gpt import ids, make
 
-from nanochat import cpu
-from nanochat.device import prepare_for_inference
+from nanochat import cpu, device
+from nanochat.device import compile_model, prepare_for_inference
 
 
 def test_packed_products_equal_plain_ones_and_are_not_used_once_stale():
@@ -36,3 +42,26 @@ def test_packed_products_equal_plain_ones_and_are_not_used_once_stale():
     fresh(idx, idx).backward()
     for mine, theirs in zip(model.parameters(), fresh.parameters()):
         assert torch.equal(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("cache, reason", [
+    ("new", "^cannot find as"), ("file", "UserError: PyTorch cannot create its cache: .*/file'; set TORCHINDUCTOR_CACHE_DIR"),
+])  # fmt: skip
+def test_the_reason_why_nothing_can_be_compiled_is_one_line(tmp_path, cache, reason):
+    """A compiler that starts but fails; a cache folder that is a file. In a process of its own, since PyTorch remembers them."""
+    (tmp_path / "file").touch()
+    for name in ("g++", "clang++"):
+        write_program(tmp_path / "programs" / name, 'case "$*" in *--version*) echo 13 ;; *) echo "cannot find as" >&2; exit 1 ;; esac')
+    code = "import torch; from nanochat.device import compiler_fault; print(compiler_fault(torch.device('cpu')))"
+    env = {**os.environ, "TORCH_COMPILE_DISABLE": "0", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / cache),
+           "PATH": f"{tmp_path / 'programs'}:{os.environ['PATH']}"}  # fmt: skip
+    env.pop("CXX", None)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert re.search(reason, (done.stdout or done.stderr).splitlines()[-1]) and done.stdout.count("\n") <= 1, done.stdout + done.stderr
+
+
+def test_all_ranks_train_uncompiled_where_the_compiler_of_one_does_not_work(run_ranks, monkeypatch, capsys):
+    faults, models = iter([None, "no space left"]), [make(), make()]
+    monkeypatch.setattr(device, "compiler_fault", lambda _: next(faults))
+    assert run_ranks(2, lambda compute: compile_model(models[compute.rank], compute, 1) is models[compute.rank]) == [True, True]
+    assert "training uncompiled and more slowly, since the compiler does not work: no space left\n" in capsys.readouterr().out

@@ -49,6 +49,9 @@ def damage_first_page(path: Path) -> None:
         (lambda path: write_shard(path, ["a"], column="content"), "no column `text`.*content"),
         (lambda path: write_shard(path, [1, 2]), "no column `text` of strings"),
         (damage_first_page, "0.parquet is not a readable parquet file"),
+        (lambda path: write_shard(path, pa.nulls(2)), "no column `text` of strings"),
+        (lambda path: write_shard(path, pa.array([b"a", b"\xff"]).view(pa.string())), "can't decode byte 0xff"),
+        (lambda path: pq.write_table(pa.table([["a"], ["b"]], ["text"] * 2), path), "0.parquet is not .*exists 2 times"),
     ],
 )
 def test_a_file_that_is_no_shard_is_refused(base_dir, tmp_path, write, message):

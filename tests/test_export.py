@@ -1,5 +1,6 @@
 """Import of the reference's layout: weights and tokenizer arrive exactly, and nothing in the files is executed."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -56,7 +57,11 @@ class Evil:
 
 
 @pytest.mark.parametrize("name, data, message", [
-    ("tokenizer.pkl", pickle.dumps(Evil()), "refused: it wants to run posix.mkdir"),
+    ("tokenizer.pkl", pickle.dumps(Evil()), "refused: no tokenizer needs REDUCE"),
+    ("tokenizer.pkl", pickle.dumps(argparse.Namespace()), "refused: it wants to run argparse.Namespace"),
+    ("tokenizer.pkl", b"\x80\x04Nr\xff\xff\xff\x7f.", "refused: no tokenizer needs LONG_BINPUT"),  # a memo of 34 GB
+    ("tokenizer.pkl", b"\x80\x05\x96\x00\x00\x00\x00\x08\x00\x00\x00.", "expected 34359738368 bytes"),
+    ("tokenizer.pkl", b"\x80\x04})" + b"2\x86" * 200 + b"Ns.", "refused: no tokenizer needs DUP"),  # is hashed for ever
     ("tokenizer.pkl", b"no pickle", "tokenizer.pkl cannot be used"),
     ("tokenizer.pkl", pickle.dumps({"mergeable_ranks": {}}), "tokenizer.pkl cannot be used"),
     ("model_000007.pt", pickle.dumps(Evil()), "is damaged, or holds something other than weights"),

@@ -119,9 +119,12 @@ def test_compiled_and_on_all_threads_the_same_command_twice_is_bit_equal(trained
     assert 0 < max(differences[:5]) < 1e-3 and max(differences) < 0.1, differences
 
 
-def test_two_nodes_have_the_same_curve_as_one_rank(trained_base, one):
-    launcher, command = two_nodes("together"), base_train(trained_base, "nodes")
-    outputs = finish([start(launcher, trained_base, command) for _ in range(2)])
+def test_two_nodes_have_the_same_curve_as_one_rank(trained_base, one, tmp_path):
+    """And one of them sends it to wandb: behind -- torchrun leaves --run to the script."""
+    launcher, [module, name, *flags] = two_nodes("together"), base_train(trained_base, "nodes", "--run=name")
+    command, wandb = [module, name, "--", *flags], {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    outputs = finish([start(launcher, trained_base, command, **wandb) for _ in range(2)])
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
     assert sum("saved step 12" in output for output in outputs) == 1, "only one rank writes and prints"
     assert_same_curve(curve(trained_base, "nodes"), one)
 

@@ -34,13 +34,13 @@ def test_a_section_shows_values_tables_samples_and_flags(base_dir):
     report.log("Base", {"parameters": 1234567, "lr": 2e-5, "flags": flags, "pipe": "a|b\nc", "nothing": None})
     report.log("Chat", {"tasks": {"ARC": {"accuracy": 0.5, "n": 10}, "GSM8K": {"accuracy": 0.0}}})
     conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "```code```"}]
-    report.log("Samples", {"samples": ["The sky is blue", conversation]})
+    report.log("Samples", {"samples": ["The sky is \x1b[34mblue", conversation]})
     text = report.generate().read_text()
     assert table_after(text, "Base")[1:4] == [["parameters", "1,234,567"], ["lr", "2e-05"], ["pipe", "a\\", "b<br>c"]]
     assert "| flags given | `--depth=4` |\n" in text
     assert "<details><summary>All flags</summary>\n\n| flag | value |\n| --- | --- |\n| depth | 4 |\n| warmup_steps | 40 |\n\n</details>" in text
     assert table_after(text, "Chat") == [["tasks", "accuracy", "n"], ["ARC", "0.5000", "10"], ["GSM8K", "0", ""]]
-    assert "```text\nThe sky is blue\n```\n" in text
+    assert "```text\nThe sky is \\x1b[34mblue\n```\n" in text
     assert "````text\nuser: hi\nassistant: ```code```\n````\n" in text
 
 

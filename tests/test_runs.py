@@ -66,7 +66,7 @@ def run(project, tmp_path):
         calls.write_text("")
         write_program(programs / "nvidia-smi", f'for i in $(seq {gpus}); do echo "GPU $i: NVIDIA H100"; done')
         env = {"PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(tmp_path), "CALLS": str(calls),
-               "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "STOPS": "-none-", "FAILS": "-none-"}  # fmt: skip
+               "NANOCHAT_BASE_DIR": "~/base", "STOPS": "-none-", "FAILS": "-none-"}  # fmt: skip
         done = subprocess.run(["bash", script], cwd=project, env={**env, **variables}, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
 

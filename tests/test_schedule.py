@@ -45,6 +45,7 @@ def test_the_horizon_is_the_first_that_is_set():
     assert plan(1, 1000, 64, num_iterations=20, total_batch_size=640).tokens == 12800
     assert plan(100, 1000, 64, target_flops=6.4e5, total_batch_size=64).num_iterations == 100
     assert plan(100, 1000, 64, total_batch_size=64).num_iterations == 12 * 1000 // 64 + 1
+    assert plan(100, 1000, 64, target_flops=1.0).num_iterations == 1
     assert plan(1, D12_SCALING_PARAMS, 96, num_iterations=20).total_batch_size % 96 == 0
     with pytest.raises(UserError, match="--num-iterations"):
         plan(1, 1, 1, target_param_data_ratio=-1)

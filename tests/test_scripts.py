@@ -231,6 +231,11 @@ USER_ERRORS = [  # (command, message, folder that is removed first)
     ("base_train BASE --source=/nowhere/at/all", "neither one of", None),
     ("base_train --depth=0", "--depth", None),
     ("base_train --dep=3", "--dep", None),
+    ("base_train BASE --save-every=0", "at least 1, or -1", None),
+    ("base_train BASE --aspect-ratio=1 --head-dim=2", "width at least 24", None),
+    ("base_train BASE --n-kv-head=7", "must be a multiple", None),
+    ("mid_train CHAT --num-epochs=0", "at least 0.001", None),
+    ("chat_sft CHAT --device-batch-size=0", "at least 1, or -1", None),
 ]  # fmt: skip
 
 

@@ -11,11 +11,12 @@ from tiny import CPU
 
 from dev import gen_identity
 from nanochat.calculator import use_calculator
-from nanochat.common import UserError
+from nanochat.common import Unreachable, UserError
 from nanochat.tokenizer import SPLIT_PATTERN
-from tasks import common
+from tasks import arc, common, gsm8k, mmlu
 from tasks.arc import ARC
-from tasks.common import Task, TaskMixture, TaskSequence, check_conversation, final_number, load_hub_dataset, render_mc, single_turn
+from tasks.common import Task, TaskMixture, TaskSequence, check_conversation, final_number, load_hub_dataset, mixtures, render_mc
+from tasks.common import single_turn
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval, extract_code, passes
@@ -105,7 +106,7 @@ EXCHANGE = single_turn("Wer bist du?", "Käthe 🌼")["messages"]
 ])  # fmt: skip
 def test_customjson_reads_every_form_as_lines_as_an_array_and_alone(tmp_path, record):
     text = json.dumps(record, ensure_ascii=False)
-    for content, count in {f"{text}\n\n{text}\n": 2, f"[{text}, {text}]": 2, f"\ufeff{text}": 1, json.dumps([record], indent=1): 1}.items():
+    for content, count in {f"\ufeff{text}\r\n\r\n{text}\n": 2, f"[{text}, {text}]": 2, text: 1, json.dumps([record], indent=1): 1}.items():
         (tmp_path / "mine.json").write_text(content, encoding="utf-8")
         assert list(CustomJSON(str(tmp_path / "mine.json"))) == [{"messages": EXCHANGE}] * count
 
@@ -119,6 +120,8 @@ def test_customjson_keeps_system_messages_parts_and_the_input_of_an_instruction(
 @pytest.mark.parametrize("line", [
     b"{", b"5", b'{"text": "a"}', b"null", b"[]", b'[{"role": "user", "content": "a"}]', b'[{"role": "assistant", "content": "a"}]',
     b'[{"role": "\xff"}]', b'{"conversations": [{"from": "human"}]}', b'{"prompt": 1, "completion": "a"}', b'{"conversations": [{"from": []}]}',
+    b"[" * 200_000, b"\0" * 9, json.dumps(single_turn("a", "b")).encode("utf-16"),
+    b'[{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]', json.dumps(single_turn("a", 5)).encode(),
 ])  # fmt: skip
 def test_customjson_names_the_line_that_is_wrong(tmp_path, line):
     path = tmp_path / "mine.jsonl"
@@ -190,7 +193,26 @@ def test_a_persona_written_by_hand_is_kept(base_dir):
     path = base_dir / "identity_conversations.jsonl"
     path.write_text("mine")
     gen_identity.main(["--count", "3"])
+    with pytest.raises(SystemExit):
+        gen_identity.main(["--count", "0"])
     assert path.read_text() == "mine"
+
+
+def test_tasks_requested_by_name_must_load_and_those_of_a_default_mixture_are_skipped_with_a_line(tmp_path, capsys):
+    persona = tmp_path / "identity.jsonl"
+    makers = {"Numbers": lambda: Numbers(3), "Identity": lambda: CustomJSON(persona)}
+    for val, names, explicit, message in (
+        (makers, "Numbers,Identity", True, "no file of conversations at .*identity.jsonl; write one"),
+        ({"Numbers": makers["Identity"]}, "Numbers", True, "no file of conversations"),
+        (makers, "Identitty", False, "Identitty is not one of the tasks here: Numbers, Identity"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mixtures(makers, val, names, CPU, explicit, CustomJSON)
+    assert [len(part) for part in mixtures(makers, makers, "Numbers,Identity", CPU, False, CustomJSON)] == [3, 3]
+    assert "Identity is skipped: there is no file" in capsys.readouterr().out
+    persona.write_text("{")  # what is broken is an error either way
+    with pytest.raises(UserError, match="identity.jsonl, line 1: "):
+        mixtures(makers, makers, "Numbers,Identity", CPU, False, CustomJSON)
 
 
 # -----------------------------------------------------------------------------
@@ -263,6 +285,18 @@ def test_a_downloaded_data_set_needs_no_hub(hub, monkeypatch):
     assert datasets.config.HF_HUB_OFFLINE is False
 
 
+@pytest.mark.parametrize("module, task, row", [
+    (arc, ARC, {"question": None, "choices": {"label": ["A"], "text": ["a"]}, "answerKey": "A"}),
+    (arc, ARC, {"question": "q", "choices": {"label": ["A"], "text": ["a", None]}, "answerKey": "A"}),
+    (mmlu, MMLU, {"question": "q", "choices": ["a"] * 4, "answer": 4, "subject": ""}),
+    (gsm8k, GSM8K, {"question": "q", "answer": "no number"}),
+])  # fmt: skip
+def test_a_damaged_row_of_a_data_set_is_named(monkeypatch, module, task, row):
+    monkeypatch.setattr(module, "load_hub_dataset", lambda *names: [row])
+    with pytest.raises(UserError, match=rf"^row 0 of {task.__name__} is damaged \([^\n]*$"):
+        TaskMixture([task("some", "test")])[0]
+
+
 # -----------------------------------------------------------------------------
 # HumanEval
 
@@ -314,11 +348,22 @@ def test_humaneval(hub):
 # Spelling and counting letters, with the word list of the fake hub
 
 
+def test_a_page_in_place_of_the_word_list_is_not_kept_and_an_existing_one_is_refused(hub, base_dir):
+    for page in (b"<html>Please log in</html>", b"\xff", b"too few words", b"ONE\n" * 2000, b""):
+        hub.faults["words_alpha.txt"] = [page]
+        with pytest.raises(Unreachable, match="does not send a usable words_alpha.txt "):
+            load_words("train")
+        assert not (base_dir / "words_alpha.txt").exists()
+    (base_dir / "words_alpha.txt").write_bytes(page)
+    with pytest.raises(UserError, match="words_alpha.txt is not usable .*Delete it"):
+        load_words("train")
+
+
 def test_simple_spelling(hub, base_dir):
     task = SimpleSpelling(size=300)
     assert len(task) == 300 and list(task) == list(SimpleSpelling(size=300, split="train"))
     train, test = set(load_words("train")), set(load_words("test"))
-    assert not train & test and len(train | test) == 234
+    assert not train & test and len(train | test) == 1521
     for conversation in task:
         word = prompt_of(conversation).removeprefix("Spell the word: ")
         assert word in train and text_of(conversation) == f"{word}:" + ",".join(word)

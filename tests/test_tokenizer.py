@@ -163,12 +163,20 @@ def test_a_saved_tokenizer_is_loaded_unchanged(tokenizer, base_dir):
         (lambda contents: "{", "cannot be used"),
         (lambda contents: "{}", "KeyError.*pattern"),
         (lambda contents: json.dumps({**contents, "pattern": "."}), "its checksum does not match"),
+        (lambda contents: "[" * 200_000, "RecursionError"),
+        (lambda contents: contents | {"pattern": "("}, "parenthesis"),
+        (lambda contents: contents | {"tokens": [*contents["tokens"], ""]}, "a token has no bytes"),
+        (lambda contents: contents | {"special_tokens": {"<|bos|>": 2**31 - 1}}, "ids above 2,097,151"),
     ],
 )
 def test_a_damaged_vocabulary_is_refused(tokenizer, tmp_path, damage, message):
     tokenizer.save(tmp_path)
     path = tmp_path / module.VOCABULARY_FILE
-    path.write_text(damage(json.loads(path.read_text())))
+    damaged = damage(json.loads(path.read_text()))
+    if isinstance(damaged, dict):  # to which a checksum that fits is added
+        body = {name: damaged[name] for name in ("pattern", "special_tokens", "tokens")}
+        damaged = json.dumps({**body, "sha256": module._checksum(body)})
+    path.write_text(damaged)
     with pytest.raises(UserError, match=message):
         RustBPETokenizer.from_directory(tmp_path)
 

@@ -14,11 +14,11 @@ measured by summing a large tensor. Each figure is the best of the repetitions.
 
 from __future__ import annotations
 
-import argparse
 import random
 import timeit
 
 from dev.bench.train import build
+from nanochat import flags
 
 
 class NoTokenizer:
@@ -111,14 +111,14 @@ def bytes_per_step(model, batch: int, length: int) -> int:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--depth", type=int, default=4, help="layers")
-    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in the vocabulary")
-    parser.add_argument("--batch", type=int, action="append", help="sequences at once; may be repeated; None: 1, 4, 16, 64")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt before decoding")
-    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt whose prefill is measured")
-    parser.add_argument("--steps", type=int, default=64, help="decoding steps")
-    parser.add_argument("--repeats", type=int, default=3, help="repetitions of each measurement")
+    parser = flags.make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--depth", type=flags.DEPTH, default=4, help="layers")
+    parser.add_argument("--vocab-size", type=flags.COUNT, default=32768, help="tokens in the vocabulary")
+    parser.add_argument("--batch", type=flags.COUNT, action="append", help="sequences at once; may be repeated (default 1, 4, 16, 64)")
+    parser.add_argument("--prompt", type=flags.COUNT, default=64, help="tokens of each prompt before decoding")
+    parser.add_argument("--prefill", type=flags.COUNT, default=512, help="tokens of the prompt whose prefill is measured")
+    parser.add_argument("--steps", type=flags.COUNT, default=64, help="decoding steps")
+    parser.add_argument("--repeats", type=flags.COUNT, default=3, help="repetitions of each measurement")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
 

@@ -19,7 +19,6 @@ GPT.estimate_flops and the bf16 peak of the data sheet.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import platform
@@ -30,6 +29,7 @@ from unittest.mock import patch
 
 from dev.bench.engine import NoTokenizer, bytes_per_step, decode_rate, prefill_rate
 from dev.bench.train import build, loader_rate
+from nanochat import flags
 
 VOCAB = 65536  # pairs of bytes
 
@@ -249,7 +249,7 @@ def show(value) -> str:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = flags.make_parser(__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="device to measure")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that every line runs")
     parser.add_argument("--only", action="append", metavar="WORD", help="sections whose names contain this; may be repeated")

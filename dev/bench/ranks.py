@@ -8,8 +8,7 @@ not depend on the number of ranks, so it can be compared with that of the hardwa
 
 from __future__ import annotations
 
-import argparse
-
+from nanochat import flags
 from nanochat.common import UserError, compute_cleanup, compute_init, print0, run_script
 
 
@@ -24,9 +23,9 @@ def seconds_of(work, repeat: int, compute) -> float:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = flags.make_parser(__doc__.splitlines()[0])
     parser.add_argument("--device-type", default="", help="cuda or cpu (empty: cuda if available)")
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="sizes of the message")
+    parser.add_argument("--megabytes", type=flags.COUNT, nargs="+", default=[1, 4, 16, 64, 256], help="sizes of the message")
     args = parser.parse_args(argv)
 
     import torch

@@ -9,7 +9,6 @@ plain sockets, since they share the cores with the model.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -22,6 +21,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+
+from nanochat import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 THINGS = "a dog,the sea,winter,bread,the moon,an old clock,numbers,a river,the king,a garden,iron,music,a bridge,rain".split(",")
@@ -110,11 +111,11 @@ async def streams(port: int, seconds: float, seed: int) -> None:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = flags.make_parser(__doc__.splitlines()[0])
     parser.add_argument("-i", "--stage", default="sft", help="stage of the model: mid, sft or rl")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu (empty: the best available)")
-    parser.add_argument("--seconds", type=float, default=15, help="duration for each number of clients")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the requests")
+    parser.add_argument("--seconds", type=flags.number(float, 0.001), default=15, help="duration for each number of clients")
+    parser.add_argument("--seed", type=flags.SEED, default=0, help="seed of the requests")
     args = parser.parse_args(argv)
     with running_server("-i", args.stage, "--device-type", args.device_type) as port:
         asyncio.run(streams(port, args.seconds, args.seed))

@@ -14,7 +14,6 @@ threads. "same": the merges are the published package's, the ids tiktoken's; if 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import multiprocessing
 import os
@@ -22,6 +21,7 @@ import subprocess
 import sys
 import time
 
+from nanochat import flags
 from nanochat.common import UserError, get_base_dir, run_script
 from nanochat.dataset import iter_documents
 from nanochat.tokenizer import SPLIT_PATTERN
@@ -90,12 +90,12 @@ def published_package() -> str | None:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=50, help="size of the text")
+    parser = flags.make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=flags.number(float, 0.001), default=50, help="size of the text")
     parser.add_argument("--source", default="climbmix", help="source of the text, as in nanochat.dataset")
-    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in the vocabulary")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads")
-    parser.add_argument("--repeats", type=int, default=3, help="processes per contestant and setting")
+    parser.add_argument("--vocab-size", type=flags.COUNT, default=32768, help="tokens in the vocabulary")
+    parser.add_argument("--threads", type=flags.COUNT, nargs="+", default=[1, 2], help="numbers of threads")
+    parser.add_argument("--repeats", type=flags.COUNT, default=3, help="processes per contestant and setting")
     args = parser.parse_args(argv)
 
     import rustbpe

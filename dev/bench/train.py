@@ -14,11 +14,12 @@ in cache. The chunked loss computes its gradient in the forward pass.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 import timeit
 from statistics import median
+
+from nanochat import flags
 
 
 def build(depth: int, context: int, vocab_size: int, device, dtype=None, noise: bool = False):
@@ -83,12 +84,12 @@ def loader_rate(B: int, T: int, device, vocab_size: int = 4096, megabytes: int =
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--depth", type=int, default=4, help="layers")
-    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens in the vocabulary")
-    parser.add_argument("--sequence-len", type=int, default=512, help="tokens per row")
-    parser.add_argument("--rows", type=int, default=8, help="rows per step")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps per variant")
+    parser = flags.make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--depth", type=flags.DEPTH, default=4, help="layers")
+    parser.add_argument("--vocab-size", type=flags.COUNT, default=32768, help="tokens in the vocabulary")
+    parser.add_argument("--sequence-len", type=flags.COUNT, default=512, help="tokens per row")
+    parser.add_argument("--rows", type=flags.COUNT, default=8, help="rows per step")
+    parser.add_argument("--steps", type=flags.COUNT, default=8, help="timed steps per variant")
     args = parser.parse_args(argv)
 
     import torch
