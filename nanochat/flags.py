@@ -53,6 +53,7 @@ def step_or_latest(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor 'latest'") from None
 
 
+SOURCES = "climbmix, fineweb-edu, sample, a file or folder of .txt, .md, .jsonl or .parquet, or hf:DATASET[:CONFIG]"
 COUNT = number(int, 1)  # 1, 2, ...
 COUNT_OR_AUTO = number(int, 1, or_=-1)  # -1: chosen by the program
 DEPTH = number(int, 1, 1000)  # each layer takes milliseconds to build

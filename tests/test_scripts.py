@@ -195,6 +195,20 @@ def test_evaluating_and_chatting(base_dir, capsys, monkeypatch):
     assert list((base_dir / "report").glob("*.png"))
 
 
+def test_own_text_and_conversations_need_no_preparation(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    (tmp_path / "notes.md").write_text("".join(f"# Note {i}\nIt is about {i * i}.\n\n" for i in range(900)))
+    lines = (json.dumps({"prompt": f"Who are you, {i}?", "completion": "I am Ada."}) for i in range(60))
+    (tmp_path / "ada.jsonl").write_text("\n".join(lines))
+    run("tok_train", f"--source={tmp_path}/notes.md", "--vocab-size=300")
+    run("base_train", *BASE[:-1], f"--source={tmp_path}/notes.md")
+    run("chat_sft", "--stage=base", f"--tasks={tmp_path}/ada.jsonl", *CHAT[1:])
+    run("chat_eval", f"--task-name={tmp_path}/ada.jsonl", "--max-new-tokens=4")
+    out = capsys.readouterr().out
+    assert out.count("documents of") == 1 and "ada.jsonl   0.00% +- 0.00  (6 problems" in out
+    assert out.count("step 00008 | val bpb") == 2
+
+
 USER_ERRORS = [  # (command, message, folder that is removed first)
     ("tok_train --source=SOURCE --vocab-size=1000000", "at most", None),
     ("tok_train --source=SOURCE --vocab-size=99999999", "not possible", None),
