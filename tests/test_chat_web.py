@@ -40,7 +40,7 @@ def test_connections_send_without_delay():
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["-p", "70000"], "argument -p/--port: 70000 is not allowed: must be from 0 to 65535"),
+    (["-p", "70000"], "argument -p/--port: 70000 is not allowed: must be at most 65535"),
     (["-p", "{taken}"], "port [0-9]+: .*--port"), (["--host", "no.such.host.example"], "cannot listen on no.such"),
     (["-n", "2"], "--num-gpus is 2"), (["-g", "d99"], "d99.*d2"),
 ])  # fmt: skip
