@@ -45,6 +45,13 @@ def number(kind: type, least: float, most: float = 2**31 - 1, or_: float | None 
     return parse
 
 
+def tag(text: str) -> str:
+    """A type for argparse: the name of a run and of its folder."""
+    if not text.isprintable() or "/" in text or text[:1] in ("", ".", "-") or len(text.encode()) > 100:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} is not a valid folder name: no slash, no dot or dash in front")
+    return text
+
+
 def step_or_latest(text: str) -> str:
     """A type for argparse: a step, -1 or "latest"."""
     try:
@@ -102,7 +109,7 @@ def add_model_flags(parser: argparse.ArgumentParser, stages: list[str] | None = 
     group = parser.add_argument_group("model")
     if stages:
         group.add_argument("-i", "--stage", default=default, choices=stages, help="the model's stage")
-    group.add_argument("-g", "--model-tag", help="the model's tag (default: the newest model of the stage)")
+    group.add_argument("-g", "--model-tag", type=tag, help="the model's tag (default: the newest model of the stage)")
     group.add_argument("-s", "--step", "--model-step", type=number(int, 0), help="the checkpoint's step (default: the last)")
     add_device_flag(group)
 
@@ -118,7 +125,7 @@ def add_origin_flags(parser: argparse.ArgumentParser, stages: list[str], default
     """The model that a stage starts from."""
     group = parser.add_argument_group("initial model")
     group.add_argument("-i", "--stage", default=default, choices=stages, help="stage of the model to start from")
-    group.add_argument("--model-tag", default=None, help="its tag, also used for the new model (default: the newest model's)")
+    group.add_argument("--model-tag", type=tag, help="its tag, also used for the new model (default: the newest model's)")
     group.add_argument("--model-step", type=number(int, 0), default=None, help="its step (default: the last)")
 
 

@@ -403,10 +403,8 @@ class GPT(nn.Module):
         ]
 
 
-def add_missing_weights(state: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
+def add_missing_weights(state: dict[str, torch.Tensor], model: GPT) -> dict[str, torch.Tensor]:
     """A state dict of an older model, completed with neutral values for the extras it lacks."""
-    with torch.device("meta"):
-        model = GPT(config)
     extras = ("resid_lambdas", "x0_lambdas", "smear_", "backout_lambda", "value_embeds.")
     added = {}
     for name, parameter in model.state_dict().items():

@@ -21,7 +21,7 @@ def main(argv=None):
     flags.add_run_flags(parser)
     group = parser.add_argument_group("model, data and hardware")
     group.add_argument("--depth", type=flags.DEPTH, default=20, help="number of layers; the one dial")
-    group.add_argument("--model-tag", default=None, help="name of the checkpoint folder (default d{depth})")
+    group.add_argument("--model-tag", type=flags.tag, help="name of the checkpoint folder (default d{depth})")
     group.add_argument("--source", default="climbmix", help=flags.SOURCES)
     group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=-1, help="rows per micro-batch (-1: what fits)")
     group.add_argument("--fp8", action="store_true", help="train in float8, with compute capability 8.9 or more")

@@ -31,7 +31,7 @@ def main(argv=None):
     parser.add_argument("--tokenizer", type=Path, default=None, help="its tokenizer.pkl (default: in that folder)")
     parser.add_argument("--step", type=flags.number(int, 0), default=None, help="which step (default: the last)")
     parser.add_argument("--to-stage", default="sft", choices=["base", "mid", "sft", "rl"], help="stage of the imported model")
-    parser.add_argument("--model-tag", default=None, help="tag of the imported model (default: the folder's name)")
+    parser.add_argument("--model-tag", type=flags.tag, help="tag of the imported model (default: the folder's name)")
     args = parser.parse_args(argv)
 
     from nanochat.checkpoint_manager import build_model, checkpoint_dir

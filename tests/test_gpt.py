@@ -130,7 +130,7 @@ def test_missing_extras_of_an_older_checkpoint_are_neutral():
     model, loaded = make(), make(seed=5)
     plain = ("transformer", "lm_head")
     old = {name: p for name, p in model.state_dict().items() if name.startswith(plain) and "ve_gate" not in name}
-    loaded.load_state_dict(add_missing_weights(old, model.config))
+    loaded.load_state_dict(add_missing_weights(old, model))
     with torch.no_grad():
         model.resid_lambdas.fill_(1.0)
         for p in (model.x0_lambdas, model.smear_lambda, model.backout_lambda, *model.value_embeds.parameters()):
