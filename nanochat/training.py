@@ -413,7 +413,7 @@ def resume(directory: Path, settings: Namespace, model, optimizer, tokenizer, co
     saved = verify(directory, step, names=[])
     before, now = saved["user_config"], vars(settings)
     changed = [
-        differences(saved["model_config"], asdict(model.config)),
+        differences({**asdict(type(model.config)()), **saved["model_config"]}, asdict(model.config)),  # older ones lack fields
         differences(saved, {"tokenizer": tokenizer.fingerprint()}),
         differences(before, {name: now[name] for name in ("total_batch_size", "max_seq_len")}),
     ]
