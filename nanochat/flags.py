@@ -10,8 +10,8 @@ import argparse
 from typing import Callable
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to each help text that does not explain it itself."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and adds the default to each help text that does not explain it itself."""
 
     def _get_help_string(self, action):
         explained = action.default in (None, False, "") or "(default" in action.help
