@@ -16,6 +16,7 @@ from test_checkpoint_manager import assert_same
 from tiktoken_ext import openai_public
 
 from nanochat import loss_eval, task_eval, training
+from nanochat.checkpoint_manager import update_meta
 from nanochat.common import UserError
 from nanochat.tokenizer import get_tokenizer
 from tasks.sample_world import SampleWorld
@@ -207,6 +208,13 @@ def test_own_text_and_conversations_need_no_preparation(tmp_path, monkeypatch, c
     out = capsys.readouterr().out
     assert out.count("documents of") == 1 and "ada.jsonl   0.00% +- 0.00  (6 problems" in out
     assert out.count("step 00008 | val bpb") == 2
+
+
+def test_a_run_from_before_a_field_of_the_config_existed_is_resumed(base_dir):
+    folder = base_dir / "base_checkpoints" / "d2"
+    config = meta_of(folder / "step_000008")["model_config"]
+    update_meta(folder, 8, model_config={name: value for name, value in config.items() if name != "plain"})
+    run("base_train", *BASE, "--resume-from-step=latest")
 
 
 def test_a_plain_model_is_trained_resumed_tuned_evaluated_and_exported(base_dir, tmp_path, capsys):
