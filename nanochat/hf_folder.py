@@ -35,6 +35,10 @@ NAMES = [  # ours, and those of `transformers`
     (".attn.c_k.", ".self_attn.k_proj."), (".attn.c_v.", ".self_attn.v_proj."), (".attn.c_proj.", ".self_attn.o_proj."),
     (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2."),
 ]  # fmt: skip
+SIZES = {  # the same of the config
+    "vocab_size": "vocab_size", "sequence_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
+}  # fmt: skip
 
 
 def write_folder(folder: Path, model: GPT, tokenizer: RustBPETokenizer, card: dict[str, str]) -> None:
@@ -48,7 +52,7 @@ def write_folder(folder: Path, model: GPT, tokenizer: RustBPETokenizer, card: di
         "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": {"model_max_length": config.sequence_len},
         "generation_config.json": ends,
-        "config.json": {**(plain_config(config) if config.plain else full_config(config)), **ends},
+        "config.json": {**config_json(config), **ends},
     }
     state = {}
     for name, tensor in model.state_dict().items():
@@ -107,21 +111,13 @@ def renamed(name: str, back: bool = False) -> str:
     return name
 
 
-def plain_config(config: GPTConfig) -> dict:
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": 4 * config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "max_position_embeddings": config.sequence_len,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
-    }
-
-
-def full_config(config: GPTConfig) -> dict:
-    return {**asdict(config), "windows": window_sizes(config)}
+def config_json(config: GPTConfig) -> dict:
+    """What config.json has besides the constants in hf_export."""
+    if not config.plain:
+        return {**asdict(config), "windows": window_sizes(config)}
+    rope = {"rope_type": "default", "rope_theta": config.rotary_base}
+    sizes = {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
+    return {**sizes, "intermediate_size": 4 * config.n_embd, "rope_parameters": rope}
 
 
 def read_config(config: dict) -> dict:
@@ -129,21 +125,14 @@ def read_config(config: dict) -> dict:
     plain, full = (read_json(FILES / kind / "config.json") for kind in ("plain", "full"))
     if config.get("model_type") == full["model_type"]:
         return {name: config[name] for name in asdict(GPTConfig())}
-    width, rope = config.get("hidden_size", 0), {"rope_type": "default", **(config.get("rope_parameters") or {})}
+    flat = {"rope_type": "default", "rope_theta": 10000.0, **config, **(config.get("rope_parameters") or {})}
     expected = {name: plain[name] for name in ("model_type", "hidden_act", "final_logit_softcapping", "attention_bias")}
-    for name, value in {**expected, "intermediate_size": 4 * width, "rope_type": "default"}.items():
-        if (found := {**config, **rope}.get(name)) != value:
+    expected |= {"intermediate_size": 4 * config.get("hidden_size", 0), "rope_type": "default"}
+    for name, value in expected.items():
+        if (found := flat.get(name)) != value:
             raise ValueError(f"its {name} is {found!r}; only {value!r} is supported")
-    return {
-        "vocab_size": config["vocab_size"],
-        "n_embd": width,
-        "n_layer": config["num_hidden_layers"],
-        "n_head": config["num_attention_heads"],
-        "n_kv_head": config.get("num_key_value_heads") or config["num_attention_heads"],
-        "sequence_len": config["max_position_embeddings"],
-        "rotary_base": rope.get("rope_theta") or config.get("rope_theta", 10000.0),
-        "plain": True,
-    }
+    sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
+    return {**sizes, "rotary_base": flat["rope_theta"], "plain": True}
 
 
 # -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 
 class NanoChatFullConfig(PretrainedConfig):
-    """`windows`: the number of tokens before the current one that each layer attends to; -1 is all of them."""
+    """config.json has the fields of nanochat's GPTConfig, and `windows`: how many earlier tokens each layer sees, -1 for all."""
 
     model_type = "nanochat_full"
     attribute_map = {
@@ -24,22 +24,10 @@ class NanoChatFullConfig(PretrainedConfig):
         "max_position_embeddings": "sequence_len",
     }  # fmt: skip
 
-    def __init__(
-        self, sequence_len=2048, vocab_size=32768, n_layer=12, n_head=6, n_kv_head=6, n_embd=768, windows=(),
-        rotary_base=100000.0, qk_scale=1.2, **kwargs,
-    ):  # fmt: skip
-        self.sequence_len = sequence_len
-        self.vocab_size = vocab_size
+    def __init__(self, n_layer=0, **kwargs):
         self.n_layer = n_layer
-        self.n_head = n_head
-        self.n_kv_head = n_kv_head
-        self.n_embd = n_embd
-        self.windows = windows
-        self.rotary_base = rotary_base
-        self.qk_scale = qk_scale
         # The library makes a cache of so many layers; the last one holds the token ids, which smear needs
-        kwargs["num_hidden_layers"] = n_layer + 1
-        super().__init__(**kwargs)
+        super().__init__(**{**kwargs, "num_hidden_layers": n_layer + 1})
 
 
 def norm(x):
