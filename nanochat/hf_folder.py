@@ -61,7 +61,7 @@ def write_folder(folder: Path, model: GPT, tokenizer: RustBPETokenizer, card: di
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        for path in [*FILES.glob("*.*"), *(FILES / ("plain" if config.plain else "full")).glob("*.*")]:
+        for path in [*FILES.glob("[!.]*.*"), *(FILES / ("plain" if config.plain else "full")).glob("[!.]*.*")]:
             text = path.read_text(encoding="utf-8")
             if path.name in filled:
                 text = json.dumps({**json.loads(text), **filled[path.name]}, indent=2)
