@@ -344,7 +344,8 @@ def empty_model(config: dict):
         for name, default in vars(GPTConfig()).items():
             value = getattr(config, name)
             size = len(value) if isinstance(value, str) else value
-            if type(value) is not type(default) or not 0 < size <= (1000 if name == "n_layer" else 2**21):
+            least = {"plain": 0, "document_start": -1}.get(name, 1e-6)
+            if type(value) is not type(default) or not least <= size <= (1000 if name == "n_layer" else 2**21):
                 raise TypeError(f"its {name} cannot be {value!r:.50}")
     except TypeError as error:
         raise UserError(f"the checkpoint is not of a model that this code knows: {error!s:.200}") from error

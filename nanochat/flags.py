@@ -10,8 +10,8 @@ import argparse
 from typing import Callable
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to each help text that does not explain it itself."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and adds the default to each help text that does not explain it itself."""
 
     def _get_help_string(self, action):
         explained = action.default in (None, False, "") or "(default" in action.help
@@ -91,6 +91,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def add_size_flags(parser: argparse.ArgumentParser) -> None:
     """The size of a base model and of its training, besides its depth."""
     group = parser.add_argument_group("shape of the model")
+    group.add_argument("--plain", action="store_true", help="the architecture of transformers' NanoChatForCausalLM")
     group.add_argument("--aspect-ratio", type=COUNT, default=64, help="width per layer of depth")
     group.add_argument("--head-dim", type=COUNT, default=128, help="width of an attention head")
     group.add_argument("--n-kv-head", type=COUNT_OR_AUTO, default=-1, help="key and value heads (-1: as many as query heads)")

@@ -411,7 +411,7 @@ def resume(directory: Path, settings: Namespace, model, optimizer, tokenizer, co
     try:
         before, meter = saved["user_config"], saved["loop_state"]["meter"]
         changed = [
-            differences(saved["model_config"], asdict(model.config)),
+            differences({**asdict(type(model.config)()), **saved["model_config"]}, asdict(model.config)),  # older ones lack fields
             differences(saved, {"tokenizer": tokenizer.fingerprint()}),
             differences(before, {name: now[name] for name in ("total_batch_size", "max_seq_len")}),
         ]

@@ -55,7 +55,7 @@ def main(argv=None):
     source = compute.on_main(lambda: resolve(args.source))  # once, since files may change during the run
 
     # The model
-    shape = args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern
+    shape = args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern, args.plain
     config = config_of_depth(args.depth, tokenizer.get_vocab_size(), *shape)
     with torch.device("meta"):
         model = GPT(config)

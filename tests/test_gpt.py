@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_gpt
 
-from nanochat.gpt import GPT, GPTConfig, add_missing_weights, window_sizes
+from nanochat.gpt import GPT, GPTConfig, add_missing_weights, config_of_depth, window_sizes
 
 
 def make(**changes) -> GPT:
@@ -69,7 +69,7 @@ def test_forward_equals_the_reference(changes):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_loss_and_all_gradients(reduction):
-    model, x, y = make(), ids(), ids(seed=2)
+    model, x, y = make(plain=reduction == "sum"), ids(), ids(seed=2)
     y[0, :40] = -1
     loss = model(x, y, loss_reduction=reduction)
     loss.sum().backward()
@@ -118,8 +118,9 @@ def test_counts_and_flops():
     assert model.estimate_flops() == 6 * (4 * 12 * 256**2 + gates + 32768 * 256) + attention
 
 
-def test_each_parameter_is_in_exactly_one_group():
-    model = make()
+@pytest.mark.parametrize("plain", [False, True])
+def test_each_parameter_is_in_exactly_one_group(plain):
+    model = make(plain=plain)
     groups = model.param_groups()
     named = [name for group in groups for name, _ in group["params"]]
     assert sorted(named) == sorted(name for name, _ in model.named_parameters())
@@ -138,11 +139,22 @@ def test_missing_extras_of_an_older_checkpoint_are_neutral():
     assert torch.allclose(loaded(ids()), model(ids()), atol=1e-5)
 
 
+def test_a_plain_model_is_one_whose_extras_are_neutral():
+    model = make(plain=True)
+    assert all(name.startswith(("transformer.wte", "transformer.h", "lm_head")) for name, _ in model.named_parameters())
+    whole = make(window_pattern="L", qk_scale=1.0)
+    whole.load_state_dict(add_missing_weights(model.state_dict(), whole.config))
+    assert torch.allclose(model(ids()), whole(ids()), atol=1e-5)
+    assert config_of_depth(4, 100, 64, plain=True).window_pattern == "L"
+
+
 def test_invalid_lengths_and_shapes_are_refused():
     with pytest.raises(ValueError, match="context of 64"):
         make()(ids(T=65))
     with pytest.raises(ValueError, match="L, S and Q"):
         make(window_pattern="QX")
+    with pytest.raises(ValueError, match="a plain model has no windows"):
+        config_of_depth(4, 100, 64, plain=True, window_pattern="SSSL")
     for sizes in ({"n_embd": 100, "n_head": 3}, {"n_embd": 128, "n_head": 4, "n_kv_head": 3}):
         with pytest.raises(ValueError, match="multiple"):
             GPT(GPTConfig(**sizes))

@@ -18,6 +18,7 @@ from tiktoken_ext import openai_public
 
 from dev import plot
 from nanochat import checkpoint_manager, loss_eval, report, task_eval, training
+from nanochat.checkpoint_manager import update_meta
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import get_tokenizer
@@ -270,6 +271,30 @@ def test_a_damaged_file_stops_no_other_run_and_an_older_checkpoint_serves(base_d
             run(*resume)
 
 
+def test_a_run_from_before_a_field_of_the_config_existed_is_resumed(base_dir):
+    folder = base_dir / "base_checkpoints" / "d2"
+    config = meta_of(folder / "step_000008")["model_config"]
+    update_meta(folder, 8, model_config={name: value for name, value in config.items() if name != "plain"})
+    run("base_train", *BASE, "--resume-from-step=latest")
+
+
+def test_a_plain_model_is_trained_resumed_tuned_evaluated_and_exported(base_dir, tmp_path, capsys):
+    flags = ["--plain", "--model-tag=p"]
+    run("base_train", *BASE, *flags)
+    folder = base_dir / "base_checkpoints" / "p"
+    before = losses(folder), load_file(folder / "step_000008" / "model.safetensors")
+    run("base_train", *BASE, *flags, "--resume-from-step=4")
+    assert before[0] == losses(folder) and "resumed from step 4" in capsys.readouterr().out
+    assert_same(before[1], load_file(folder / "step_000008" / "model.safetensors"))
+    run("mid_train", *CHAT, "--model-tag=p")
+    run("chat_sft", *CHAT, "--model-tag=p")
+    run("chat_cli", "-p", "What is the capital of France?", "-g", "p")
+    run("base_loss", "--split-tokens=512", "--device-batch-size=4", "-g", "p")
+    run("export", "-i", "sft", "-g", "p", "--to", str(tmp_path / "out"))
+    config, card = ((tmp_path / "out" / name).read_text() for name in ("config.json", "README.md"))
+    assert json.loads(config)["architectures"] == ["NanoChatForCausalLM"] and "| val bpb of replies |" in card
+
+
 USER_ERRORS = [  # (command, message, folder that is removed first)
     ("tok_train --source=SOURCE --vocab-size=1000000", "at most", None),
     ("tok_train --source=SOURCE --vocab-size=99999999", "not possible", None),
@@ -286,6 +311,9 @@ USER_ERRORS = [  # (command, message, folder that is removed first)
     ("base_train BASE --total-batch-size=500", "use 256 or 512", None),
     ("base_train BASE --window-pattern=XY", "L, S and Q", None),
     ("base_train BASE --window-pattern=L --depth=3 --model-tag=d2 --resume-from-step=latest", "another run .*n_layer", None),
+    ("base_train BASE --plain --resume-from-step=latest", "another run .*plain False -> True", None),
+    ("base_train BASE --plain --window-pattern=SSSL", "a plain model has no windows", None),
+    ("export --to=x --from=y", "not allowed with", None),
     ("base_train BASE --resume-from-step=newest", "neither a step nor", None),
     ("base_train BASE --resume-from-step=latest --model-tag=x", "no complete checkpoint", None),
     ("base_train BASE --total-batch-size=256 --resume-from-step=latest", "another run .total_batch_size 512 -> 256.*--model-tag", None),
