@@ -42,6 +42,7 @@ class GPTConfig:
     rotary_base: float = 100000.0
     qk_scale: float = 1.2  # of q and k after their norm, since QK-norm alone makes attention too flat
     plain: bool = False  # without the learned extras, windows and the scale of q and k
+    document_start: int = -1  # the token that starts a document, which smear does not cross; -1 in models before this field
 
     def __post_init__(self):
         if self.plain:
@@ -294,6 +295,7 @@ class GPT(nn.Module):
         plain = self.config.plain
         if not plain:
             smear = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+            previous = torch.where((idx == self.config.document_start)[..., None], 0, previous)
             x = x0 = x + smear * previous
             resid_lambdas, x0_lambdas = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
 

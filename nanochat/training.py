@@ -410,8 +410,9 @@ def resume(directory: Path, settings: Namespace, model, optimizer, tokenizer, co
     saved, now, place = verify(directory, step, names=[]), vars(settings), f"step {step} in {directory}"
     try:
         before, meter = saved["user_config"], saved["loop_state"]["meter"]
+        earlier = {**asdict(type(model.config)(document_start=model.config.document_start)), **saved["model_config"]}
         changed = [
-            differences({**asdict(type(model.config)()), **saved["model_config"]}, asdict(model.config)),  # older ones lack fields
+            differences(earlier, asdict(model.config)),
             differences(saved, {"tokenizer": tokenizer.fingerprint()}),
             differences(before, {name: now[name] for name in ("total_batch_size", "max_seq_len")}),
         ]

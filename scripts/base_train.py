@@ -57,6 +57,7 @@ def main(argv=None):
     # The model
     shape = args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern, args.plain
     config = config_of_depth(args.depth, tokenizer.get_vocab_size(), *shape)
+    config.document_start = tokenizer.get_bos_token_id()
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=compute.device)

@@ -108,7 +108,7 @@ def model_card(stage: str, model, meta: dict) -> dict[str, str]:
     from nanochat import report
 
     config, tag, step = model.config, meta["model_tag"], meta["step"]
-    entries = report.read_jsonl(report.get_base_dir() / "report" / "report.jsonl", report.ENTRY_KEYS)
+    entries = report.read_entries(report.get_base_dir() / "report" / "report.jsonl")
     runs = [entry["data"] for entry in entries if entry["data"].get("stage") == stage and "model tag" in entry["data"]]
     ours = runs and runs[-1]["model tag"] == tag and runs[-1].get("steps") == step
     parameters = model.num_scaling_params()["total"] / 1e6

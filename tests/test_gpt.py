@@ -24,7 +24,7 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
     x = rms(w["transformer.wte.weight"][idx])
     gate = torch.sigmoid(x[..., :24] @ w["smear_gate.weight"].T)
     left = torch.zeros_like(x)
-    left[:, 1:] = x[:, :-1]
+    left[:, 1:] = x[:, :-1] * (idx[:, 1:] != c.document_start)[..., None]
     x = x0 = x + w["smear_lambda"] * gate * left
     t = torch.arange(T)
     angles = t[:, None] * c.rotary_base ** (-torch.arange(D // 2, dtype=torch.float64) / (D // 2))  # (T, D/2)
@@ -54,7 +54,7 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"n_kv_head": 4, "n_layer": 4}, {"n_layer": 1}, {"sequence_len": 300, "window_pattern": "QL", "n_layer": 2},
+    {}, {"n_kv_head": 4, "n_layer": 4}, {"n_layer": 1, "document_start": 7}, {"sequence_len": 300, "window_pattern": "QL", "n_layer": 2},
 ])  # fmt: skip
 def test_forward_equals_the_reference(changes):
     model = make(**changes)
@@ -65,6 +65,19 @@ def test_forward_equals_the_reference(changes):
             logits = model(x)
         assert logits.shape == (*x.shape, 100) and logits.dtype == torch.float32
         assert torch.allclose(logits.double(), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("document_start, reached", [(99, 0), (-1, 1)])
+def test_smear_does_not_cross_the_start_of_a_document(document_start, reached):
+    model = make(document_start=document_start)
+    for block in model.transformer.h:  # only smear connects positions
+        torch.nn.init.zeros_(block.attn.c_proj.weight)
+    idx = ids(1, 12)
+    idx[0, 5] = 99
+    other = idx.clone()
+    other[0, 4] += 1
+    changed = (model(idx) != model(other)).any(-1)[0]
+    assert changed[4:].tolist() == [True, bool(reached), *[False] * 6]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -143,7 +156,7 @@ def test_a_plain_model_is_one_whose_extras_are_neutral():
     model = make(plain=True)
     assert all(name.startswith(("transformer.wte", "transformer.h", "lm_head")) for name, _ in model.named_parameters())
     whole = make(window_pattern="L", qk_scale=1.0)
-    whole.load_state_dict(add_missing_weights(model.state_dict(), whole.config))
+    whole.load_state_dict(add_missing_weights(model.state_dict(), whole))
     assert torch.allclose(model(ids()), whole(ids()), atol=1e-5)
     assert config_of_depth(4, 100, 64, plain=True).window_pattern == "L"
 

@@ -131,12 +131,12 @@ class NanoChatFullForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = (real.cumsum(1) - 1)[:, past:]
 
-        # The embedding, and that of the left neighbours; the first token has none
+        # The embedding, and that of the left neighbours; the first token of a document has none
         ids = input_ids[:, None, :, None]
         if cache is not None:
             ids, _ = cache.update(ids, ids, self.config.n_layer)
         left = F.pad(ids[:, 0, :, 0], (1, 0))[:, past:S]
-        has_left = F.pad(real, (1, 0))[:, past:S, None]
+        has_left = F.pad(real, (1, 0))[:, past:S, None] & (input_ids != self.config.document_start)[..., None]
         x = norm(self.transformer.wte(input_ids))
         smear = self.smear_lambda * torch.sigmoid(self.smear_gate(x[..., :24]))
         x = x0 = x + smear * norm(self.transformer.wte(left)) * has_left
