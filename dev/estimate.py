@@ -75,7 +75,7 @@ def estimate(depth: int, args) -> dict:
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in args.gpu), None)
     if peak is None:
         raise UserError(f"the bf16 peak of --gpu {args.gpu!r} is not known; known are {', '.join(PEAK_FLOPS)}")
-    shape = args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern
+    shape = args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern, args.plain
     with torch.device("meta"):
         model = GPT(config_of_depth(depth, args.vocab_size, *shape))
     counts, flops_per_token = model.num_scaling_params(), model.estimate_flops()

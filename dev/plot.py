@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 from nanochat.common import UserError, base_dir_path, get_base_dir, run_script
-from nanochat.report import ENTRY_KEYS, Panel, draw, points, read_jsonl, table
+from nanochat.report import Panel, draw, points, read_entries, read_jsonl, table
 
 GPT2_CORE = 0.2565  # of GPT-2 with 1.6 billion parameters
 
@@ -48,21 +49,25 @@ def load_runs(names: list[str]) -> list[dict]:
 
     A run without a training step is skipped. Raises UserError for a run that does not exist, and if none is left.
     """
-    entries = [entry for path in base_dir_path().glob("report*/report.jsonl") for entry in read_jsonl(path, ENTRY_KEYS)]
-    entries = [entry for entry in entries if entry["section"] == "Base model training"]
-    finished = {entry["data"].get("model tag"): entry["data"] for entry in sorted(entries, key=lambda entry: entry["time"])}
+    entries = [entry for path in base_dir_path().glob("report*/report.jsonl") for entry in read_entries(path)]
+    finished = {}
+    for entry in sorted(entries, key=lambda entry: entry["time"]):
+        data = entry["data"]
+        steps, flops = points([data], "steps", "training FLOPs")
+        if entry["section"] == "Base model training" and steps and min(steps + flops) > 0:
+            finished[str(data.get("model tag"))] = data
     runs = []
     for name in names:
         path = base_dir_path() / "base_checkpoints" / name / "metrics.jsonl"
         if name.endswith(".jsonl"):
             path = Path(name)
-        if not path.exists():
+        if not os.path.exists(path):  # the method raises an error for a name that is too long
             raise UserError(f"there is no {path}")
         tag, rows = path.parent.name, read_jsonl(path)
         if points(rows, "step", "loss")[0]:
             measured = {"val bpb": points(rows, "step", "val_bpb")[1], "CORE": points(rows, "step", "core")[1]}
             last = {key: values[-1] if values else None for key, values in measured.items()}
-            runs.append({"tag": tag, "rows": rows, **last, **finished.get(tag, {})})
+            runs.append({**finished.get(tag, {}), "tag": tag, "rows": rows, **last})
         else:
             print(f"{path} is skipped: it holds no training step")
     if not runs:

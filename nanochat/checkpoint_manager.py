@@ -36,6 +36,7 @@ STAGES = {  # stage -> (folder, the script that trains it)
     "rl": ("chatrl_checkpoints", "chat_rl"),
 }
 MODEL_FILES = ["model.safetensors", VOCABULARY_FILE]
+TABLES = ("files", "model_config", "user_config", "loop_state", "rng_state")  # in meta.json
 State = dict[str, torch.Tensor]
 
 
@@ -115,19 +116,18 @@ def update_meta(directory: Path, step: int, **values) -> None:
 
 
 def set_aside(directory: Path, after: int | None = None) -> Path | None:
-    """Move a run (everything in its folder except the lock) to TAG.old, whose former content is deleted.
+    """Move a run to TAG.old, whose former content is deleted; one without checkpoints is not worth that.
 
     With `after`, move only the checkpoints of later steps, and leave what else is in TAG.old. Returns TAG.old, or None if
     there was nothing to move.
     """
     old = directory.with_name(f"{directory.name}.old")
-    if after is None:
-        paths, replaced = [path for path in directory.glob("*") if path.name != ".lock"], [old]
-    else:
-        paths = [step_folder(directory, step) for step in list_steps(directory) if step > after]
-        replaced = [old / path.name for path in paths]
+    paths = [step_folder(directory, step) for step in list_steps(directory) if after is None or step > after]
     if not paths:
         return None
+    replaced = [old / path.name for path in paths]
+    if after is None:
+        paths, replaced = list(directory.iterdir()), [old]
     for path in filter(Path.exists, replaced):
         _remove(path)
     old.mkdir(exist_ok=True)
@@ -177,10 +177,13 @@ def verify(directory: Path, step: int, names: list[str] | None = None) -> dict:
         meta = json.loads((folder / name).read_text(encoding="utf-8"))
         if meta["sha256"] != meta_digest(meta) or meta["step"] != step:
             raise ValueError("its content does not match its checksum or its step")
+        if not 0 <= meta["saved_at"] < math.inf or any(type(meta.get(key, {})) is not dict for key in TABLES):
+            raise ValueError("it has values of other kinds than a meta.json has")
         for name in meta["files"] if names is None else names:
-            if _describe(folder / name) != meta["files"][name]:
+            path, saved = folder / Path(name).name, meta["files"][name]
+            if path.stat().st_size != saved["size"] or _describe(path) != saved:
                 raise ValueError("its content does not match its checksum")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the last three: not a meta.json of ours
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # not a meta.json of ours
         raise UserError(f"checkpoint {folder} is damaged: {name}: {error}") from error
     return meta
 
@@ -265,15 +268,15 @@ def _range_of(key: str, shape) -> tuple[str, int, int]:
 
 def list_steps(directory: Path) -> list[int]:
     """The steps saved in a folder, ascending; [] if there are none."""
-    matches = [re.fullmatch(r"step_(\d{6,})", path.name) for path in directory.glob("step_*")]
-    return sorted(int(match[1]) for match in matches if match)
+    numbers = [path.name.removeprefix("step_") for path in directory.glob("step_*")]
+    return sorted(int(number) for number in numbers if number.isdigit() and f"{int(number):06d}" == number)
 
 
 def find_last_step(directory: Path, names: list[str] | None = None) -> int:
     """The highest step whose files `names` (None: all) are complete; a damaged one is reported. UserError if there is none."""
     for step in reversed(list_steps(directory)):
         try:
-            verify(directory, step, names)
+            empty_model(verify(directory, step, names).get("model_config", {}))
             return step
         except UserError as error:
             print0(f"skipping step {step}: {error}")
@@ -310,24 +313,41 @@ def load_model(stage: str, compute: Compute, model_tag: str | None = None, step:
     # One rank decides, since another run may be saving meanwhile
     directory, step = compute.on_main(lambda: resolve_checkpoint(stage, model_tag, step))
     state, meta = load_checkpoint(directory, step, compute)
-    model = build_model(state, meta["model_config"], compute)
+    model = build_model(state, meta.get("model_config"), compute)
     return model.eval(), RustBPETokenizer.from_directory(step_folder(directory, step)), meta
 
 
 def build_model(state: State, config: dict, compute: Compute):
     """The GPT of a config, on the device, with the weights of `state`; extras that an older model lacks get neutral values."""
-    from nanochat.gpt import GPT, GPTConfig, add_missing_weights
+    from nanochat.gpt import add_missing_weights
 
+    model = empty_model(config)
     try:
-        config = GPTConfig(**config)
-        with torch.device("meta"):
-            model = GPT(config)
+        empty_model(config).load_state_dict(state, strict=False, assign=True)  # finds other shapes and allocates nothing
         model.to_empty(device=compute.device)
         model.set_compute_dtype(compute.dtype)
-        model.load_state_dict(add_missing_weights(state, config))
+        model.load_state_dict(add_missing_weights(state, model))
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, RuntimeError) as error:  # an unknown field; missing weights, or weights of other shapes
+    except (TypeError, RuntimeError) as error:  # missing weights, or weights of other shapes
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the checkpoint is not of a model that this code knows: {reason}") from error
     return model
+
+
+def empty_model(config: dict):
+    """The GPT of a "model_config" on the meta device. UserError if there is no such model: a file can hold anything."""
+    from nanochat.gpt import GPT, GPTConfig
+
+    try:
+        config = GPTConfig(**config)
+        for name, default in vars(GPTConfig()).items():
+            value = getattr(config, name)
+            size = len(value) if isinstance(value, str) else value
+            least = {"plain": 0, "document_start": -1}.get(name, 1e-6)
+            if type(value) is not type(default) or not least <= size <= (1000 if name == "n_layer" else 2**21):
+                raise TypeError(f"its {name} cannot be {value!r:.50}")
+    except TypeError as error:
+        raise UserError(f"the checkpoint is not of a model that this code knows: {error!s:.200}") from error
+    with torch.device("meta"):
+        return GPT(config)

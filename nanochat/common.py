@@ -45,6 +45,8 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; a user's mistake is shown as one line, with exit code 1."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is loaded
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # for terminals that cannot encode a character
     try:
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             _run_under_torchrun(main)

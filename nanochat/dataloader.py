@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Callable, Iterator
 
@@ -45,15 +46,14 @@ def tokenizing_distributed_data_loader_with_state_bos_bestfit(
     bos, state = tokenizer.get_bos_token_id(), resume_state_dict
     paths = split_paths(source, split)
     data = {"shards": count_rows(paths), "tokenizer": tokenizer.fingerprint()}
-    if state:
-        _check_data_unchanged(state, data)
 
     def encode(texts):
         ids, offsets = tokenizer.encode_to_numpy(texts, num_threads=tokenizer_threads)
         return [part.copy() for part in np.split(ids, offsets[1:-1])]  # copies, so that one does not keep all in memory
 
-    documents = Documents(paths, encode, tokenizer_batch_size, state)
-    packer = DocumentPacker(documents, T, bos, buffer_size) if buffer_size else StreamPacker(documents, T, bos)
+    with _resuming(state, data):
+        documents = Documents(paths, encode, tokenizer_batch_size, state)
+        packer = DocumentPacker(documents, T, bos, buffer_size) if buffer_size else StreamPacker(documents, T, bos)
     return _batches(packer, data, B, rows_per_step, torch.device(device))
 
 
@@ -72,15 +72,22 @@ tokenizing_distributed_data_loader_bos_bestfit = _without_state(tokenizing_distr
 tokenizing_distributed_data_loader = _without_state(tokenizing_distributed_data_loader_with_state)
 
 
-def _check_data_unchanged(state: dict, data: dict) -> None:
-    """Raise UserError if `state` was saved with another tokenizer or other data than the current ones, `data`."""
+@contextmanager
+def _resuming(state: dict | None, data: dict) -> Iterator[None]:
+    """Raise UserError if `state`, of which the block makes a packer, is damaged or was saved with other data than `data`."""
     remedy = "since the checkpoint was saved. Restore what was there, or start this stage again"
-    if state["tokenizer"] != data["tokenizer"]:
-        raise UserError(f"the tokenizer has changed {remedy}")
-    before, now = (x.get("shards") or {"the data set": x.get("num_conversations")} for x in (state, data))
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise UserError(f"{name} has changed from {before.get(name, 'no')} to {now.get(name, 'no')} rows {remedy}")
+    try:
+        if state and state["tokenizer"] != data["tokenizer"]:
+            raise UserError(f"the tokenizer has changed {remedy}")
+        before, now = (x.get("shards") or {"the data set": x.get("num_conversations")} for x in (state or data, data))
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise UserError(f"{name} has changed from {before.get(name, 'no')} to {now.get(name, 'no')} rows {remedy}")
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the checkpoint's loader state is damaged ({error!r}); start this stage again") from error
 
 
 def conversation_data_loader(
@@ -99,13 +106,12 @@ def conversation_data_loader(
     completed epochs. Raises UserError if no token is supervised, or if the state is of another data set or tokenizer.
     """
     data = {"num_conversations": len(dataset), "tokenizer": tokenizer.fingerprint()}
-    if resume_state_dict:
-        _check_data_unchanged(resume_state_dict, data)
 
     def render(conversation):
         return split_conversation(*tokenizer.render_conversation(conversation, max_tokens=None), T, supervise)
 
-    packer = ConversationPacker(dataset, render, T, tokenizer.get_bos_token_id(), buffer_size, seed, resume_state_dict)
+    with _resuming(resume_state_dict, data):
+        packer = ConversationPacker(dataset, render, T, tokenizer.get_bos_token_id(), buffer_size, seed, resume_state_dict)
     return _batches(packer, data, B, rows_per_step, torch.device(device))
 
 

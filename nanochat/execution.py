@@ -84,6 +84,7 @@ def execute_code(
 def run_sandbox(request: dict, tests: str | None, timeout: float) -> tuple[str, str, str, bool]:
     """(report, stdout, stderr, whether it timed out). Leaves no process, even if interrupted."""
     with (
+        suppress(RecursionError),  # from removing the folders of an unsafe program
         tempfile.TemporaryDirectory(prefix="nanochat_", ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as stdin,
         tempfile.TemporaryFile() as stdout,

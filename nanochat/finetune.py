@@ -24,7 +24,8 @@ def add_flags(
     flags.add_run_flags(parser)
     flags.add_origin_flags(parser, stages, stage)
     group = parser.add_argument_group("data")
-    group.add_argument("--tasks", default=tasks, help=f"tasks to train on, separated by commas; also available: {others}")
+    group.add_argument("--tasks", default=tasks,
+                       help=f"tasks to train on, separated by commas; also available: {others}, and files of conversations")
     group.add_argument("--num-epochs", type=flags.number(float, 0.001), default=1.0, help="passes over the conversations")
     group.add_argument("--num-iterations", type=flags.COUNT_OR_AUTO, default=-1, help="steps (-1: as many as the epochs take)")
     group = parser.add_argument_group("batch, inherited from the initial model where not given")

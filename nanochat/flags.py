@@ -10,8 +10,8 @@ import argparse
 from typing import Callable
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to each help text that does not explain it itself."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and adds the default to each help text that does not explain it itself."""
 
     def _get_help_string(self, action):
         explained = action.default in (None, False, "") or "(default" in action.help
@@ -45,6 +45,13 @@ def number(kind: type, least: float, most: float = 2**31 - 1, or_: float | None 
     return parse
 
 
+def tag(text: str) -> str:
+    """A type for argparse: the name of a run and of its folder."""
+    if not text.isprintable() or "/" in text or text[:1] in ("", ".", "-") or len(text.encode()) > 100:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} is not a valid folder name: no slash, no dot or dash in front")
+    return text
+
+
 def step_or_latest(text: str) -> str:
     """A type for argparse: a step, -1 or "latest"."""
     try:
@@ -53,6 +60,7 @@ def step_or_latest(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor 'latest'") from None
 
 
+SOURCES = "climbmix, fineweb-edu, sample, a file or folder of .txt, .md, .jsonl or .parquet, or hf:DATASET[:CONFIG]"
 COUNT = number(int, 1)  # 1, 2, ...
 COUNT_OR_AUTO = number(int, 1, or_=-1)  # -1: chosen by the program
 DEPTH = number(int, 1, 1000)  # each layer takes milliseconds to build
@@ -83,6 +91,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def add_size_flags(parser: argparse.ArgumentParser) -> None:
     """The size of a base model and of its training, besides its depth."""
     group = parser.add_argument_group("shape of the model")
+    group.add_argument("--plain", action="store_true", help="the architecture of transformers' NanoChatForCausalLM")
     group.add_argument("--aspect-ratio", type=COUNT, default=64, help="width per layer of depth")
     group.add_argument("--head-dim", type=COUNT, default=128, help="width of an attention head")
     group.add_argument("--n-kv-head", type=COUNT_OR_AUTO, default=-1, help="key and value heads (-1: as many as query heads)")
@@ -101,7 +110,7 @@ def add_model_flags(parser: argparse.ArgumentParser, stages: list[str] | None = 
     group = parser.add_argument_group("model")
     if stages:
         group.add_argument("-i", "--stage", default=default, choices=stages, help="the model's stage")
-    group.add_argument("-g", "--model-tag", help="the model's tag (default: the newest model of the stage)")
+    group.add_argument("-g", "--model-tag", type=tag, help="the model's tag (default: the newest model of the stage)")
     group.add_argument("-s", "--step", "--model-step", type=number(int, 0), help="the checkpoint's step (default: the last)")
     add_device_flag(group)
 
@@ -117,7 +126,7 @@ def add_origin_flags(parser: argparse.ArgumentParser, stages: list[str], default
     """The model that a stage starts from."""
     group = parser.add_argument_group("initial model")
     group.add_argument("-i", "--stage", default=default, choices=stages, help="stage of the model to start from")
-    group.add_argument("--model-tag", default=None, help="its tag, also used for the new model (default: the newest model's)")
+    group.add_argument("--model-tag", type=tag, help="its tag, also used for the new model (default: the newest model's)")
     group.add_argument("--model-step", type=number(int, 0), default=None, help="its step (default: the last)")
 
 

@@ -6,7 +6,8 @@ dtype of the activations.
 
 Beyond the plain Transformer it has four small learned extras, each neutral when absent (`add_missing_weights`):
 per-layer mixing of the residual with the first embedding, value embeddings, smear (a gated sum with the left
-neighbour) and backout (part of the mid-depth residual is subtracted at the end).
+neighbour) and backout (part of the mid-depth residual is subtracted at the end). A `plain` model is without them, and is
+exactly what the transformers library calls NanoChat.
 
 The head and its loss are in `cross_entropy.py`: the logits of all tokens never exist at once.
 """
@@ -40,17 +41,25 @@ class GPTConfig:
     window_pattern: str = "QQQL"  # tiled over the layers: L full, S half, Q quarter context
     rotary_base: float = 100000.0
     qk_scale: float = 1.2  # of q and k after their norm, since QK-norm alone makes attention too flat
+    plain: bool = False  # without the learned extras, windows and the scale of q and k
+    document_start: int = -1  # the token that starts a document, which smear does not cross; -1 in models before this field
+
+    def __post_init__(self):
+        if self.plain:
+            self.window_pattern, self.qk_scale = "L", 1.0
 
 
 def config_of_depth(
     depth: int, vocab_size: int, sequence_len: int, aspect_ratio: int = 64, head_dim: int = 128, n_kv_head: int = -1,
-    window_pattern: str = GPTConfig.window_pattern,
+    window_pattern: str = GPTConfig.window_pattern, plain: bool = False,
 ) -> GPTConfig:  # fmt: skip
     """The config for a depth: width depth * aspect_ratio, rounded up to whole heads. n_kv_head -1: as many as query heads."""
+    if plain and window_pattern not in ("L", GPTConfig.window_pattern):
+        raise UserError(f"a plain model has no windows; leave out --plain or --window-pattern={window_pattern}")
     n_head = -(-depth * aspect_ratio // head_dim)
     return GPTConfig(
         sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head, n_embd=n_head * head_dim,
-        n_kv_head=n_kv_head if n_kv_head > 0 else n_head, window_pattern=window_pattern,
+        n_kv_head=n_kv_head if n_kv_head > 0 else n_head, window_pattern=window_pattern, plain=plain,
     )  # fmt: skip
 
 
@@ -76,9 +85,9 @@ class Embedding(nn.Embedding):
         pass
 
 
-def has_value_embed(layer: int, n_layer: int) -> bool:
+def has_value_embed(layer: int, config: GPTConfig) -> bool:
     """Every other layer has value embeddings, the last one included."""
-    return layer % 2 == (n_layer - 1) % 2
+    return not config.plain and layer % 2 == (config.n_layer - 1) % 2
 
 
 def window_sizes(config: GPTConfig) -> list[int]:
@@ -112,7 +121,7 @@ class Attention(nn.Module):
         self.c_k = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_v = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if has_value_embed(layer, config.n_layer) else None
+        self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if has_value_embed(layer, config) else None
         self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]
 
     def project(self, x):
@@ -201,14 +210,15 @@ class GPT(nn.Module):
         blocks = [Block(config, layer) for layer in range(config.n_layer)]
         self.transformer = nn.ModuleDict({"wte": Embedding(vocab, config.n_embd), "h": nn.ModuleList(blocks)})
         self.lm_head = Linear(config.n_embd, vocab)
-        self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
-        self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
-        self.smear_gate = Linear(SMEAR_CHANNELS, 1)
-        self.smear_lambda = nn.Parameter(torch.empty(1))
-        self.backout_lambda = nn.Parameter(torch.empty(1))
+        if not config.plain:
+            self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+            self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
+            self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+            self.smear_lambda = nn.Parameter(torch.empty(1))
+            self.backout_lambda = nn.Parameter(torch.empty(1))
         self.value_embeds = nn.ModuleDict()
         for layer in range(config.n_layer):
-            if has_value_embed(layer, config.n_layer):
+            if has_value_embed(layer, config):
                 self.value_embeds[str(layer)] = Embedding(vocab, config.n_kv_head * head_dim)
         self.register_buffer("cos", torch.empty(1, config.sequence_len, 1, head_dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(1, config.sequence_len, 1, head_dim // 2), persistent=False)
@@ -234,6 +244,8 @@ class GPT(nn.Module):
                 nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)
         for embed in self.value_embeds.values():
             nn.init.uniform_(embed.weight, -bound, bound)  # like c_v
+        if self.config.plain:
+            return
         depth = torch.linspace(0, 1, self.config.n_layer, device=self.get_device())
         self.resid_lambdas.copy_(1.15 - 0.10 * depth)
         self.x0_lambdas.copy_(0.20 - 0.15 * depth)
@@ -280,22 +292,28 @@ class GPT(nn.Module):
             previous, x = embedded[:, :-1], embedded[:, 1:]
             previous = torch.where(F.pad(last < 0, (0, T - 1))[..., None], 0, previous)
             kv_cache.last_tokens.copy_(idx[:, -1])
-        smear = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
-        x = x0 = x + smear * previous
+        plain = self.config.plain
+        if not plain:
+            smear = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+            previous = torch.where((idx == self.config.document_start)[..., None], 0, previous)
+            x = x0 = x + smear * previous
+            resid_lambdas, x0_lambdas = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
 
         recompute = self.recompute and torch.is_grad_enabled()
-        resid_lambdas, x0_lambdas = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
         for layer, block in enumerate(self.transformer.h):
             if layer == self.config.n_layer // 2:
                 x_middle = x
-            x = resid_lambdas[layer] * x + x0_lambdas[layer] * x0
+            if not plain:
+                x = resid_lambdas[layer] * x + x0_lambdas[layer] * x0
             value_embed = self.value_embeds[str(layer)](idx) if str(layer) in self.value_embeds else None
             at_end = last_only and layer == self.config.n_layer - 1
             arguments = x, value_embed, cos, sin, self.window_sizes[layer], kv_cache, at_end
             x = checkpoint(block, *arguments, use_reentrant=False, context_fn=save_products) if recompute else block(*arguments)
         if kv_cache is not None:
             kv_cache.advance(T)
-        return norm(x - self.backout_lambda.to(x.dtype) * (x_middle[:, -1:] if last_only else x_middle))
+        if not plain:
+            x = x - self.backout_lambda.to(x.dtype) * (x_middle[:, -1:] if last_only else x_middle)
+        return norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Soft-capped float32 logits of any number of positions: (..., n_embd) -> (..., vocab_size)."""
@@ -403,10 +421,8 @@ class GPT(nn.Module):
         ]
 
 
-def add_missing_weights(state: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
+def add_missing_weights(state: dict[str, torch.Tensor], model: GPT) -> dict[str, torch.Tensor]:
     """A state dict of an older model, completed with neutral values for the extras it lacks."""
-    with torch.device("meta"):
-        model = GPT(config)
     extras = ("resid_lambdas", "x0_lambdas", "smear_", "backout_lambda", "value_embeds.")
     added = {}
     for name, parameter in model.state_dict().items():

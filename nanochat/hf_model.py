@@ -23,8 +23,8 @@ def load_hf_model(path: str, compute: Compute) -> tuple[HFModel, HFTokenizer]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # not given, the library would ask
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
     except (ImportError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--hf-path {path} could not be loaded: {reason}") from None

@@ -8,7 +8,7 @@ generated from these lines alone. Some keys of `data` have a meaning here:
 
     "stage"    "base", "mid", "sft" or "rl": the column of the final table
     "scores"   {metric: number}: that column's rows
-    "metrics"  path of the run's metrics.jsonl: for a plot, training time, tokens per second and peak memory
+    "metrics"  path of the run's metrics.jsonl, from the base folder: for a plot, training time, tokens per second and peak memory
     "flags"    {"given", "all"} of `flags.for_report`: the first are shown, the others folded away
     "chat"     messages, a conversation with the stage's model: the latest is shown near the top
     "samples"  list of texts, or of conversations (lists of {"role", "content"}): shown as code
@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import re
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import distributions
@@ -35,7 +35,6 @@ from nanochat.common import CONTROLS, UserError, base_dir_path, get_base_dir, ru
 
 STAGES = ("base", "mid", "sft", "rl")
 SPECIAL_KEYS = ("stage", "scores", "metrics", "flags", "chat", "samples")
-ENTRY_KEYS = {"section", "time", "data"}
 BPB_NOTE = """Bits per byte of text, of conversations and of replies are measured on different data and targets (a reply is what
 the assistant says, given what came before). Compare each with itself only.
 """
@@ -43,31 +42,53 @@ the assistant says, given what came before). Compare each with itself only.
 
 def log(section: str, data: dict) -> None:
     """Append one section: {"section", "time" (seconds since the epoch), "data"}."""
-    line = json.dumps({"section": section, "time": time.time(), "data": data}, default=str)
     path = get_base_dir() / "report" / "report.jsonl"
     path.parent.mkdir(exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    append(path, {"section": section, "time": time.time(), "data": data})
 
 
-def read_jsonl(path: Path, keys: set[str] = frozenset()) -> list[dict]:
-    """The objects in a file of JSON lines that have all `keys`; none if it is missing.
+def append(path: Path, row: dict) -> None:
+    """Append a line of JSON, also after a line that a crash has truncated."""
+    line = json.dumps(row, default=str) + "\n"
+    with open(path, "ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        cut = file.read() not in (b"", b"\n")
+        file.write(("\n" * cut + line).encode())
 
-    A line that a crash has truncated is skipped.
-    """
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects in a file of JSON lines; none if it is missing or cannot be read. A truncated line is skipped."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    with suppress(OSError, ValueError):  # ValueError: not a path
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError, RecursionError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def read_entries(path: Path) -> list[dict]:
+    """The entries of a report.jsonl that can be shown; an other is named and skipped."""
+    entries = []
+    for entry in read_jsonl(path):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return [row for row in rows if isinstance(row, dict) and keys <= row.keys()]
+            data = entry["data"]
+            page = section_text(entry["section"].lower(), data, None)
+            page += final_table([entry])
+            page += cost_table([entry], [[]])
+            page += sample_text(data.get("chat", ""))
+            page.encode()
+            time.localtime(entry["time"])
+            Path(data.get("metrics", ""))
+            entries.append(entry)
+        except Exception as error:  # it holds other kinds of values than `log` writes
+            print(f"{path}: an entry is damaged and skipped ({error!r:.100})")
+    return entries
 
 
 def points(rows: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
-    """The values of two keys, of the rows in which both are finite numbers."""
+    """The values of two keys, of the rows in which both are numbers that can be plotted."""
     numbers = [(row.get(x), row.get(y)) for row in rows]
-    finite = [pair for pair in numbers if all(isinstance(n, (int, float)) and math.isfinite(n) for n in pair)]
+    finite = [pair for pair in numbers if all(isinstance(n, (int, float)) and abs(n) < 1e30 for n in pair)]
     return [a for a, _ in finite], [b for _, b in finite]
 
 
@@ -133,7 +154,7 @@ def sample_text(sample) -> str:
 
 
 def duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))  # 0:09:30
+    return str(timedelta(seconds=round(seconds))) if abs(seconds) < 1e12 else "unknown"  # 0:09:30
 
 
 def section_text(section: str, data: dict, plot: str | None) -> str:
@@ -239,7 +260,7 @@ def draw(panels: list[list[Panel]], path: Path, title: str = "") -> None:
         axes.set_xlabel(panel.x_label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=110)
 
 
@@ -252,7 +273,7 @@ def draw_run(rows: list[dict], title: str, path: Path) -> None:
     panels = []
     for (key, label), style in zip(names.items(), ({"linewidth": 1.2}, {"marker": "o", "markersize": 4, "capsize": 3})):
         x, y = points(rows, "step", key)
-        intervals = points(rows, key, f"{key}_ci")[1]
+        intervals = [abs(half) for half in points(rows, key, f"{key}_ci")[1]]
         style |= {"color": "#2a6f97", "yerr": intervals if len(intervals) == len(y) else None}
         if y:
             label += f": {y[-1]:.3f} at the end"
@@ -276,13 +297,13 @@ def generate() -> Path:
     """Write report.md and its plots; returns its path. Raises UserError if nothing has been logged."""
     folder = base_dir_path() / "report"
     source = folder / "report.jsonl"
-    entries = read_jsonl(source, ENTRY_KEYS)
+    entries = read_entries(source)
     if not entries:
         raise UserError(f"{source} is empty or missing; run a stage first, for instance scripts.base_train")
     chats = [entry["data"] for entry in entries if entry["data"].get("chat")]
     environments = [entry["data"] for entry in entries if entry["section"] == "Environment"]
     stages = [entry for entry in entries if entry["section"] != "Environment"]
-    runs = [read_jsonl(Path(entry["data"].get("metrics", ""))) for entry in stages]
+    runs = [read_jsonl(base_dir_path() / entry["data"].get("metrics", "")) for entry in stages]
 
     begin = time.strftime("%Y-%m-%d %H:%M", time.localtime(entries[0]["time"]))
     page = [
@@ -292,7 +313,7 @@ def generate() -> Path:
         final_table(stages),
     ]
     if chats:
-        page += [f"## A conversation with the model ({chats[-1]['stage']}, temperature 0)\n", sample_text(chats[-1]["chat"])]
+        page += [f"## A conversation with the model ({chats[-1].get('stage')}, temperature 0)\n", sample_text(chats[-1]["chat"])]
     page += ["## Time and memory\n", cost_table(stages, runs)]
     for number, (entry, rows) in enumerate(zip(stages, runs)):
         plot = None

@@ -3,7 +3,8 @@
 `nanochat.execution` starts it with `python -I -S`; it imports the standard library only. There are two processes: the
 judge forks the program, learns how it ended, runs the tests and writes the report. The judge reads the tests after the
 fork, and only plain data crosses between the two: the program can neither read nor patch the tests, and no object of
-it takes part in a comparison. Each confines itself in layers, all of them optional and reported when active:
+it takes part in a comparison. What the tests print is discarded, and landlock keeps them out of the program's folder.
+Each process confines itself in layers, all of them optional and reported when active:
 
     namespaces  a root folder of its own with the standard library, read-only, and 32 MiB at /tmp; no network, no
                 other processes, no /proc; a user id of its own if we are root
@@ -12,9 +13,8 @@ it takes part in a comparison. Each confines itself in layers, all of them optio
                 pairs, no signals to others
     limits      memory, CPU time, size and number of files, number of threads
 
-Without namespaces nothing can be written, the program can see that a file exists (not its contents), and only memory
-limits the number of threads. Sources: the man pages of the system calls, the kernel's userspace-api/landlock.rst, and
-its headers for every number.
+Without namespaces nothing can be written, and the program can see that a file exists (not its contents). Sources: the
+man pages of the system calls, the kernel's userspace-api/landlock.rst, and its headers for every number.
 """
 
 import _signal as signal  # `signal` and `socket` import enum, a third of the start-up time
@@ -44,6 +44,12 @@ def main() -> None:
     requests = open(0, "rb", buffering=0, closefd=False)  # unbuffered: what follows the request is not read yet
     request = marshal.load(requests)
     layers = []
+    try:  # root may start any number of threads, so take another real user id; the effective one still opens files
+        os.setresuid(2**30 + os.getpid(), -1, -1)
+    except (OSError, AttributeError):
+        pass
+    # The kernel counts our user's threads in all containers, which /proc does not show: try how many are at most there
+    request["threads"] = next(filter(can_start_thread, (2**exponent for exponent in range(31))), 1)
     # Before the fork, as landlock stops signals between siblings
     confine(request, layers, namespaces=enter_namespaces, limits=limit_resources, landlock=restrict_files)
     die_with_parent()
@@ -56,9 +62,11 @@ def main() -> None:
         return run_program(request, layers, theirs, secret)
     os.close(theirs)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(program, signal.SIGKILL))  # timeout: so that we can collect it
+    for stream in (1, 2):  # the program can read these files, and so what tests would print
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     request["may_kill"] = program
     try:
-        confine(request, layers, seccomp=filter_system_calls)
+        confine(request, layers, landlock=restrict_files, seccomp=filter_system_calls)
         error = judge(request, program, open(ours, "rb"), secret, requests, report)
     except BaseException as failure:
         error = f"the sandbox failed: {describe(failure)}"
@@ -97,12 +105,14 @@ def run_tests(channel, secret: bytes, source: str) -> str | None:
             send(channel.fileno(), name, plain(args), plain(kwargs))
             kind, value = receive(channel, secret)
             if kind == "value":
-                return value
+                return plain(value)  # marshal can also carry code and a class
             if kind != "raised":
                 raise SystemExit("the program ended during a call")  # tests that expect an Exception do not catch it
             error, _, message = f"{value}".partition(": ")
             error = getattr(builtins, error, None)
-            raise (error if isinstance(error, type) and issubclass(error, Exception) else RuntimeError)(message)
+            if not (isinstance(error, type) and issubclass(error, Exception)) or error in (StopIteration, StopAsyncIteration):
+                error = RuntimeError  # those two would end a loop of the tests, as in all(map(f, cases))
+            raise error(message)
 
         return function
 
@@ -151,9 +161,8 @@ def execute(source: str, name: str) -> str | None:
     except BaseException as error:
         failure = error
         failure.__traceback__ = error.__traceback__.tb_next  # without our own frame
-    text = describe(failure)
     sys.__excepthook__(type(failure), failure, failure.__traceback__)
-    return text
+    return describe(failure)
 
 
 def describe(error: BaseException) -> str:
@@ -226,10 +235,31 @@ def confine(request: dict, layers: list, **steps) -> None:
 
 def limit_resources(request: dict, namespaces: bool) -> None:
     limits = {"CPU": request["cpu"], "FSIZE": request["file"], "NOFILE": 64, "CORE": 0}
-    if namespaces:
-        limits["NPROC"] = 64  # counts all threads of the user, so only for a user of our own
+    limits["NPROC"] = 64 if namespaces else 64 + request["threads"]  # counts all threads of the user
     for name, value in {**limits, "AS": request["memory"]}.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))  # macOS cannot limit memory
+        set_limit(name, value)  # macOS cannot limit memory
+    if request["threads"] == 1:
+        raise OSError("NPROC does not limit this user")
+
+
+def set_limit(name: str, value: int) -> None:
+    """Set a resource limit for good, or keep it where a lower one is in force."""
+    kind = getattr(resource, f"RLIMIT_{name}")
+    value = min(value, resource.getrlimit(kind)[1] % 2**63)  # -1 stands for no limit
+    resource.setrlimit(kind, (value, value))
+
+
+def can_start_thread(limit: int) -> bool:
+    """Whether a process of our user without capabilities, which lift the limit, can start another under this limit."""
+    child = os.fork()
+    if child == 0:
+        try:
+            confine({"layers": ()}, [], seccomp=None)  # drops the capabilities only
+            set_limit("NPROC", limit)
+            os._exit(os.fork() and os.wait()[1])  # 0 in both processes
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def readable() -> list[str]:
@@ -243,19 +273,16 @@ def readable() -> list[str]:
 def enter_namespaces(request: dict, namespaces: bool) -> None:
     """Leave this machine's files, network, processes and user; the current, empty folder becomes the root folder."""
     root = os.getcwd()
-    uid, gid = os.getuid(), os.getgid()
+    uid, gid = os.geteuid(), os.getgid()
     new = 0x00020000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000  # CLONE_NEWNS, NEWUTS, NEWIPC, NEWPID, NEWNET
-    own_user = uid == 0
     try:
         call("unshare", new)
+        uid = gid = os.getuid()  # owns nothing
     except PermissionError:  # not root, or a root without this right: then in a user namespace, which gives it
-        own_user = False
         call("unshare", new | 0x10000000)  # CLONE_NEWUSER
         for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-    if own_user:
-        uid = gid = 2**30 + os.getpid()  # owns nothing, and its processes can be counted
 
     # the new root: bind mounts of what an interpreter reads, and /tmp
     nosuid_nodev, bind, rec, private = 2 | 4, 4096, 16384, 1 << 18
@@ -280,7 +307,7 @@ def enter_namespaces(request: dict, namespaces: bool) -> None:
     call("syscall", {"x86_64": 155, "aarch64": 41}[os.uname().machine], b".", b".")  # pivot_root, as in its man page
     call("umount2", b".", 2)  # MNT_DETACH: the old root was mounted over the new one
     os.chdir(WRITABLE)
-    if own_user:
+    if uid != os.geteuid():
         os.setgroups([])
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
@@ -288,16 +315,17 @@ def enter_namespaces(request: dict, namespaces: bool) -> None:
 
 def restrict_files(request: dict, namespaces: bool) -> None:
     """Landlock: read what an interpreter reads, write to the devices and, with namespaces, to the own folder."""
+    judge = "may_kill" in request  # adds rules after the fork: not the folder, which is the program's, but signals to it
     abi = call("syscall", 444, None, 0, 1)  # landlock_create_ruleset(LANDLOCK_CREATE_RULESET_VERSION)
     if abi < 3 and not namespaces:
         raise OSError("before version 3 files could be truncated")
     # access_fs.h: execute 1, write 2, read 4, list 8, then removing and making; versions 2, 3 and 5 added bits
     files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
-    attributes = (ctypes.c_uint64 * 3)(files, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)  # files, TCP, signals
+    attributes = (ctypes.c_uint64 * 3)(files, 3 if abi >= 4 else 0, 3 if abi >= 6 and not judge else 0)  # files, TCP, signals
     rules = call("syscall", 444, attributes, 24 if abi >= 6 else 16 if abi >= 4 else 8, 0)
     allowed = [(path, 4 | 8 if os.path.isdir(path) else 4) for path in readable()] + [(path, 2 | 4) for path in DEVICES]
-    # in /tmp all but running programs and making devices
-    allowed.append((WRITABLE, files & ~(1 | 1 << 6 | 1 << 11)) if namespaces else (os.getcwd(), 4 | 8))
+    if not judge:  # in /tmp all but running programs and making devices
+        allowed.append((WRITABLE, files & ~(1 | 1 << 6 | 1 << 11)) if namespaces else (os.getcwd(), 4 | 8))
     for path, rights in allowed:
         fd = os.open(path, 0o10000000 | os.O_CLOEXEC)  # O_PATH
         rule = (ctypes.c_uint32 * 3)(rights, 0, fd)  # a packed struct: 64 bits of rights, 32 of descriptor

@@ -28,7 +28,8 @@ class Saver:
         self.directory, self.compute, self.keep_last = directory, compute, keep_last
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
-        self.lock = FileLock(directory / ".lock")  # the system releases it when the process ends in any way
+        # Beside the folder, which appears with the first thing in it; the system releases it when the process ends in any way
+        self.lock = FileLock(directory.with_name(f".{directory.name}.lock"))
         compute.on_main(lambda: self._acquire_lock(timeout))
         # The thread's collectives need a group of their own, since the main thread uses the default one meanwhile
         self.group = None
@@ -36,12 +37,16 @@ class Saver:
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT))
 
     def _acquire_lock(self, timeout: float) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=timeout)
         except Timeout:
             hint = f"stop it, or give this one another --model-tag. If there is no such run, delete {self.lock.lock_file}"
             raise UserError(f"another run is training into {self.directory}; {hint}") from None
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise UserError(f"cannot train into {self.directory}: {error}; use another --model-tag") from error
+        with suppress(OSError):  # a run that fails before its first step leaves no empty folder
+            self.directory.rmdir()
 
     def save(self, step: int, model_state: State, optimizer_state: State | None, meta: dict, tokenizer) -> None:
         """Copy all tensors to host memory and save them from there (see `save_checkpoint`). `meta` is not copied.

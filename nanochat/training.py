@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import gc
-import json
 import math
 import os
 import platform
@@ -22,9 +21,10 @@ from pathlib import Path
 
 import torch
 
+from nanochat import report
 from nanochat.checkpoint_manager import checkpoint_dir, find_last_step, list_steps, load_checkpoint, load_model
 from nanochat.checkpoint_manager import load_optimizer, set_aside, update_meta, verify
-from nanochat.common import Compute, UserError, compute_cleanup, print0, restarts, wandb_run
+from nanochat.common import Compute, UserError, base_dir_path, compute_cleanup, print0, restarts, wandb_run
 from nanochat.device import fit_device_batch, peak_flops, peak_memory
 from nanochat.optim import MuonAdamW
 from nanochat.saver import Saver
@@ -166,6 +166,7 @@ class Meter:
         self.pending: tuple | None = None  # the step that is not reported yet
         self.path = directory / "metrics.jsonl"
         if compute.is_main:
+            directory.mkdir(exist_ok=True)
             with open(self.path, "ab") as file:  # remove what was logged after the checkpoint
                 file.truncate(min(self.state["log_size"], file.tell()))
 
@@ -226,20 +227,15 @@ class Meter:
         )
 
     def log(self, step: int, **values) -> None:
-        """Append one line to metrics.jsonl and send the same to wandb."""
-        if self.compute.is_main:
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step, **values, "total_time": self.state["total_time"]}) + "\n")
-            except OSError as error:  # a full disk does not end the run
-                print0(f"error: step {step} is missing in {self.path}: {error}")
-        if self.wandb_run:
-            self.wandb_run.log({**values, "total_time": self.state["total_time"]}, step=step)
-
-    def finish(self) -> None:
-        self.flush()
-        if self.wandb_run:
-            self.wandb_run.finish()
+        """Append one line to metrics.jsonl and send the same to wandb. A full disk or a failing wandb does not end the run."""
+        values["total_time"] = self.state["total_time"]
+        try:
+            if self.compute.is_main:
+                report.append(self.path, {"step": step, **values})
+            if self.wandb_run:
+                self.wandb_run.log(values, step=step)
+        except Exception as error:  # wandb has many kinds
+            print0(f"error: step {step} is missing in {self.path} or in wandb: {error}")
 
 
 # -----------------------------------------------------------------------------
@@ -264,7 +260,7 @@ def inherit(args: Namespace, origin: dict) -> Namespace:
     saved, settings = origin.get("user_config", {}), Namespace(**vars(args))
     for name, value in vars(args).items():
         if value is None and name not in ("model_tag", "model_step"):
-            if saved.get(name) is None:
+            if not isinstance(saved.get(name), (int, float)) or not 0 <= saved[name] < math.inf:
                 raise UserError(f"the model's checkpoint does not record its {name}; give --{name.replace('_', '-')}")
             setattr(settings, name, saved[name])
     settings.short_run, settings.examples = saved.get("short_run", 1.0), saved.get("examples", [])
@@ -295,21 +291,28 @@ class Run:
             if origin:
                 warm_start(optimizer, settings.stage, origin, compute)
         self.step = self.saved_step = saved["step"]
-        self.val_bpb, self.loader_state, loop = saved["val_bpb"], saved["loader_state"], saved["loop_state"]
+        self.val_bpb, self.loader_state, self.loop_state = saved["val_bpb"], saved["loader_state"], saved["loop_state"]
         self.loss_scale = LossScale(compute) if compute.dtype == torch.float16 else None
-        if self.loss_scale and loop.get("loss_scale"):
-            self.loss_scale.load_state_dict(loop["loss_scale"])
-        project = "nanochat" if stage == "base" else f"nanochat-{stage}"
-        wandb = wandb_run(project, settings.run, vars(settings), loop.get("wandb_id"))
-        flops_per_token = None if stage == "rl" else model.estimate_flops()  # sampling costs more than the update
-        self.meter = Meter(compute, self.directory, settings.total_batch_size, flops_per_token, wandb, loop.get("meter"))
-        self.failures: list[str] = []  # evaluations that failed
+        if self.loss_scale and self.loop_state.get("loss_scale"):
+            self.loss_scale.load_state_dict(self.loop_state["loss_scale"])
+        self.failures: list[str] = []  # what failed beside the training
 
     def start(self) -> None:
-        """From now on signals request a stop, and the present objects are left out of garbage collections.
+        """Everything is built: from here on the run writes into its folder, and signals request a stop.
 
-        A full collection takes up to half a second of a step.
+        What an earlier run left under this tag, or later checkpoints than the one to resume from, are moved to TAG.old, so
+        that "latest" always belongs to this run. The present objects are left out of garbage collections, of which a full
+        one takes up to half a second of a step.
         """
+        settings = self.settings
+        loop = self.loop_state
+        project = "nanochat" if self.stage == "base" else f"nanochat-{self.stage}"
+        wandb = wandb_run(project, settings.run, vars(settings), loop.get("wandb_id"))
+        after = self.step or None
+        if settings.resume_from_step != "latest" and (old := self.compute.on_main(lambda: set_aside(self.directory, after))):
+            print0(f"moved {'the checkpoints of later steps' if after else 'the earlier run under this tag'} to {old}")
+        flops = None if self.stage == "rl" else self.model.estimate_flops()  # sampling costs more than the update
+        self.meter = Meter(self.compute, self.directory, settings.total_batch_size, flops, wandb, loop.get("meter"))
         self.stop = StopSignal(self.compute)
         gc.collect()
         gc.freeze()
@@ -344,18 +347,9 @@ class Run:
         self.saver.save(self.step, self.model.state_dict(), self.optimizer.state_dict(), meta, self.tokenizer)
 
     def measure(self, what: str, evaluate: Callable[[], dict | None]) -> dict:
-        """The numbers that `evaluate()` returns, logged and printed, except for those that are None since it was stopped.
-
-        A failed evaluation costs one line and the exit code, but never ends the run.
-        """
+        """The numbers that `evaluate()` returns, logged and printed, except for those that are None since it was stopped."""
         self.meter.flush()
-        try:
-            values = {name: value for name, value in (evaluate() or {}).items() if value is not None}
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            print0(f"error: {what} failed ({reason}); training continues")
-            self.failures.append(what)
-            values = {}
+        values = {name: value for name, value in (self.attempt(what, evaluate) or {}).items() if value is not None}
         if values:
             self.val_bpb = values.get("val_bpb", self.val_bpb)
             self.meter.log(self.step, **values)
@@ -363,22 +357,32 @@ class Run:
             print0(f"step {self.step:05d} | {shown}")
         return values
 
+    def attempt(self, what: str, work: Callable):
+        """The result of `work()`. If it fails, that costs one line and the exit code, but never ends the run."""
+        try:
+            return work()
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            print0(f"error: {what} failed ({reason}); the run continues")
+            self.failures.append(what)
+
     def finish(self, complete: bool, title: str, entry: dict) -> None:
         """Wait for the last save, add `entry` to the report if the run is complete, and leave. UserError if something failed."""
-        from nanochat import report
+
+        def conclude() -> None:
+            update_meta(self.directory, self.step, val_bpb=self.val_bpb)  # the last evaluation came after the save
+            metrics, minutes = self.meter.path.relative_to(base_dir_path()), self.meter.state["total_time"] / 60
+            report.log(title, {"stage": self.stage, "model tag": self.directory.name, "steps": self.step, **entry,
+                               "training minutes": minutes, "metrics": str(metrics)})  # fmt: skip
 
         self.saver.wait()
-        if complete:  # its last evaluation came after the save
-            self.compute.on_main(lambda: update_meta(self.directory, self.step, val_bpb=self.val_bpb))
-        self.saver.close()
-        if not complete:
+        if complete:
+            self.attempt("the report", lambda: self.compute.on_main(conclude))
+        else:
             print0(f"stopped after step {self.step}; continue with the same flags and --resume-from-step=latest")
-        elif self.compute.is_main:
-            report.log(title, {
-                "stage": self.stage, "model tag": self.directory.name, "steps": self.step, **entry,
-                "training minutes": self.meter.state["total_time"] / 60, "metrics": str(self.meter.path),
-            })  # fmt: skip
-        self.meter.finish()
+        self.saver.close()
+        if self.meter.wandb_run:
+            self.attempt("wandb", self.meter.wandb_run.finish)
         compute_cleanup(self.compute)
         if self.failures:
             raise UserError(f"the model is saved in {self.directory}, but these failed: {', '.join(self.failures)}")
@@ -387,18 +391,11 @@ class Run:
 def step_to_resume(directory: Path, requested: str, restarted: bool) -> int | None:
     """The step to resume from, or None for a new run. The only place that decides this.
 
-    `requested` is --resume-from-step. A job that torchrun or Slurm has restarted resumes from its last checkpoint. What an
-    earlier run left under this tag, or later checkpoints than the requested one, are moved to TAG.old, so that "latest"
-    always belongs to this run.
+    `requested` is --resume-from-step. A job that torchrun or Slurm has restarted resumes from its last checkpoint.
     """
     if requested == "latest" or restarted and list_steps(directory):
         return find_last_step(directory)
-    step = None if requested == "-1" else int(requested)
-    if step is not None:
-        verify(directory, step, names=[])  # it exists
-    if old := set_aside(directory, after=step):
-        print0(f"moved {'the earlier run under this tag' if step is None else 'the checkpoints of later steps'} to {old}")
-    return step
+    return None if requested == "-1" else verify(directory, int(requested), names=[])["step"]
 
 
 def resume(directory: Path, settings: Namespace, model, optimizer, tokenizer, compute: Compute) -> dict | None:
@@ -410,14 +407,20 @@ def resume(directory: Path, settings: Namespace, model, optimizer, tokenizer, co
     step = compute.on_main(lambda: step_to_resume(directory, settings.resume_from_step, restarted))
     if step is None:
         return None
-    saved = verify(directory, step, names=[])
-    before, now = saved["user_config"], vars(settings)
-    changed = [
-        differences(saved["model_config"], asdict(model.config)),
-        differences(saved, {"tokenizer": tokenizer.fingerprint()}),
-        differences(before, {name: now[name] for name in ("total_batch_size", "max_seq_len")}),
-    ]
-    place = f"step {step} in {directory}"
+    saved, now, place = verify(directory, step, names=[]), vars(settings), f"step {step} in {directory}"
+    try:
+        before, meter = saved["user_config"], saved["loop_state"]["meter"]
+        earlier = {**asdict(type(model.config)(document_start=model.config.document_start)), **saved["model_config"]}
+        changed = [
+            differences(earlier, asdict(model.config)),
+            differences(saved, {"tokenizer": tokenizer.fingerprint()}),
+            differences(before, {name: now[name] for name in ("total_batch_size", "max_seq_len")}),
+        ]
+        rng_state = bytearray(base64.b64decode(saved["rng_state"]["cpu"]))
+        torch.set_rng_state(torch.frombuffer(rng_state, dtype=torch.uint8))
+        sum(meter[name] for name in ("ema", "weight", "total_time", "log_size"))  # all are numbers
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{place} cannot be resumed: meta.json is damaged: {error!r}") from error
     if any(changed):
         changed = ", ".join(filter(None, changed))
         raise UserError(f"{place} is of another run ({changed}); give the same flags, or another --model-tag")
@@ -425,8 +428,6 @@ def resume(directory: Path, settings: Namespace, model, optimizer, tokenizer, co
     model_state, meta = load_checkpoint(directory, step, compute)
     model.load_state_dict(model_state)
     optimizer.load_state_dict(load_optimizer(directory, step, optimizer.state_dict(), compute.rank))
-    rng_state = bytearray(base64.b64decode(meta["rng_state"]["cpu"]))
-    torch.set_rng_state(torch.frombuffer(rng_state, dtype=torch.uint8))
     if changed := differences(before, now, ignored=("resume_from_step", "run", "device_batch_size", "examples")):
         print0(f"flags that differ from the saved run: {changed}")
     print0(f"resumed from {place}")

@@ -21,8 +21,8 @@ def main(argv=None):
     flags.add_run_flags(parser)
     group = parser.add_argument_group("model, data and hardware")
     group.add_argument("--depth", type=flags.DEPTH, default=20, help="number of layers; the one dial")
-    group.add_argument("--model-tag", default=None, help="name of the checkpoint folder (default d{depth})")
-    group.add_argument("--source", default="climbmix", help="climbmix, fineweb-edu, sample, or a folder of parquet files")
+    group.add_argument("--model-tag", type=flags.tag, help="name of the checkpoint folder (default d{depth})")
+    group.add_argument("--source", default="climbmix", help=flags.SOURCES)
     group.add_argument("--device-batch-size", type=flags.COUNT_OR_AUTO, default=-1, help="rows per micro-batch (-1: what fits)")
     group.add_argument("--fp8", action="store_true", help="train in float8, with compute capability 8.9 or more")
     flags.add_size_flags(parser)
@@ -41,6 +41,7 @@ def main(argv=None):
     from nanochat.core_eval import evaluate_core, fetch_bundle
     from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit as data_loader
     from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader_with_state
+    from nanochat.dataset import resolve
     from nanochat.device import compile_model, fit_device_batch
     from nanochat.gpt import GPT, config_of_depth
     from nanochat.loss_eval import eval_batches, evaluate_bpb, sample_texts
@@ -51,10 +52,12 @@ def main(argv=None):
     check_wandb(args.run)
     compute = compute_init(args.device_type)
     tokenizer = get_tokenizer()
+    source = compute.on_main(lambda: resolve(args.source))  # once, since files may change during the run
 
     # The model
-    shape = args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern
+    shape = args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern, args.plain
     config = config_of_depth(args.depth, tokenizer.get_vocab_size(), *shape)
+    config.document_start = tokenizer.get_bos_token_id()
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=compute.device)
@@ -92,7 +95,7 @@ def main(argv=None):
 
     # The data
     batches = data_loader_with_state(
-        tokenizer, B, T, "train", device=compute.device, source=args.source,
+        tokenizer, B, T, "train", device=compute.device, source=source,
         rows_per_step=goal.total_batch_size // T, resume_state_dict=run.loader_state,
     )
     token_bytes = tokenizer.token_bytes(compute.device)
@@ -106,7 +109,7 @@ def main(argv=None):
 
     def measure_bpb():
         val_batches = data_loader(
-            tokenizer, B, T, "val", device=compute.device, source=args.source,
+            tokenizer, B, T, "val", device=compute.device, source=source,
             rows_per_step=eval_rows, buffer_size=100, tokenizer_batch_size=16,
         )
         return {"val_bpb": evaluate_bpb(model, val_batches, eval_steps, token_bytes, compute, run.stop.requested)}

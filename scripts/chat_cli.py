@@ -130,7 +130,6 @@ def main(argv=None):
     from nanochat.device import prepare_for_inference
     from nanochat.engine import Engine
 
-    sys.stdout.reconfigure(errors="replace")  # for terminals that cannot encode a character
     compute = compute_init(args.device_type)
     model, tokenizer, _ = load_model(args.stage, compute, model_tag=args.model_tag, step=args.step)
     engine = Engine(prepare_for_inference(model), tokenizer, max_sequences=1)

@@ -20,14 +20,15 @@ def chosen_tasks(task_name: list[str] | None) -> tuple[str, ...]:
     """The names given with -a, in order and without duplicates; the six of ChatCORE by default."""
     names = [name.strip() for name in "|".join(task_name or CHATCORE).split("|")]
     for name in names:
-        if name not in TASK_NAMES:
-            raise UserError(f"unknown task {name!r}; choose from {', '.join(TASK_NAMES)}")
+        if name not in TASK_NAMES and "." not in name:
+            raise UserError(f"unknown task {name!r}; choose from {', '.join(TASK_NAMES)}, or name a file of conversations")
     return tuple(dict.fromkeys(names))
 
 
 def make_task(name: str, allow_unsafe_code: bool = False):
-    """The task with its test questions. Its data comes from the hub, so this may raise UserError."""
+    """The task with its test questions, of a file those held out. Data comes from the hub, so this may raise UserError."""
     from tasks.arc import ARC
+    from tasks.customjson import CustomJSON
     from tasks.gsm8k import GSM8K
     from tasks.humaneval import HumanEval
     from tasks.mmlu import MMLU
@@ -42,7 +43,7 @@ def make_task(name: str, allow_unsafe_code: bool = False):
         "HumanEval": lambda: HumanEval(allow_unsafe=allow_unsafe_code),
         "SpellingBee": lambda: SpellingBee(256, "test"),
         "SampleWorld": lambda: SampleWorld("test"),
-    }[name]()
+    }.get(name, lambda: CustomJSON(name, "val"))()
 
 
 def chat_core(results: dict[str, dict]) -> float:
@@ -69,7 +70,8 @@ def main(argv=None):
     parser = flags.make_parser("Measure a chat model on tasks with answers that can be checked.")
     flags.add_model_flags(parser, ["base", "mid", "sft", "rl"])
     group = parser.add_argument_group("tasks")
-    task_help = f"a task, or several joined by |; may be repeated (default: the six of ChatCORE): {', '.join(TASK_NAMES)}"
+    task_help = (f"a task, or several joined by |; may be repeated (default: the six of ChatCORE): {', '.join(TASK_NAMES)}, "
+                 "or a file of conversations")
     group.add_argument("-a", "--task-name", action="append", metavar="NAME", help=task_help)
     group.add_argument("-x", "--max-problems", type=flags.COUNT, help="only the first problems of each task (default: all)")
     group.add_argument("-n", "--num-samples", type=flags.COUNT, default=1, help="replies per problem; one must be right")

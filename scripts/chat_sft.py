@@ -50,7 +50,8 @@ def main(argv=None):
             "SmolTalk": lambda: SmolTalk("test", stop=1000),
             "SampleWorld": lambda: SampleWorld("train", size=12400, start=12000),
         }
-        return mixtures(train, val, args.tasks, compute, explicit=args.tasks != parser.get_default("tasks"))
+        explicit = args.tasks != parser.get_default("tasks")
+        return mixtures(train, val, args.tasks, compute, explicit, read=CustomJSON)
 
     finetune("sft", parser, args, load_data, supervise="assistant")
 

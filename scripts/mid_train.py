@@ -49,7 +49,8 @@ def main(argv=None):
             "SpellingBee": lambda: SpellingBee(1000, "test"),
             "SampleWorld": lambda: SampleWorld("train", size=12400, start=12000),
         }
-        return mixtures(train, val, args.tasks, compute, explicit=args.tasks != parser.get_default("tasks"))
+        explicit = args.tasks != parser.get_default("tasks")
+        return mixtures(train, val, args.tasks, compute, explicit, read=CustomJSON)
 
     finetune("mid", parser, args, load_data, supervise="all")
 

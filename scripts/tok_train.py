@@ -25,7 +25,7 @@ def main(argv=None):
     parser.add_argument("--max-chars", type=flags.number(float, 1, 1e15), default=2_000_000_000, help="characters to train on, at most")
     parser.add_argument("--doc-cap", type=flags.COUNT, default=10_000, help="characters per document, at most")
     parser.add_argument("--vocab-size", type=flags.COUNT, default=32_768, help="number of tokens, special tokens included")
-    parser.add_argument("--source", default="climbmix", help="climbmix, fineweb-edu, sample or a folder")
+    parser.add_argument("--source", default="climbmix", help=flags.SOURCES)
     args = parser.parse_args(argv)
     if ranks()[0] > 0:
         return  # under torchrun the main rank does all the work

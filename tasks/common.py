@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import re
 from decimal import Decimal
+from functools import partial
 from typing import Callable, Sequence
 
 from nanochat.common import Compute, Unreachable, UserError, hub_endpoint, print0
@@ -183,7 +184,8 @@ def available_tasks(makers: Makers, names: str, compute: Compute, explicit: bool
     listed = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in listed if name not in makers]
     if unknown or not listed:
-        raise UserError(f"{', '.join(unknown) or 'no task'} is not one of the tasks here: {', '.join(makers)}")
+        raise UserError(f"{', '.join(unknown) or 'no task'} is not one of the tasks here: {', '.join(makers)}, "
+                        "nor a file of conversations, which has a dot in its name")
     tasks = {}
     for name in listed:
         try:
@@ -197,9 +199,16 @@ def available_tasks(makers: Makers, names: str, compute: Compute, explicit: bool
     return tasks
 
 
-def mixtures(train: Makers, val: Makers, names: str, compute: Compute, explicit: bool) -> tuple[TaskMixture, TaskMixture]:
-    """(training, validation) data of the tasks in `names`. A persona has no validation part; alone, SampleWorld's is used."""
-    tasks = available_tasks(train, names, compute, explicit)
+def mixtures(
+    train: Makers, val: Makers, names: str, compute: Compute, explicit: bool, read: Callable[[str, str], Task]
+) -> tuple[TaskMixture, TaskMixture]:  # fmt: skip
+    """(training, validation) data of the tasks in `names`. A name with a dot is a file, of which `read(name, split)` is a task.
+
+    If there are files, only their held-out parts are for validation. A persona has none; alone, SampleWorld's is used.
+    """
+    files = [name.strip() for name in names.split(",") if "." in name]
+    tasks = available_tasks(train | {file: partial(read, file, "train") for file in files}, names, compute, explicit)
+    val = {file: partial(read, file, "val") for file in files} or val
     val_names = ",".join(name for name in tasks if name in val) or "SampleWorld"
     val_tasks = available_tasks(val, val_names, compute, explicit)
     return TaskMixture(list(tasks.values())), TaskMixture(list(val_tasks.values()))

@@ -66,7 +66,7 @@ def test_an_unreachable_task_is_skipped_with_a_line_unless_it_is_requested_by_na
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["-n", "4"], "temperature 0"), (["-a", "Mmlu"], "unknown task 'Mmlu'; choose from ARC-Easy"), (["-a", "|"], "unknown task"),
+    (["-n", "4"], "temperature 0"), (["-a", "Mmlu"], "unknown task 'Mmlu'; choose from ARC-Easy.*or name a file"), (["-a", "|"], "unknown task"),
 ])  # fmt: skip
 def test_flags_that_cannot_work_are_refused(fake, arguments, message):
     with pytest.raises(UserError, match=message):

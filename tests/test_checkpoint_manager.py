@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import re
 from contextlib import nullcontext
 
@@ -142,9 +143,27 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     for step in (1, 2, 3, 9):
         save(tmp_path, step)
     (tmp_path / "step_000009" / "meta.json").unlink()  # damaged: the run resumed from step 3
-    (tmp_path / "step_notes").write_text("not a checkpoint")
+    for name in ("step_notes", "step_0000002"):
+        (tmp_path / name).write_text("not a checkpoint")
+    for step, clock in ((1, 99), (2, 50), (3, 10)):  # checkpoints are in order of their steps, whatever the clock was
+        os.utime(tmp_path / f"step_00000{step}", (clock, clock))
     save(tmp_path, 4, keep_last=2)
-    assert names_in(tmp_path) == ["step_000003", "step_000004", "step_000009", "step_notes"]
+    assert names_in(tmp_path) == ["step_0000002", "step_000003", "step_000004", "step_000009", "step_notes"]
+
+
+def test_a_run_is_moved_to_one_folder_that_a_run_without_checkpoints_does_not_replace(tmp_path):
+    directory, old = tmp_path / "d4", tmp_path / "d4.old"
+    save(directory, 20)
+    save(directory, 10)
+    assert cm.set_aside(directory, after=10) == old and cm.list_steps(directory) == [10] and cm.list_steps(old) == [20]
+    for step in (10, 30):
+        (directory / "metrics.jsonl").touch()
+        assert cm.set_aside(directory) == old and names_in(directory) == []
+        assert names_in(old) == ["metrics.jsonl", f"step_0000{step}"]
+        save(directory, 30)
+    cm.set_aside(directory)
+    (directory / "metrics.jsonl").touch()
+    assert cm.set_aside(directory) is None and cm.list_steps(old) == [30]
 
 
 def test_the_newest_tag_is_the_default(base_dir):

@@ -100,6 +100,12 @@ def test_resume_on_other_data_is_refused(tmp_path):
     refused(packed, tmp_path, state, "has changed since this run read it")
     write_corpus(tmp_path, LENGTHS[:-1])
     refused(packed, tmp_path, state, "002.parquet has changed from 5 to 4 rows since the checkpoint")
+    (tmp_path / "002.parquet").rename(tmp_path / "002b.parquet")
+    refused(packed, tmp_path, state, "002.parquet has changed from 5 to no rows since the checkpoint")
+    (tmp_path / "002b.parquet").rename(tmp_path / "003.parquet")  # now the shard of validation is one for training
+    write_corpus(tmp_path, LENGTHS)
+    for damage in ({"next": "x"}, {"next": [1]}, {"buffer": [[1, 99, 0, 0, 0]]}, {"buffer": [[1]]}, {"shards": 7}):
+        refused(packed, tmp_path, take(packed(tmp_path), 1)[0][2] | damage, "loader state is damaged")
     state = take(conversations(make_conversations(SHAPES)), 1)[0][2]
     shorter = make_conversations([(1, 1)] * len(SHAPES))
     refused(conversations, shorter[:3], state, "changed from 11 to 3 rows since the checkpoint was saved")

@@ -19,7 +19,8 @@ def make_model(**changes):
     options = {"sequence_len": 512, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "window_pattern": "QQSL", **changes}
     model = tiny_gpt(noise=0.1, head_std=0.5, **options)
     with torch.no_grad():
-        model.smear_lambda.fill_(0.7)
+        if not model.config.plain:
+            model.smear_lambda.fill_(0.7)
     return model.eval()
 
 
@@ -67,6 +68,7 @@ def test_a_cache_prefills_another():
 @pytest.mark.parametrize("changes", [
     {},
     {"n_kv_head": 4, "window_pattern": "L"},
+    {"plain": True},
     {"n_kv_head": 1, "window_pattern": "SSSL", "n_layer": 3},
     {"window_pattern": "QQQL", "n_layer": 1, "sequence_len": 160},
 ])  # fmt: skip

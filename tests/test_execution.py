@@ -1,6 +1,7 @@
 """What a sandboxed program may do, how its end is reported, and tests that call it."""
 
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -90,6 +91,13 @@ def test_flags_that_a_program_sets_on_its_output_do_no_harm():
     program = "import fcntl, os\nprint('x', flush=True)\nfor fd in (1, 2): fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT | os.O_APPEND)"
     result = execute_code(program)
     assert result.success and result.stdout == "x\n", result
+
+
+def test_an_unsafe_program_can_leave_folders_deeper_than_pythons_stack(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')"
+    assert execute_code(code, allow_unsafe=True, layers=("limits",)).success
+    subprocess.run(["rm", "-rf", tmp_path], check=True)  # which pytest could not remove either
 
 
 def test_the_folder_is_empty_is_writable_with_namespaces_only_and_is_removed(tmp_path, monkeypatch):

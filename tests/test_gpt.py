@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_gpt
 
-from nanochat.gpt import GPT, GPTConfig, add_missing_weights, window_sizes
+from nanochat.gpt import GPT, GPTConfig, add_missing_weights, config_of_depth, window_sizes
 
 
 def make(**changes) -> GPT:
@@ -24,7 +24,7 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
     x = rms(w["transformer.wte.weight"][idx])
     gate = torch.sigmoid(x[..., :24] @ w["smear_gate.weight"].T)
     left = torch.zeros_like(x)
-    left[:, 1:] = x[:, :-1]
+    left[:, 1:] = x[:, :-1] * (idx[:, 1:] != c.document_start)[..., None]
     x = x0 = x + w["smear_lambda"] * gate * left
     t = torch.arange(T)
     angles = t[:, None] * c.rotary_base ** (-torch.arange(D // 2, dtype=torch.float64) / (D // 2))  # (T, D/2)
@@ -54,7 +54,7 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"n_kv_head": 4, "n_layer": 4}, {"n_layer": 1}, {"sequence_len": 300, "window_pattern": "QL", "n_layer": 2},
+    {}, {"n_kv_head": 4, "n_layer": 4}, {"n_layer": 1, "document_start": 7}, {"sequence_len": 300, "window_pattern": "QL", "n_layer": 2},
 ])  # fmt: skip
 def test_forward_equals_the_reference(changes):
     model = make(**changes)
@@ -67,9 +67,22 @@ def test_forward_equals_the_reference(changes):
         assert torch.allclose(logits.double(), expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("document_start, reached", [(99, 0), (-1, 1)])
+def test_smear_does_not_cross_the_start_of_a_document(document_start, reached):
+    model = make(document_start=document_start)
+    for block in model.transformer.h:  # only smear connects positions
+        torch.nn.init.zeros_(block.attn.c_proj.weight)
+    idx = ids(1, 12)
+    idx[0, 5] = 99
+    other = idx.clone()
+    other[0, 4] += 1
+    changed = (model(idx) != model(other)).any(-1)[0]
+    assert changed[4:].tolist() == [True, bool(reached), *[False] * 6]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_loss_and_all_gradients(reduction):
-    model, x, y = make(), ids(), ids(seed=2)
+    model, x, y = make(plain=reduction == "sum"), ids(), ids(seed=2)
     y[0, :40] = -1
     loss = model(x, y, loss_reduction=reduction)
     loss.sum().backward()
@@ -118,8 +131,9 @@ def test_counts_and_flops():
     assert model.estimate_flops() == 6 * (4 * 12 * 256**2 + gates + 32768 * 256) + attention
 
 
-def test_each_parameter_is_in_exactly_one_group():
-    model = make()
+@pytest.mark.parametrize("plain", [False, True])
+def test_each_parameter_is_in_exactly_one_group(plain):
+    model = make(plain=plain)
     groups = model.param_groups()
     named = [name for group in groups for name, _ in group["params"]]
     assert sorted(named) == sorted(name for name, _ in model.named_parameters())
@@ -130,7 +144,7 @@ def test_missing_extras_of_an_older_checkpoint_are_neutral():
     model, loaded = make(), make(seed=5)
     plain = ("transformer", "lm_head")
     old = {name: p for name, p in model.state_dict().items() if name.startswith(plain) and "ve_gate" not in name}
-    loaded.load_state_dict(add_missing_weights(old, model.config))
+    loaded.load_state_dict(add_missing_weights(old, model))
     with torch.no_grad():
         model.resid_lambdas.fill_(1.0)
         for p in (model.x0_lambdas, model.smear_lambda, model.backout_lambda, *model.value_embeds.parameters()):
@@ -138,11 +152,22 @@ def test_missing_extras_of_an_older_checkpoint_are_neutral():
     assert torch.allclose(loaded(ids()), model(ids()), atol=1e-5)
 
 
+def test_a_plain_model_is_one_whose_extras_are_neutral():
+    model = make(plain=True)
+    assert all(name.startswith(("transformer.wte", "transformer.h", "lm_head")) for name, _ in model.named_parameters())
+    whole = make(window_pattern="L", qk_scale=1.0)
+    whole.load_state_dict(add_missing_weights(model.state_dict(), whole))
+    assert torch.allclose(model(ids()), whole(ids()), atol=1e-5)
+    assert config_of_depth(4, 100, 64, plain=True).window_pattern == "L"
+
+
 def test_invalid_lengths_and_shapes_are_refused():
     with pytest.raises(ValueError, match="context of 64"):
         make()(ids(T=65))
     with pytest.raises(ValueError, match="L, S and Q"):
         make(window_pattern="QX")
+    with pytest.raises(ValueError, match="a plain model has no windows"):
+        config_of_depth(4, 100, 64, plain=True, window_pattern="SSSL")
     for sizes in ({"n_embd": 100, "n_head": 3}, {"n_embd": 128, "n_head": 4, "n_kv_head": 3}):
         with pytest.raises(ValueError, match="multiple"):
             GPT(GPTConfig(**sizes))

@@ -51,7 +51,8 @@ def test_metrics_become_a_plot_and_the_training_time(base_dir, reinforcement):
     rows.insert(5, {"step": 5, "val_bpb": 1.5, "total_time": 290.0})
     if reinforcement:
         rows += [{"step": 9, "reward": 0.5, "total_time": 9.0}, {"step": 9, "accuracy": 0.5, "accuracy_ci": 0.1, "total_time": 540.0}]
-    report.log("Base model training", {"metrics": write_metrics(base_dir / "metrics.jsonl", rows)})
+    path = write_metrics(base_dir / "metrics.jsonl", rows)  # from the base folder, so that that can be moved; once absolute
+    report.log("Base model training", {"metrics": path if reinforcement else "metrics.jsonl"})
     text = report.generate().read_text()
     plots = list((base_dir / "report").glob("*.png"))
     assert len(plots) == 1 and f"![Base model training]({plots[0].name})" in text

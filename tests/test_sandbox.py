@@ -57,6 +57,8 @@ syscall('clone3', ctypes.create_string_buffer(88), 88)
 each(lambda pid: each(lambda s: os.kill(pid, s), 0, 15, 9), PARENT, -PARENT, os.getppid(), 2, 0, -1)
 each(lambda pid: syscall('tgkill', pid, pid, 9), PARENT, 2)
 each(lambda a: fcntl.fcntl(os.pipe()[0], *a), (8, PARENT), (10, 9), (1024, 0), (1031, 2**20))
+each(lambda a: fcntl.fcntl(1, *a), (8, PARENT), (10, 9), (15, b'x' * 8), (37, b'x' * 32), (1024, 0), (1026, 63), (1033, 15))
+each(lambda n: fcntl.ioctl(1, n, bytes(8)), 0x540e, 0x5410, 0x5412, 0x5452, 0x8901, 0x8902, 0x40086602)
 each(lambda pid: resource.prlimit(pid, resource.RLIMIT_NOFILE), 2, PARENT, os.getppid() or PARENT)
 each(raise_limit, 'AS', 'CPU', 'FSIZE', 'NOFILE', 'CORE')
 each(lambda a: a[0](PARENT, a[1]), (os.setpgid, 0), (os.sched_setaffinity, [0]), (os.killpg, 9))
@@ -95,6 +97,7 @@ PROGRAMS = {
         "for s in {*signal.valid_signals()} - {9, 19}: signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
         "signal.pthread_sigmask(0, signal.valid_signals()); time.sleep(99)",
         "import atexit; atexit.register(time.sleep, 99)", "os.closerange(0, 256); time.sleep(99)",
+        "os.kill(os.getpid(), signal.SIGSTOP); time.sleep(99)", "os.write(3, b'(\\x03'); time.sleep(99)",
         "signal.signal(14, lambda *_: None); signal.setitimer(0, 1e-5, 1e-5)\nwhile True: pass",
         "x = []\ntry:\n    while True: x.append(bytearray(2**20))\nexcept MemoryError: pass\ntime.sleep(99)",
     ],
@@ -116,6 +119,8 @@ PROGRAMS = {
         "x = [os.open('.', os.O_TMPFILE | os.O_RDWR) for _ in range(99)]", "x = [os.pipe() for _ in range(99)]",
     ],
     ENDS: [
+        "os.ftruncate(1, 2**24); os.ftruncate(2, 2**24); os.lseek(1, 2**24, 0); fcntl.lockf(1, fcntl.LOCK_EX)",
+        "s = socket.socket(fileno=3); s.shutdown(0); s.detach()", "os.write(1, bytes(range(256)))",
         "for d in {*range(64)} - {3}:\n    try: print(d, os.pread(d, 4096, 0))\n    except OSError: pass",
         "f = sys._getframe()\nwhile f:\n    print(f.f_code.co_name, f.f_locals, f.f_globals)\n    f = f.f_back",
         "for o in gc.get_objects():\n    if isinstance(o, (dict, list, tuple)): print(repr(o)[:200])",
@@ -156,9 +161,12 @@ PROGRAMS = {
         "import random\nrandom.randrange = lambda *_: 0\ndef f(x): return 987654321 if x == 0 else 0",
         "for module in list(sys.modules.values()): vars(module).update(f=lambda x: 0, x=0)\ndef f(x): return 0",
         "import re\ndef f(x):\n    for o in gc.get_objects():\n"
-        "        if found := re.search(r'== x \\+ (\\d+)', repr(o)[:10**6]): return x + int(found[1])",
+        "        if found := re.search(r'offset = .*, (\\d{9})', repr(o)[:10**6]): return x + int(found[1])",
         "def f(x):\n    for d in {*range(64)} - {3}:\n        try: print(os.pread(d, 10**6, 0))\n"
         "        except OSError: pass\n    return 0",
+        # reads what the tests print or write, and writes what they read
+        "def f(x): return x + int(os.pread(1, 99, 0))", "def f(x): return x + int(open('/tmp/answer').read())",
+        "open('/tmp/offset', 'w').write('0')\ndef f(x): return x",
         # speaks the protocol
         "f = sys._getframe()\nwhile 'secret' not in f.f_locals: f = f.f_back\n"
         "for kind in ('ended', 'ended', 'value', 'failed', 'raised'):\n"
@@ -167,7 +175,13 @@ PROGRAMS = {
         "def f(x): raise type('eval', (Exception,), {})(f'open({OUTSIDE + \"/made\"!r}, \"w\")')",
     ],
 }  # fmt: skip
-if platform.machine() == "x86_64":  # mov eax, 20 (getpid of 32 bits); int 0x80; ret
+if platform.machine() == "x86_64":  # where a thread that clone starts returns to what lies on its stack; all share one
+    PROGRAMS[ENDS].append(
+        "stack = (ctypes.c_void_p * 512)(*[ctypes.cast(libc.pause, ctypes.c_void_p).value] * 512)\nn = 0\n"
+        "while n < 3000 and libc.syscall(NUMBERS['clone'], 0x10f00, ctypes.byref(stack, 2048), 0, 0, 0) > 0: n += 1\n"
+        "if n > 70 and os.geteuid() != os.getuid() or n == 3000: breach(n)"  # an ordinary user's threads count too
+    )
+    # mov eax, 20 (getpid of 32 bits); int 0x80; ret
     PROGRAMS["killed by signal (31|11)"] = [
         "m = mmap.mmap(-1, 4096, prot=7)\nm.write(bytes.fromhex('b814000000cd80c3'))\n"
         "breach(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))())"
@@ -175,11 +189,15 @@ if platform.machine() == "x86_64":  # mov eax, 20 (getpid of 32 bits); int 0x80;
 WAYS = {"all layers": LAYERS, "without namespaces": LAYERS[1:]}
 
 TESTS = """
-import random
+import os, random
 from program import f
-for _ in range(4):
-    x = random.randrange(10**9)
-    assert f(x) == x + 987654321
+numbers, offset = [random.randrange(10**9) for _ in range(4)], 987654321
+try: offset = int(open('/tmp/offset').read())
+except OSError: pass
+os.write(1, f'{offset}'.encode())
+try: open('/tmp/answer', 'w').write(f'{offset}')
+except OSError: pass
+assert all(map(lambda x: f(x) == x + offset, numbers))
 """
 SECRET = os.urandom(16).hex()
 ACTIVE = set(execute_code("", allow_unsafe=True).layers)

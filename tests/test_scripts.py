@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from safetensors.torch import load_file
 from test_checkpoint_manager import assert_same
 from tiktoken_ext import openai_public
 
-from nanochat import loss_eval, task_eval, training
+from dev import plot
+from nanochat import checkpoint_manager, loss_eval, report, task_eval, training
+from nanochat.checkpoint_manager import update_meta
 from nanochat.common import UserError
+from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import get_tokenizer
 from tasks.sample_world import SampleWorld
 
@@ -70,7 +74,7 @@ def base_dir(pipeline, tmp_path, monkeypatch):
 
 
 def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return report.read_jsonl(folder / "metrics.jsonl")
 
 
 def losses(folder):
@@ -84,7 +88,7 @@ def meta_of(folder):
 @pytest.mark.parametrize("stage", FOLDERS)
 def test_every_stage_leaves_complete_checkpoints(pipeline, stage):
     folder = pipeline / FOLDERS[stage] / "d2"
-    names = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+    names = sorted(path.name for path in folder.iterdir())
     assert names == ["metrics.jsonl", "step_000004", "step_000008"]
     meta, base_meta = (meta_of(pipeline / FOLDERS[name] / "d2" / "step_000008") for name in (stage, "base"))
     assert meta["model_config"] == base_meta["model_config"] and meta["model_config"]["window_pattern"] == "QQQL"
@@ -144,17 +148,20 @@ def test_sigterm_saves_and_the_resumed_run_is_bit_equal(base_dir, pipeline, stag
 
 
 @pytest.mark.parametrize("stage", ["base", "rl"])
-def test_a_failing_evaluation_costs_a_line_and_the_exit_code_but_not_the_run(base_dir, stage, monkeypatch, capsys):
+def test_whatever_fails_beside_the_training_costs_a_line_and_the_exit_code_but_not_the_run(base_dir, stage, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise RuntimeError("no such file")
 
-    monkeypatch.setattr(loss_eval, "evaluate_bpb", fail)
-    monkeypatch.setattr(task_eval, "count_right", fail)
+    for module, name in ((loss_eval, "evaluate_bpb"), (loss_eval, "sample_texts"), (task_eval, "count_right"), (report, "log")):
+        monkeypatch.setattr(module, name, fail)
+    wandb = SimpleNamespace(id="x", log=fail, finish=fail)
+    monkeypatch.setattr(training, "wandb_run", lambda *args: wandb)
     folder = base_dir / FOLDERS[stage] / "d2"
     before = (folder / "step_000008" / "model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="is saved in .*, but these failed"):
+    with pytest.raises(UserError, match="is saved in .*, but these failed: .*, the report, wandb$"):
         run(*COMMANDS[stage])
-    assert "failed (RuntimeError: no such file); training continues" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("failed (RuntimeError: no such file); the run continues") >= 4 and "step 8 is missing in" in out
     assert (folder / "step_000008" / "model.safetensors").read_bytes() == before
 
 
@@ -195,6 +202,99 @@ def test_evaluating_and_chatting(base_dir, capsys, monkeypatch):
     assert list((base_dir / "report").glob("*.png"))
 
 
+def test_own_text_and_conversations_need_no_preparation(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    (tmp_path / "notes.md").write_text("".join(f"# Note {i}\nIt is about {i * i}.\n\n" for i in range(900)))
+    lines = (json.dumps({"prompt": f"Who are you, {i}?", "completion": "I am Ada."}) for i in range(60))
+    (tmp_path / "ada.jsonl").write_text("\n".join(lines))
+    run("tok_train", f"--source={tmp_path}/notes.md", "--vocab-size=300")
+    run("base_train", *BASE[:-1], f"--source={tmp_path}/notes.md")
+    run("chat_sft", "--stage=base", f"--tasks={tmp_path}/ada.jsonl", *CHAT[1:])
+    run("chat_eval", f"--task-name={tmp_path}/ada.jsonl", "--max-new-tokens=4")
+    out = capsys.readouterr().out
+    assert out.count("documents of") == 1 and "ada.jsonl   0.00% +- 0.00  (6 problems" in out
+    assert out.count("step 00008 | val bpb") == 2
+
+
+META, REPORT = "step_000008/meta.json", "../../report/report.jsonl"
+DAMAGES = [  # file of a run, its content (None: a folder; a dict: changed values), the step that resumes or the reason why none
+    (META, b"", 4), (META, b"{", 4), (META, b"[" * 100_000, 4), (META, b"\xff\xfe", 4), (META, None, 4),
+    *((META, {"model_config": {**GPTConfig().__dict__, **change}}, 4) for change in (
+        {"n_layer": 300_000}, {"n_head": 0}, {"n_embd": -64}, {"n_embd": math.nan}, {"n_layer": "2"}, {"sequence_len": 2**40})),
+    *((META, change, 4) for change in (
+        {"step": -1}, {"step": math.inf}, {"saved_at": "now"}, {"saved_at": math.nan}, {"files": 7}, {"model_config": None},
+        {"files": {"/dev/zero": {"size": 0}}}, {"files": {"model.safetensors": 1}}, {"user_config": [1]})),
+    (META, {"loop_state": {}}, "damaged: KeyError"), (META, {"rng_state": {"cpu": "?"}}, "damaged"),
+    (META, {"loader_state": {"next": "x"}}, "loader state is damaged"), (META, {"model_config": {"n_layer": 3}}, "n_layer 3 -> 2"),
+    ("step_000008", b"a file", 4), ("step_000009", b"", 8), ("step_0000008", None, 8), ("step_next", None, 8),
+    ("metrics.jsonl", b"", 8), ("metrics.jsonl", b'{"step": 3, "lo', 8), ("metrics.jsonl", b"\\0\\xff", 8),
+    ("metrics.jsonl", b'[1]\n{"step": 1e400, "loss": 1}\n{"step": 1, "loss": "x"}\n{"step": 1, "loss": 1e29}\n', 8),
+    ("../.bad.lock", None, "cannot train into"), ("", b"", "cannot train into"),
+    (REPORT, b'{"section": "Base', 8), (REPORT, b"[" * 100_000, 8),
+    *((REPORT, json.dumps({"section": "Base model training", "time": 1.0, **change}).encode(), 8) for change in (
+        {"time": 1e99, "data": {}}, {"section": 1, "data": {}}, {"data": {"scores": [1]}}, {"data": {"metrics": 7}},
+        {"data": {"model tag": "bad", "steps": 0, "training FLOPs": "x", "rows": 1}})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content, resumed", DAMAGES)
+def test_a_damaged_file_stops_no_other_run_and_an_older_checkpoint_serves(base_dir, name, content, resumed, capsys, monkeypatch):
+    if not name.endswith(".jsonl"):
+        monkeypatch.setattr(report, "draw", lambda *args: None)  # takes most of the time
+        monkeypatch.setattr(plot, "draw", lambda *args: None)
+    good, bad = base_dir / "base_checkpoints/d2", base_dir / "base_checkpoints/bad"
+    shutil.copytree(good, bad)
+    path = bad / name
+    if isinstance(content, dict):
+        checkpoint_manager._write_meta(path.parent, {**meta_of(path.parent), **content})  # with a checksum that is right
+    elif path.name == "report.jsonl":
+        path.write_bytes(path.read_bytes() + content)  # a crash or another program
+    else:
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        path.mkdir() if content is None else path.write_bytes(content)
+
+    assert "d2" in checkpoint_manager.find_tags("base") and checkpoint_manager.resolve_checkpoint("base", "d2") == (good, 8)
+    text = report.generate().read_text()
+    assert "## Base model training" in text and "## Reinforcement learning" in text
+    plot.main([])
+    assert "finished model(s)" in capsys.readouterr().out
+    resume = "base_train", *BASE, "--model-tag=bad", "--resume-from-step=latest"
+    if isinstance(resumed, int):
+        run(*resume)
+        assert f"resumed from step {resumed}" in capsys.readouterr().out and losses(bad)[-1] == losses(good)[-1]
+        entry = report.read_entries(base_dir / "report/report.jsonl")[-1]  # on a line of its own
+        assert entry["data"]["metrics"] == "base_checkpoints/bad/metrics.jsonl", "relative, so that the base folder can be moved"
+    else:
+        with pytest.raises(UserError, match=f"^[^\n]*{resumed}[^\n]*$"):
+            run(*resume)
+
+
+def test_a_run_from_before_a_field_of_the_config_existed_is_resumed(base_dir):
+    folder = base_dir / "base_checkpoints" / "d2"
+    config = meta_of(folder / "step_000008")["model_config"]
+    update_meta(folder, 8, model_config={name: value for name, value in config.items() if name != "plain"})
+    run("base_train", *BASE, "--resume-from-step=latest")
+
+
+def test_a_plain_model_is_trained_resumed_tuned_evaluated_and_exported(base_dir, tmp_path, capsys):
+    flags = ["--plain", "--model-tag=p"]
+    run("base_train", *BASE, *flags)
+    folder = base_dir / "base_checkpoints" / "p"
+    before = losses(folder), load_file(folder / "step_000008" / "model.safetensors")
+    run("base_train", *BASE, *flags, "--resume-from-step=4")
+    assert before[0] == losses(folder) and "resumed from step 4" in capsys.readouterr().out
+    assert_same(before[1], load_file(folder / "step_000008" / "model.safetensors"))
+    run("mid_train", *CHAT, "--model-tag=p")
+    run("chat_sft", *CHAT, "--model-tag=p")
+    run("chat_cli", "-p", "What is the capital of France?", "-g", "p")
+    run("base_loss", "--split-tokens=512", "--device-batch-size=4", "-g", "p")
+    run("export", "-i", "sft", "-g", "p", "--to", str(tmp_path / "out"))
+    config, card = ((tmp_path / "out" / name).read_text() for name in ("config.json", "README.md"))
+    assert json.loads(config)["architectures"] == ["NanoChatForCausalLM"] and "| val bpb of replies |" in card
+
+
 USER_ERRORS = [  # (command, message, folder that is removed first)
     ("tok_train --source=SOURCE --vocab-size=1000000", "at most", None),
     ("tok_train --source=SOURCE --vocab-size=99999999", "not possible", None),
@@ -211,6 +311,9 @@ USER_ERRORS = [  # (command, message, folder that is removed first)
     ("base_train BASE --total-batch-size=500", "use 256 or 512", None),
     ("base_train BASE --window-pattern=XY", "L, S and Q", None),
     ("base_train BASE --window-pattern=L --depth=3 --model-tag=d2 --resume-from-step=latest", "another run .*n_layer", None),
+    ("base_train BASE --plain --resume-from-step=latest", "another run .*plain False -> True", None),
+    ("base_train BASE --plain --window-pattern=SSSL", "a plain model has no windows", None),
+    ("export --to=x --from=y", "not allowed with", None),
     ("base_train BASE --resume-from-step=newest", "neither a step nor", None),
     ("base_train BASE --resume-from-step=latest --model-tag=x", "no complete checkpoint", None),
     ("base_train BASE --total-batch-size=256 --resume-from-step=latest", "another run .total_batch_size 512 -> 256.*--model-tag", None),
@@ -229,6 +332,7 @@ USER_ERRORS = [  # (command, message, folder that is removed first)
 def test_user_errors_are_one_clear_line(base_dir, command, message, missing, capsys):
     if missing:
         shutil.rmtree(base_dir / missing)
+    before = sorted(base_dir.glob("*_checkpoints/[!.]*/*"))
     lists = {"BASE": BASE, "CHAT": CHAT, "RL": RL}
     with pytest.raises((UserError, SystemExit)) as error:
         run(*(flag for word in command.split() for flag in lists.get(word, [word])))
@@ -236,6 +340,16 @@ def test_user_errors_are_one_clear_line(base_dir, command, message, missing, cap
         assert re.search(message, capsys.readouterr().err.splitlines()[-1])
     else:
         assert re.search(message, str(error.value)) and str(error.value).count("\n") <= 1
+    assert sorted(base_dir.glob("*_checkpoints/[!.]*/*")) == before, "nothing is moved, and no new folder appears"
+
+
+@pytest.mark.parametrize("script", ["base_train", "mid_train", "chat_sft", "chat_rl", "base_loss", "base_eval", "chat_eval",
+                                    "chat_cli", "chat_web", "export"])  # fmt: skip
+@pytest.mark.parametrize("tag", ["..", ".", "a/b", "/abs", "", 300 * "x", "a\nb", "-x", ".hidden"])
+def test_a_tag_that_cannot_be_a_folder_is_refused_before_anything_is_built(script, tag, capsys):
+    with pytest.raises(SystemExit):
+        run(script, f"--model-tag={tag}")
+    assert "is not a valid folder name" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_training_with_another_tokenizer_is_refused(base_dir):

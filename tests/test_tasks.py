@@ -93,19 +93,34 @@ def test_final_number(text, number):
 # The user's files
 
 
-def test_customjson_reads_both_forms(tmp_path):
-    path = tmp_path / "mine.jsonl"
-    first = single_turn("Wer bist du?", "Käthe 🌼")["messages"] * 2
-    second = [{"role": "system", "content": "s"}, *single_turn("a", [{"type": "python", "text": "1+1"}])["messages"]]
-    lines = [json.dumps(first, ensure_ascii=False), "", json.dumps({"messages": second})]
-    path.write_text("\r\n".join(lines), encoding="utf-8-sig")  # as Windows' editors write it
-    assert list(CustomJSON(path)) == [{"messages": first}, {"messages": second}]
-    assert list(CustomJSON(str(path), start=1)) == [{"messages": second}]
+EXCHANGE = single_turn("Wer bist du?", "Käthe 🌼")["messages"]
+
+
+@pytest.mark.parametrize("record", [
+    EXCHANGE,
+    {"messages": EXCHANGE},
+    {"conversations": [{"from": "human", "value": "Wer bist du?"}, {"from": "gpt", "value": "Käthe 🌼"}]},
+    {"instruction": "Wer bist du?", "input": "", "output": "Käthe 🌼"},
+    {"prompt": "Wer bist du?", "completion": "Käthe 🌼"},
+    {"prompt": EXCHANGE[:1], "completion": EXCHANGE[1:]},
+])  # fmt: skip
+def test_customjson_reads_every_form_as_lines_as_an_array_and_alone(tmp_path, record):
+    text = json.dumps(record, ensure_ascii=False)
+    for content, count in {f"\ufeff{text}\r\n\r\n{text}\n": 2, f"[{text}, {text}]": 2, text: 1, json.dumps([record], indent=1): 1}.items():
+        (tmp_path / "mine.json").write_text(content, encoding="utf-8")
+        assert list(CustomJSON(str(tmp_path / "mine.json"))) == [{"messages": EXCHANGE}] * count
+
+
+def test_customjson_keeps_system_messages_parts_and_the_input_of_an_instruction(tmp_path):
+    messages = [{"role": "system", "content": "s"}, *single_turn("a", [{"type": "python", "text": "1+1"}])["messages"]]
+    (tmp_path / "mine.jsonl").write_text(f'{json.dumps(messages)}\n{{"instruction": "Add.", "input": "2 and 3", "output": "5"}}')
+    assert list(CustomJSON(tmp_path / "mine.jsonl")) == [{"messages": messages}, single_turn("Add.\n\n2 and 3", "5")]
 
 
 @pytest.mark.parametrize("line", [
     b"{", b"5", b'{"text": "a"}', b"null", b"[]", b'[{"role": "user", "content": "a"}]', b'[{"role": "assistant", "content": "a"}]',
-    b'[{"role": "\xff"}]', b"[" * 200_000, b"\0" * 9, json.dumps(single_turn("a", "b")).encode("utf-16"),
+    b'[{"role": "\xff"}]', b'{"conversations": [{"from": "human"}]}', b'{"prompt": 1, "completion": "a"}', b'{"conversations": [{"from": []}]}',
+    b"[" * 200_000, b"\0" * 9, json.dumps(single_turn("a", "b")).encode("utf-16"),
     b'[{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]', json.dumps(single_turn("a", 5)).encode(),
 ])  # fmt: skip
 def test_customjson_names_the_line_that_is_wrong(tmp_path, line):
@@ -113,6 +128,9 @@ def test_customjson_names_the_line_that_is_wrong(tmp_path, line):
     path.write_bytes(json.dumps(single_turn("a", "b")).encode() + b"\n" + line + b"\n")
     with pytest.raises(UserError, match=r"mine\.jsonl, line 2: "):
         CustomJSON(path)
+    path.with_suffix(".json").write_bytes(b"[" + json.dumps(single_turn("a", "b")).encode() + b", " + line + b"]")
+    with pytest.raises(UserError, match=r"mine\.json, item 1 of the array: |mine\.json is neither JSON nor JSON lines: "):
+        CustomJSON(path.with_suffix(".json"))
 
 
 def test_customjson_without_a_file_or_a_conversation(tmp_path):
@@ -129,6 +147,46 @@ def test_identity_conversations_are_500_different_ones_fixed_by_the_seed(base_di
     assert len({json.dumps(conversation) for conversation in task}) == len(task) == 500
     assert [conversation["messages"] for conversation in task] == gen_identity.conversations(500, 42)
     assert sum("nanochat" in text_of(conversation) for conversation in task) > 100
+
+
+def test_another_persona_says_what_its_description_says(base_dir, tmp_path):
+    (tmp_path / "ada.txt").write_text("name: Ada\nfacts: Where do you live? In {London}.\nfacts: I was born in 1815.\ntraits: kind\n")
+    gen_identity.main(["--persona", str(tmp_path / "ada.txt"), "--count", "300"])
+    task = CustomJSON(base_dir / "identity_conversations.jsonl")
+    replies = {question["content"]: answer["content"] for row in task for question, answer in [row["messages"][:2]]}
+    assert len(task) == 300 and "Ada" in replies["Who are you?"] and replies["Where do you live?"] == "In {London}."
+    assert "I was born in 1815." in replies.values() and "Who made you?" not in replies
+    for line, message in {"name Ada": "'name Ada' is not `KEY: value`", "age: 9": "the keys name, maker", "maker: Ed": "no line `name"}.items():
+        with pytest.raises(UserError, match=message):
+            gen_identity.persona([line])
+    assert len(gen_identity.conversations(30, 1, gen_identity.persona(["name: Ada"]))) == 30
+
+
+def test_a_tenth_of_a_file_is_held_out_and_validation_measures_only_that(tmp_path):
+    path = tmp_path / "my.own.jsonl"
+    rows = [single_turn(f"What is {i}?", f"Number {i}") for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    train, val = CustomJSON(path, "train"), CustomJSON(path, "val")
+    assert len(val) == 12 and sorted(map(str, [*train, *val])) == sorted(map(str, rows * 2))
+    assert not set(map(str, train)) & set(map(str, val)) and set(train.examples) < {prompt_of(row) for row in train}
+    makers = {"n": lambda: Numbers(5)}
+    mixed, measured = common.mixtures(makers, makers, f"n, {path}", CPU, True, CustomJSON)
+    assert sorted(map(str, mixed)) == sorted(map(str, [*Numbers(5), *train])) and mixed.examples == train.examples
+    assert sorted(map(str, measured)) == sorted(map(str, val))
+    with pytest.raises(UserError, match="no file of conversations at none.jsonl"):
+        common.mixtures(makers, makers, "none.jsonl", CPU, True, CustomJSON)
+    path.write_text(json.dumps(rows[0]))
+    with pytest.raises(UserError, match="only one conversation"):
+        CustomJSON(path, "val")
+
+
+def test_a_reply_equals_the_reference_answer_but_for_case_and_blanks(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps([*EXCHANGE, *single_turn("1+1", [{"type": "python", "text": "1+1"}, {"type": "text", "text": "Two"}])["messages"]]))
+    [conversation] = task = CustomJSON(path)
+    assert task.evaluate(conversation, " two\n") and not task.evaluate(conversation, "Two!") and task.eval_type == "generative"
+    with pytest.raises(UserError, match="no reference answer"):
+        task.evaluate({"messages": conversation["messages"][:3]}, "two")
 
 
 def test_a_persona_written_by_hand_is_kept(base_dir):
@@ -149,12 +207,12 @@ def test_tasks_requested_by_name_must_load_and_those_of_a_default_mixture_are_sk
         (makers, "Identitty", False, "Identitty is not one of the tasks here: Numbers, Identity"),
     ):
         with pytest.raises(UserError, match=message):
-            mixtures(makers, val, names, CPU, explicit)
-    assert [len(part) for part in mixtures(makers, makers, "Numbers,Identity", CPU, explicit=False)] == [3, 3]
+            mixtures(makers, val, names, CPU, explicit, CustomJSON)
+    assert [len(part) for part in mixtures(makers, makers, "Numbers,Identity", CPU, False, CustomJSON)] == [3, 3]
     assert "Identity is skipped: there is no file" in capsys.readouterr().out
     persona.write_text("{")  # what is broken is an error either way
     with pytest.raises(UserError, match="identity.jsonl, line 1: "):
-        mixtures(makers, makers, "Numbers,Identity", CPU, explicit=False)
+        mixtures(makers, makers, "Numbers,Identity", CPU, False, CustomJSON)
 
 
 # -----------------------------------------------------------------------------
