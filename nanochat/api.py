@@ -192,7 +192,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[Annotated[list[str], MANY] | Annotated[list[TokenIds], MANY], BeforeValidator(as_list)]
     max_tokens: Annotated[int | None, Field(ge=0, le=UNLIMITED), off(-1, UNLIMITED)] = None
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: int | None = Field(None, ge=0, le=5)
     best_of: refused("replies are not ranked: it should be 1; `n` asks for several", 1) = None
     suffix: refused("the model only continues text: leave it out") = None
 

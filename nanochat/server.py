@@ -2,15 +2,14 @@
 
 A request becomes a prompt and settings for the engine (engine_thread.py); its tokens become text, without cutting a
 character, and the text becomes the objects that clients read (api.py). The server keeps no conversation: clients send
-it whole each time. The page also receives calls of the calculator and their output; OpenAI's clients
-receive the text only.
+it whole each time. The page also receives calls of the calculator and their output; OpenAI's clients receive the
+text only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import codecs
 import json
 import logging
@@ -72,7 +71,7 @@ class Guard:
     def authorized(self, header: str) -> bool:
         scheme, _, given = header.partition(" ")
         if scheme.lower() == "basic":
-            with suppress(binascii.Error, UnicodeDecodeError):
+            with suppress(ValueError):
                 given = base64.b64decode(given).decode().partition(":")[2]
         return secrets.compare_digest(given.strip().encode(), self.api_key.encode())
 
@@ -104,7 +103,8 @@ class Guard:
             size += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if size > MAX_BODY:
-                raise ApiError(413, f"the request body is larger than {MAX_BODY:,} bytes; send a shorter conversation", headers=close)
+                too_large = f"the request body is larger than {MAX_BODY:,} bytes; send a shorter conversation"
+                raise ApiError(413, too_large, headers=close)
             return message
 
         await self.app(scope, limited, send)
@@ -140,9 +140,7 @@ def fit(tokenizer, messages: list[dict], context: int, max_tokens: int | None = 
 
 
 def far_too_long(tokenizer, texts: Iterable[str], context: int) -> range | None:
-    """A range of the least length that these texts may have in tokens, if that is far too long to encode them: megabytes
-    take seconds.
-    """
+    """A range of the least length in tokens of texts that are far too long: to encode megabytes takes seconds."""
     least = sum(map(len, texts)) // max(map(len, tokenizer.ranks))
     return range(least) if least > 4 * context else None
 
@@ -185,10 +183,6 @@ class Text:
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.end = self.taken = 0  # characters of `scored`, and of the text that was taken
         self.scored: list[ScoredToken] = []  # not yet taken
-
-    @property
-    def finish_reason(self) -> str | None:
-        return "length" if self.silent else self.reply.finish_reason
 
     def push(self, token: int) -> list[tuple[str, str]]:
         """The segments (kind, text) that a new token adds."""
@@ -240,7 +234,7 @@ class Generation:
 
     @property
     def finish_reasons(self) -> list[str]:
-        return [text.finish_reason for text in self.texts]
+        return ["length" if text.silent else text.reply.finish_reason for text in self.texts]
 
     @property
     def usage(self) -> dict[str, int]:
@@ -461,8 +455,8 @@ def make_app(
         status = "shutting down" if pool.closing else "failing" if any(thread.failing for thread in pool.threads) else "ok"
         waiting = sum(thread.num_waiting for thread in pool.threads)
         running = sum(len(thread.replies) for thread in pool.threads) - waiting
-        report = {"status": status, "ready": status == "ok", "model": name, "chats": chats, "context": context, "running": running,
-                  "waiting": waiting, "defaults": defaults, "examples": list(examples)}  # fmt: skip
+        report = {"status": status, "ready": status == "ok", "model": name, "chats": chats, "context": context,
+                  "running": running, "waiting": waiting, "defaults": defaults, "examples": list(examples)}  # fmt: skip
         return JSONResponse(report, 200 if status == "ok" else 503)
 
     @app.get("/stats")

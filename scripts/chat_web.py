@@ -5,8 +5,8 @@
     python -m scripts.chat_web -i base          # a base model, which does not chat: only /v1/completions
     python -m scripts.chat_web --host 0.0.0.0 --api-key KEY   # for other machines; without a key, for everyone there
 
-`/` is a chat page, `/v1` is for OpenAI's clients (without --api-key, with any key), `/health` and `/stats` show the server's state,
-and `/openapi.json` describes all routes. Ctrl-C waits for running replies. The log holds no conversations.
+`/` is a chat page, `/v1` is for OpenAI's clients (without --api-key, with any key), `/health` and `/stats` show the
+server's state, and `/openapi.json` describes all routes. Ctrl-C waits for running replies. The log holds no conversations.
 """
 
 import argparse

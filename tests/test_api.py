@@ -13,6 +13,8 @@ from tiny import tiny_gpt
 
 from nanochat.engine import Engine
 
+ALL = [*ROUTES, COMPLETIONS]
+
 
 @pytest.fixture(scope="module")
 def site():
@@ -29,12 +31,12 @@ def client(site):
         yield client
 
 
-@pytest.mark.parametrize("route", [*ROUTES, COMPLETIONS])
+@pytest.mark.parametrize("route", ALL)
 def test_values_that_mean_off_to_other_servers_mean_off(site, route):
     body = {"messages": [message("long")], "prompt": tokens_of("<|bos|>long<|assistant_start|>")}
     off = {"max_tokens": -1, "top_k": -1, "top_p": 0, "stop": "", "seed": -1, "n": None, "logit_bias": {}, "presence_penalty": 0}
-    extras = {"user": "me", "metadata": {}, "store": True, "tools": [{}], "tool_choice": "auto", "response_format": {"type": "text"},
-              "stream_options": None, "repetition_penalty": 1, "logprobs": None}  # fmt: skip
+    extras = {"user": "me", "metadata": {}, "store": True, "tools": [{}], "tool_choice": "auto", "stream_options": None,
+              "response_format": {"type": "text"}, "repetition_penalty": 1, "logprobs": None}  # fmt: skip
     for stop in ("", [], [""], None):
         assert site.post(route, **body, **{**off, "stop": stop}, **extras).status_code == 200
         assert site.engine.submitted[-1].finish_reason == "context" and site.engine.settings[-1]["seed"] >= 0
@@ -44,10 +46,12 @@ def test_values_that_mean_off_to_other_servers_mean_off(site, route):
 @pytest.mark.parametrize("field, value, says, routes", [
     ("tool_choice", "required", "'auto' or 'none'", ROUTES), ("tool_choice", {"type": "function"}, "'auto'", ROUTES),
     ("functions", [{}], "leave it out", ROUTES), ("response_format", {"type": "json_object"}, '{"type": "text"}', ROUTES),
-    ("response_format", {"type": "json_schema"}, "cannot be enforced", ROUTES), ("modalities", ["text", "audio"], "['text']", ROUTES),
-    ("logit_bias", {"7": 1}, "leave it out", [*ROUTES, COMPLETIONS]), ("presence_penalty", 0.5, "should be 0", [*ROUTES, COMPLETIONS]),
-    ("repetition_penalty", 1.1, "should be 1", [*ROUTES, COMPLETIONS]), ("stop", ["a"] * 5, "at most 4", [*ROUTES, COMPLETIONS]),
+    ("response_format", {"type": "json_schema"}, "cannot be enforced", ROUTES),
+    ("modalities", ["text", "audio"], "['text']", ROUTES),
+    ("logit_bias", {"7": 1}, "leave it out", ALL), ("presence_penalty", 0.5, "should be 0", ALL),
+    ("repetition_penalty", 1.1, "should be 1", ALL), ("stop", ["a"] * 5, "at most 4", ALL),
     ("messages", [message([{"type": "image_url", "image_url": {}}])], "no images", ROUTES),
+    ("logprobs", 6, "equal to 5", [COMPLETIONS]),
     ("suffix", "x", "leave it out", [COMPLETIONS]), ("best_of", 2, "should be 1", [COMPLETIONS]),
     *(("prompt", prompt, says, [COMPLETIONS]) for prompt, says in [
         (None, "list"), ([], "at least 1"), ([[]], "at least 1"), (["a", 3], "prompt[1]"), ([[1, "a"]], "prompt[0][1]"),
@@ -174,15 +178,18 @@ def test_asynchronous_and_raw_clients(site):
 
 
 def test_an_api_key_is_asked_of_all_clients_and_of_browsers_as_a_password():
+    def basic(text):
+        return "Basic " + base64.b64encode(text).decode()
+
     with serving(ScriptedEngine(), api_key="k3y") as site:
         for path in ("/", "/v1/models", "/stats"):
-            for key in (None, "Bearer k3", "Bearer", "k3y!", "Basic !", "Basic " + base64.b64encode(b"k3y:").decode()):
+            for key in (None, "Bearer k3", "Bearer", "k3y!", "Basic !", "Basic é".encode("latin-1"), basic(b"k3y:")):
                 response = site.get(path, headers={"Authorization": key} if key else {})
                 assert error_of(response, 401)["code"] == "invalid_api_key"
                 assert response.headers["www-authenticate"].startswith("Basic ")
-            for key in ("Bearer k3y", "Basic " + base64.b64encode(b"me:k3y").decode()):
+            for key in ("Bearer k3y", basic(b"me:k3y")):
                 assert site.get(path, headers={"Authorization": key}).status_code == 200
-        for route in (*ROUTES, COMPLETIONS):
+        for route in ALL:
             error_of(site.ask(path=route), 401)
         assert site.get("/health").status_code == 200
         with openai.OpenAI(base_url=f"{site.address}/v1", api_key="k3y", max_retries=0) as client:
@@ -196,7 +203,7 @@ def test_pages_of_this_machine_and_of_allowed_origins_may_use_the_api():
         preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
         for origin in ("https://my.site", "http://localhost:3000", "http://127.0.0.1", "https://[::1]:8"):
             response = site.client.options(V1, headers={**preflight, "Origin": origin})
-            assert response.status_code == 200 and response.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
+            assert response.status_code == 200 and "x-stainless-os" in response.headers["access-control-allow-headers"]
             for response in (site.client.get("/v1/models", headers={"Origin": origin}),
                              site.client.post(V1, json={}, headers={"Origin": origin})):  # fmt: skip
                 assert response.headers["access-control-allow-origin"] == origin

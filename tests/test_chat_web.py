@@ -36,7 +36,8 @@ def test_a_signal_ends_the_server_after_the_running_reply(chat_base, number):
 def test_a_base_model_is_served_with_a_key_but_does_not_chat(chat_base):
     with program("scripts.chat_web", "-p", "0", "-i", "base", "--api-key", "k3y", "--allow-origin", "https://my.site") as server:
         address = server.stdout.readline().decode().removeprefix("ready on ").strip()
-        with httpx.Client(base_url=address, timeout=60, headers={"Authorization": "Bearer k3y", "Origin": "https://my.site"}) as client:
+        headers = {"Authorization": "Bearer k3y", "Origin": "https://my.site"}
+        with httpx.Client(base_url=address, timeout=60, headers=headers) as client:
             reply = client.post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 5, "logprobs": 1})
             assert [len(choice["logprobs"]["tokens"]) for choice in reply.json()["choices"]] == [5, 5]
             assert reply.headers["access-control-allow-origin"] == "https://my.site"

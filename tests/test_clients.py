@@ -24,7 +24,8 @@ def python():
     """The environment's interpreter; the environment is made once."""
     python, complete = ENVIRONMENT / "bin/python", ENVIRONMENT / "complete"
     if not complete.exists():
-        for command in ([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], [python, "-m", "pip", "install", "-q", *PACKAGES]):
+        make = [sys.executable, "-m", "venv", "--clear", ENVIRONMENT]
+        for command in (make, [python, "-m", "pip", "install", "-q", *PACKAGES]):
             made = subprocess.run(command, capture_output=True, text=True)
             if made.returncode:
                 pytest.skip(f"the clients could not be installed: {(made.stdout + made.stderr).strip()[-200:]}")
@@ -34,11 +35,12 @@ def python():
 
 @pytest.fixture
 def run(python, tmp_path):
-    """`run(site, program, *arguments)` runs Python code, or a module's command, and returns what it prints."""
+    """`run(site, arguments)` runs the interpreter with the server's address in $URL, and returns what it prints."""
 
-    def run(site, program: list[str]) -> str:
-        env = {**os.environ, "URL": f"{site.address}/v1", "LLM_USER_PATH": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-        result = subprocess.run([python, *program], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    def run(site, arguments: list[str]) -> str:
+        folders = {"LLM_USER_PATH": str(tmp_path), "HF_HOME": str(tmp_path)}
+        env = {**os.environ, **folders, "URL": f"{site.address}/v1", "HF_HUB_OFFLINE": "1"}
+        result = subprocess.run([python, *arguments], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-3000:]
         return result.stdout
 
@@ -53,7 +55,8 @@ def chat():
 
 LITELLM = """
 import os, litellm
-settings = {"model": "openai/nanochat", "api_base": os.environ["URL"], "api_key": "none", "messages": [{"role": "user", "content": "hi"}]}
+settings = {"model": "openai/nanochat", "api_base": os.environ["URL"], "api_key": "none"}
+settings["messages"] = [{"role": "user", "content": "hi"}]
 print(litellm.completion(**settings).choices[0].message.content)
 print("".join(chunk.choices[0].delta.content or "" for chunk in litellm.completion(**settings, stream=True)))
 """
@@ -97,7 +100,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 tokenizer = Tokenizer(models.BPE({character: byte for byte, character in bytes_to_unicode().items()}, []))
-tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+tokenizer.decoder = decoders.ByteLevel()
 PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!", pad_token="!").save_pretrained("tokenizer")
 kind, url = sys.argv[1:]
 settings = {"model": "nanochat", "base_url": os.environ["URL"] + url, "num_concurrent": 1}
@@ -120,7 +124,8 @@ def lm_eval(run, site, folder, kind: str, url: str, task: dict):
 
 
 def test_lm_eval_generates(run, chat, tmp_path):
-    task = {"output_type": "generate_until", "doc_to_target": "hello", "generation_kwargs": {"until": ["\n\n", "?"], "max_gen_toks": 20},
+    generation = {"until": ["\n\n", "?"], "max_gen_toks": 20}
+    task = {"output_type": "generate_until", "doc_to_target": "hello", "generation_kwargs": generation,
             "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
     score, responses = lm_eval(run, chat, tmp_path, "local-chat-completions", "/chat/completions", task)
     assert score == 1 and responses == [[["hello"]]] * 40
@@ -128,7 +133,8 @@ def test_lm_eval_generates(run, chat, tmp_path):
 
 def test_lm_eval_scores_the_choices_of_arc_as_our_logits_do(run, tmp_path):
     model = tiny_gpt(vocab_size=TOKENIZER.get_vocab_size(), sequence_len=400, head_std=0.3)
-    task = {"output_type": "multiple_choice", "doc_to_choice": "{{choices.text}}", "doc_to_target": "{{choices.label.index(answerKey)}}"}
+    task = {"output_type": "multiple_choice", "doc_to_choice": "{{choices.text}}",
+            "doc_to_target": "{{choices.label.index(answerKey)}}"}  # fmt: skip
     with serving(Engine(model, TOKENIZER), name="base d2 step 8") as site:
         accuracy, responses = lm_eval(run, site, tmp_path, "local-completions", "/completions", task)
     right = 0

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from chat_server import (COMPLETIONS, MODEL, PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, ask, error_of, events_of, joined,
-                         message, segments_of, serving, text_of, tokens_of)  # fmt: skip
+from chat_server import (COMPLETIONS, MODEL, PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, ask, error_of, events_of,
+                         joined, message, segments_of, serving, text_of, tokens_of)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
