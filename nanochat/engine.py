@@ -26,6 +26,8 @@ from nanochat.scheduler import Sequence, Scheduler
 
 log = logging.getLogger(__name__)
 
+SCORED_AT_ONCE = 128  # positions of a prompt whose logits are in memory at once
+
 
 class KVCache:
     """Keys and values of every layer for a batch of sequences of different lengths.
@@ -124,6 +126,19 @@ def sample(
     return tokens, log_probs
 
 
+def token_scores(logits: torch.Tensor, tokens: list[int], tops: list[int]) -> list[tuple[float, dict[int, float]]]:
+    """For each token, after logits (N, V): its log-probability, and {token: log-probability} of the `top` most likely.
+
+    They are those of the model itself: a log-softmax of the logits, before temperature, top_k and top_p.
+    """
+    log_probs = logits.float().log_softmax(dim=-1)
+    chosen = torch.tensor(tokens, device=logits.device)[:, None]
+    scores = log_probs.gather(1, chosen)[:, 0].tolist()
+    best = log_probs.topk(max(tops), dim=-1)
+    likely = zip(best.indices.tolist(), best.values.tolist(), tops)
+    return list(zip(scores, [dict(zip(ids[:top], values)) for ids, values, top in likely]))
+
+
 def uniform_sample(rng: random.Random) -> float:
     """Uniform in [0, 1), with 23 bits, so that its product with a total stays below the total in float32."""
     return rng.getrandbits(23) / (1 << 23)
@@ -161,12 +176,15 @@ class Engine:
 
     def submit(
         self, tokens: list[int], max_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float = 1.0, seed: int = 42, sample_index: int = 0,
+        top_p: float = 1.0, seed: int = 42, sample_index: int = 0, top_logprobs: int | None = None,
+        prompt_logprobs: bool = False,
     ) -> Sequence:  # fmt: skip
         """Add a prompt, which `step` continues. The tokens depend on these arguments only.
 
         The sequence ends with a terminal token (assistant_end or bos), after `max_tokens`, or when the context is
         full. Samples with the same seed differ by `sample_index`. Raises UserError for invalid arguments.
+        With `top_logprobs`, which may be 0, its `scores` have an item for each generated token (see `token_scores`), and
+        with `prompt_logprobs` for each token of the prompt but the first, before those.
         """
         if not 0 < len(tokens) < self.context:
             raise UserError(f"the prompt has {len(tokens)} tokens; in this context it must have 1 to {self.context - 1}")
@@ -179,6 +197,7 @@ class Engine:
         # Unrelated random streams for neighbouring seeds and samples
         rng = random.Random(f"{seed}/{sample_index}")
         seq = Sequence(list(tokens), len(tokens) + (max_tokens or math.inf), temperature, top_k, top_p, rng)
+        seq.top_logprobs, seq.prompt_logprobs = top_logprobs, prompt_logprobs
         self.scheduler.waiting.append(seq)
         return seq
 
@@ -275,10 +294,23 @@ class Engine:
         if not seqs:
             return []
         settings = [(seq.temperature, seq.top_k, seq.top_p) for seq in seqs]
-        tokens, log_probs = sample(self._logits(seqs), settings, [uniform_sample(seq.rng) for seq in seqs])
+        logits = self._logits(seqs)
+        tokens, log_probs = sample(logits, settings, [uniform_sample(seq.rng) for seq in seqs])
         self.generated_tokens += len(seqs)
         sampled = torch.stack([tokens.float(), log_probs], dim=1).tolist()  # one transfer; ids below 2^24 are exact in float32
+        self._score(seqs, logits, [int(token) for token, _ in sampled])
         return [(seq, *self._accept_or_fail(seq, int(token), log_prob)) for seq, (token, log_prob) in zip(seqs, sampled)]
+
+    def _score(self, seqs: list[Sequence], logits: torch.Tensor, sampled: list[int]) -> None:
+        """Keep the log-probabilities of the new tokens of those sequences that want them."""
+        rows = [row for row, seq in enumerate(seqs) if seq.top_logprobs is not None]
+        if not rows:
+            return
+        scored = [seqs[row] for row in rows]
+        tokens = [seq.forced[0] if seq.forced else sampled[row] for seq, row in zip(scored, rows)]
+        scores = token_scores(logits[rows], tokens, [seq.top_logprobs for seq in scored])
+        for seq, score in zip(scored, scores):
+            seq.scores.append(score)
 
     def _accept_or_fail(self, seq: Sequence, token: int, log_prob: float) -> tuple[int, int]:
         try:
@@ -303,7 +335,12 @@ class Engine:
             ids = torch.tensor([seq.tokens[start:end]], device=self.device)
             before = seq.tokens[start - 1] if start else -1
             place = torch.tensor([[seq.slot], [start], [before]], dtype=torch.int32, device=self.device)
-            self.model.hidden(ids, kv_cache=self.cache.select(*place), last_only=True)  # no logits are needed
+            hidden = self.model.hidden(ids, kv_cache=self.cache.select(*place), last_only=not seq.prompt_logprobs)
+            if seq.prompt_logprobs:
+                following = torch.tensor(seq.tokens[start + 1 : end + 1])
+                for part, tokens in zip(hidden[0].split(SCORED_AT_ONCE), following.split(SCORED_AT_ONCE)):
+                    logits = self.model.logits(part)
+                    seq.scores += token_scores(logits, tokens.tolist(), [seq.top_logprobs] * len(tokens))
             self.prefill_tokens += end - start
 
     def _logits(self, seqs: list[Sequence]) -> torch.Tensor:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from nanochat.common import UserError
+from nanochat.scheduler import Sequence
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Reply:
     prompt: list[int]
     settings: dict
     changed: asyncio.Event  # shared by all replies to one request: there are new tokens, or one has ended
+    seq: Sequence | None = None  # set in the engine's thread; its `scores` are complete before a token is sent
     pending: list[int] = field(default_factory=list)  # tokens not yet yielded by `new_tokens`
     finish_reason: str | None = None
     error: Exception | None = None
@@ -110,13 +112,13 @@ class EngineThread:
     def failing(self) -> bool:
         return self.failures >= FAILING
 
-    def submit(self, prompt: list[int], n: int = 1, **settings) -> list[Reply]:
-        """Request `n` replies to a prompt; `settings` are those of `Engine.submit`. Raises Busy if the queue is full."""
+    def submit(self, prompts: list[list[int]], n: int = 1, **settings) -> list[Reply]:
+        """Request `n` replies to each prompt; `settings` are those of `Engine.submit`. Raises Busy if the queue is full."""
         if len(self.replies) >= self.engine.max_sequences + self.max_queue:
             self.counts["rejected"] += 1
             raise Busy("the server is busy; try again later")
         self.loop, changed = asyncio.get_running_loop(), asyncio.Event()
-        replies = [Reply(self, prompt, {**settings, "sample_index": index}, changed) for index in range(n)]
+        replies = [Reply(self, prompt, {**settings, "sample_index": index}, changed) for prompt in prompts for index in range(n)]
         self.replies.update(replies)
         self.counts["requests"] += 1
         self._inbox.put(replies)
@@ -136,7 +138,8 @@ class EngineThread:
                 if replies is None:
                     return
                 for reply in replies:
-                    self._running[self.engine.submit(reply.prompt, **reply.settings)] = reply
+                    reply.seq = self.engine.submit(reply.prompt, **reply.settings)
+                    self._running[reply.seq] = reply
             except queue.Empty:
                 self._step()
             except Exception as error:
@@ -191,11 +194,11 @@ class Pool:
         for thread in self.threads:
             thread.stop()
 
-    def submit(self, prompt: list[int], n: int = 1, **settings) -> list[Reply]:
+    def submit(self, prompts: list[list[int]], n: int = 1, **settings) -> list[Reply]:
         """Replies of the engine that has the fewest. Raises Busy."""
         if self.closing:
             raise Busy("the server is shutting down; try again later")
-        return min(self.threads, key=lambda thread: (thread.failing, len(thread.replies))).submit(prompt, n, **settings)
+        return min(self.threads, key=lambda thread: (thread.failing, len(thread.replies))).submit(prompts, n, **settings)
 
     async def drain(self, grace: float, hurry: Callable[[], bool]) -> None:
         """Refuse new requests and wait for the running replies; after `grace` seconds, or when `hurry()`, these fail."""

@@ -34,6 +34,9 @@ class Sequence:
     call: list[int] | None = None  # tokens of an unfinished tool call
     masks: list[int] = field(default_factory=list)  # of the generated tokens: 1 sampled, 0 forced by a tool
     log_probs: list[float] = field(default_factory=list)  # of the generated tokens under the settings; 0 if forced
+    top_logprobs: int | None = None  # not None: `scores` are wanted, with so many of the most likely tokens
+    prompt_logprobs: bool = False  # for the prompt's tokens too, from the second on
+    scores: list[tuple[float, dict[int, float]]] = field(default_factory=list)  # see engine.token_scores
     finish_reason: str | None = None  # "stop", "length", "context", "failed" or "cancelled" once finished
     prompt_length: int = 0
     slot: int | None = None  # its place in the cache, once it has one
@@ -117,7 +120,8 @@ class Scheduler:
         if not self.waiting:
             return None
         seq = self.waiting[0]
-        lengths = [other.common_prefix(seq.tokens) for other in self.slots]
+        # The prefix cache has no logits, from which the log-probabilities of a prompt are computed
+        lengths = [0 if seq.prompt_logprobs else other.common_prefix(seq.tokens) for other in self.slots]
         best = max(self.free, key=lambda slot: lengths[slot], default=None)
         if best is not None and lengths[best] > 0 and 2 * lengths[best] >= self.slots[best].computed:
             seq.slot = best

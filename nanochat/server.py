@@ -1,32 +1,35 @@
-"""The HTTP server: OpenAI's chat completions API, and the route of the chat page as an adapter of it.
+"""The HTTP server: OpenAI's API for chat and completions, and the route of the chat page as an adapter of it.
 
 A request becomes a prompt and settings for the engine (engine_thread.py); its tokens become text, without cutting a
-character, and the text becomes the objects that clients read. All errors have OpenAI's form,
-{"error": {"message", "type", "param", "code"}}, and show nothing of our internals. The server keeps no conversation:
-clients send it whole each time. The page also receives calls of the calculator and their output; OpenAI's clients
+character, and the text becomes the objects that clients read (api.py). The server keeps no conversation: clients send
+it whole each time. The page also receives calls of the calculator and their output; OpenAI's clients
 receive the text only.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
+import codecs
 import json
 import logging
 import re
 import secrets
 import time
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.datastructures import Headers
-from fastapi.exceptions import HTTPException, RequestValidationError, StarletteHTTPException
+from fastapi.exceptions import RequestValidationError, StarletteHTTPException
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from nanochat.api import (ApiError, ChatRequest, CompletionRequest, GenerationRequest, ScoredToken, as_api_error, as_response,
+                          as_turns, chat_logprobs, completion_logprobs)  # fmt: skip
 from nanochat.common import UserError
 from nanochat.conversation import checked_turns, render_conversation, render_for_completion
 from nanochat.engine_thread import Busy, EngineFailure, Pool, Reply, new_tokens
@@ -36,7 +39,6 @@ log = logging.getLogger(__name__)
 
 MAX_BODY = 1_000_000  # bytes
 BODY_TIMEOUT = 30  # seconds in which a body must arrive
-RETRY_AFTER = 5  # seconds
 SENDS_PER_SECOND = 1000  # of all streams: a send costs more than a token, so many streams send several tokens at a time
 MAX_PAUSE = 0.05  # seconds between the sends of a stream
 FILES = Path(__file__).resolve().parent
@@ -55,67 +57,24 @@ PAGE_HEADERS = {
 # Requests
 
 
-class RequestModel(BaseModel):
-    """Part of a request. Numbers must be JSON numbers, without NaN and infinity; unknown fields are ignored.
-
-    Lists fail at their first error: to report each of half a million would stop the event loop for seconds.
-    """
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class Part(RequestModel):
-    type: Literal["text", "python", "python_output"]
-    text: str
-
-
-class Message(RequestModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(max_length=200, fail_fast=True)]
-
-    def plain(self) -> dict:
-        """The message as conversation.py expects it: the parts of a user's message are joined by newlines."""
-        content = self.content
-        if isinstance(content, list) and self.role == "assistant":
-            content = [part.model_dump() for part in content]
-        elif isinstance(content, list):
-            content = "\n".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
-
-
-class StreamOptions(RequestModel):
-    include_usage: bool | None = None
-
-
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=100)]
-
-
-class ChatRequest(RequestModel):
-    """The body of both routes. The page's replies are always one stream, so it needs none of the last five fields."""
-
-    messages: list[Message] = Field(min_length=1, max_length=500, fail_fast=True)
-    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_k: int | None = Field(None, ge=0, le=200)  # 0: all tokens
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=8)
-    max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
-
-
 class Guard:
-    """Middleware that refuses requests for other hosts or of ambiguous length, and bodies that are too large or never end.
+    """Middleware that refuses requests for other hosts, without the key or of ambiguous length, and bodies that are too large
+    or never end.
 
     `hosts` are the names of the server, as in the Host header; empty if any name may be one. A web page can make its own
-    name resolve to 127.0.0.1 and would then be of the same origin as the server (DNS rebinding).
+    name resolve to 127.0.0.1 and would then be of the same origin as the server (DNS rebinding). `api_key`, if not None,
+    opens all but /health: as a bearer token, or as the password that a browser asks for and then sends with each request.
     """
 
-    def __init__(self, app, hosts: Collection[str]):
-        self.app, self.hosts = app, hosts
+    def __init__(self, app, hosts: Collection[str], api_key: str | None):
+        self.app, self.hosts, self.api_key = app, hosts, api_key
+
+    def authorized(self, header: str) -> bool:
+        scheme, _, given = header.partition(" ")
+        if scheme.lower() == "basic":
+            with suppress(binascii.Error, UnicodeDecodeError):
+                given = base64.b64decode(given).decode().partition(":")[2]
+        return secrets.compare_digest(given.strip().encode(), self.api_key.encode())
 
     async def __call__(self, scope, receive, send):
         size, complete, deadline = 0, False, time.monotonic() + BODY_TIMEOUT
@@ -125,6 +84,11 @@ class Guard:
         if self.hosts and host and host not in self.hosts:
             message = f"this server is not {host[:100]!r}; use http://localhost, or start it with another --host"
             return await as_response(ApiError(403, message, headers=close))(scope, receive, send)
+        is_open = self.api_key is None or scope["path"] == "/health"
+        if not is_open and not self.authorized(headers.get("authorization", "")):
+            message = "this server needs its API key: as `api_key` of a client, or in a browser as the password of any user"
+            challenge = {**close, "WWW-Authenticate": 'Basic realm="nanochat", charset="UTF-8"'}
+            return await as_response(ApiError(401, message, code="invalid_api_key", headers=challenge))(scope, receive, send)
         if "transfer-encoding" in headers and "content-length" in headers:  # a proxy may go by the other one
             message = "a request must not have both Content-Length and Transfer-Encoding"
             return await as_response(ApiError(400, message, headers=close))(scope, receive, send)
@@ -155,14 +119,12 @@ def fit(tokenizer, messages: list[dict], context: int, max_tokens: int | None = 
     """
     head, turns = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
 
-    longest = max(map(len, tokenizer.ranks))  # bytes of a token
-
     def prompt_without(exchanges: int) -> list[int] | range:
-        """Of what is far too long, a range of the least length that it may have: to encode megabytes takes seconds."""
+        """Of what is far too long, a range as `far_too_long` returns it."""
         conversation = {"messages": head + turns[2 * exchanges :]}
         texts = (text for _, parts in checked_turns(conversation) for _, text in parts)
-        if (least := sum(map(len, texts)) // longest) > 4 * context:
-            return range(least)
+        if estimate := far_too_long(tokenizer, texts, context):
+            return estimate
         if messages[-1]["role"] == "assistant":
             return render_conversation(tokenizer, conversation, max_tokens=None)[0][:-1]  # without its end token
         return render_for_completion(tokenizer, conversation)
@@ -173,103 +135,124 @@ def fit(tokenizer, messages: list[dict], context: int, max_tokens: int | None = 
     if len(prompt) > room:
         dropped = bisect_left(range(droppable), True, key=lambda exchanges: len(prompt_without(exchanges)) <= room)
         prompt = prompt_without(dropped)
-    if len(prompt) > room:
-        least = "at least " if isinstance(prompt, range) else ""
-        message = f"the messages have {least}{len(prompt)} tokens, and the context of {context} must hold them and the reply"
-        raise ApiError(400, f"{message}; keep them below {room + 1}", param="messages", code="context_length_exceeded")
+    check_length("messages", "the messages have", prompt, room, context)
     return prompt, dropped
 
 
-# -----------------------------------------------------------------------------
-# Errors
-
-
-class ApiError(HTTPException):
-    """An error as it is shown to the client; `detail` is the body of the response."""
-
-    def __init__(self, status: int, message: str, type="invalid_request_error", param=None, code=None, headers=None):
-        super().__init__(status, {"error": {"message": message, "type": type, "param": param, "code": code}}, headers)
-
-
-def as_api_error(error: Exception) -> ApiError:
-    match error:
-        case ApiError():
-            return error
-        case Busy():
-            return ApiError(503, str(error), "server_busy", headers={"Retry-After": str(RETRY_AFTER)})
-        case EngineFailure():
-            return ApiError(500, str(error), "server_error")
-        case UserError():
-            message = re.match(r"messages\[\d+\]", str(error))
-            return ApiError(400, str(error), param=message and message[0])
-        case RequestValidationError():
-            # For a field that may be a string or a list, pydantic reports both; the most specific error is the useful one
-            general = ("string_type", "list_type")
-            return invalid(max(error.errors(), key=lambda item: (len(item["loc"]), item["type"] not in general)))
-        case StarletteHTTPException():  # the base class of FastAPI's own
-            message = "unknown URL; GET /openapi.json lists the routes" if error.status_code == 404 else error.detail
-            return ApiError(error.status_code, message, headers=error.headers)
-    # uvicorn closes the connection after an unexpected error
-    message = "internal server error; the server's log has the details"
-    return ApiError(500, message, "server_error", headers={"Connection": "close"})
-
-
-def as_response(error: Exception) -> JSONResponse:
-    shown = as_api_error(error)
-    return JSONResponse(shown.detail, shown.status_code, shown.headers)
-
-
-def invalid(problem: dict) -> ApiError:
-    """The error for a failed validation by pydantic.
-
-    {"loc": ("body", "messages", 3, "content"), "msg": "Input should be ..."} -> "messages[3].content: it should be ..."
+def far_too_long(tokenizer, texts: Iterable[str], context: int) -> range | None:
+    """A range of the least length that these texts may have in tokens, if that is far too long to encode them: megabytes
+    take seconds.
     """
-    if problem["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {problem['ctx']['error']} at character {problem['loc'][1]}")
-    # The rest of `loc` are names of pydantic's own, such as "list[constrained-str]"
-    names = [name for name in problem["loc"][1:] if isinstance(name, int) or re.fullmatch(r"[a-z]\w*", name) and name != "str"]
-    if not names:
-        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
-    param = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".")
-    text = problem["msg"].replace("Input should", "it should", 1).replace(" after validation", "")
-    return ApiError(400, f"{param}: {text}", param=param)
+    least = sum(map(len, texts)) // max(map(len, tokenizer.ranks))
+    return range(least) if least > 4 * context else None
+
+
+def check_length(param: str, subject: str, prompt: Sequence[int], room: int, context: int) -> None:
+    if len(prompt) > room:
+        least = "at least " if isinstance(prompt, range) else ""
+        message = f"{subject} {least}{len(prompt)} tokens, and the context of {context} must hold them and the reply"
+        raise ApiError(400, f"{message}; keep them below {room + 1}", param=param, code="context_length_exceeded")
+
+
+def prompt_ids(tokenizer, prompt: str | list[int], context: int) -> list[int]:
+    """The tokens that a completion continues: ids as they are; a text after bos, as each document in training."""
+    if isinstance(prompt, str):
+        prompt = far_too_long(tokenizer, [prompt], context) or tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
+    check_length("prompt", "the prompt has", prompt, context - 1, context)
+    if max(prompt) >= (size := tokenizer.get_vocab_size()):
+        raise ApiError(400, f"prompt: token ids must be below {size}", param="prompt")
+    return prompt
 
 
 # -----------------------------------------------------------------------------
 # Replies
 
 
-class Generation:
-    """The replies to one request as text, and their statistics."""
+class Text:
+    """The text of a reply as its tokens arrive, and these tokens with their log-probabilities if the request asks for them.
 
-    def __init__(self, replies: list[Reply], stop: list[str]):
-        self.replies, self.stop = replies, stop
-        self.thread, self.start = replies[0].thread, time.monotonic()
-        self.completion_tokens = 0  # of all replies, without terminal tokens
+    `echo_from`: where the part of the prompt begins that precedes the reply in the text (None: it does not). `silent`:
+    the reply itself is left out. `terminal`: a terminal token counts among the tokens with log-probabilities; programs for
+    evaluation expect one for each that was generated.
+    """
+
+    def __init__(self, reply: Reply, stop: list[str], echo_from: int | None = None, silent=False, terminal=False):
+        self.reply, self.echo_from, self.silent, self.terminal = reply, echo_from, silent, terminal
+        self.engine = reply.thread.engine
+        self.tokenizer = self.engine.tokenizer
+        self.segments = Segments(self.tokenizer, stop)
+        self.received = self.completion_tokens = 0  # tokens; those that are shown and not terminal
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.end = self.taken = 0  # characters of `scored`, and of the text that was taken
+        self.scored: list[ScoredToken] = []  # not yet taken
+
+    @property
+    def finish_reason(self) -> str | None:
+        return "length" if self.silent else self.reply.finish_reason
+
+    def push(self, token: int) -> list[tuple[str, str]]:
+        """The segments (kind, text) that a new token adds."""
+        segments = self.prompt() if self.received == 0 and self.echo_from is not None else []
+        self.received += 1
+        if self.silent or self.segments.stopped:
+            return segments
+        self.completion_tokens += token not in self.engine.terminal_tokens
+        segments += self.segments.push(token)
+        if self.segments.stopped:
+            self.reply.end("stop")
+        seq = self.reply.seq
+        of_text = self.segments.shows(token) or self.terminal and token in self.engine.terminal_tokens
+        if of_text and seq.top_logprobs is not None:
+            before = seq.prompt_length - 1 if seq.prompt_logprobs else 0
+            self.add(token, *seq.scores[before + self.received - 1])
+        return segments
+
+    def prompt(self) -> list[tuple[str, str]]:
+        """The prompt as a segment."""
+        tokens = self.reply.prompt[self.echo_from :]
+        if self.reply.seq.prompt_logprobs:
+            scores = [(None, {}), *self.reply.seq.scores]
+            for token, score in zip(tokens, scores[self.echo_from :]):
+                self.add(token, *score)
+        return [("text", self.tokenizer.decode(tokens))]
+
+    def add(self, token: int, logprob: float | None, top: dict[int, float]) -> None:
+        data = self.tokenizer.id_to_bytes(token)
+        likely = {self.tokenizer.id_to_bytes(id): value for id, value in top.items()}
+        self.scored.append(ScoredToken(data, self.end, logprob, likely))
+        self.end += len(self.utf8.decode(data))
+
+    def take(self, text: str, final: bool) -> list[ScoredToken]:
+        """The tokens that begin in `text`, which follows the text of the last call; a `final` terminal token too."""
+        self.taken += len(text)
+        count = sum(token.offset < self.taken or final and not self.segments.stopped for token in self.scored)
+        tokens, self.scored = self.scored[:count], self.scored[count:]
+        return tokens
+
+
+class Generation:
+    """The replies to one request, `n` for each of its prompts, and their statistics."""
+
+    def __init__(self, texts: list[Text], n: int, chat: bool):
+        self.texts, self.n, self.chat = texts, n, chat
+        self.replies = [text.reply for text in texts]
+        self.thread, self.start = self.replies[0].thread, time.monotonic()
 
     @property
     def finish_reasons(self) -> list[str]:
-        return [reply.finish_reason for reply in self.replies]
+        return [text.finish_reason for text in self.texts]
 
     @property
     def usage(self) -> dict[str, int]:
-        prompt, completion = len(self.replies[0].prompt), self.completion_tokens
+        prompt = sum(len(reply.prompt) for reply in self.replies[:: self.n])
+        completion = sum(text.completion_tokens for text in self.texts)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     async def segments(self):
         """Yields lists of (index of the reply, kind, text). Raises what ended the request."""
-        engine = self.thread.engine
-        texts = [Segments(engine.tokenizer, self.stop) for _ in self.replies]
         async for tokens in new_tokens(self.replies):
-            segments = []
-            for index, token in tokens:
-                if not texts[index].stopped:
-                    self.completion_tokens += token not in engine.terminal_tokens
-                    segments += [(index, *segment) for segment in texts[index].push(token)]
-                    if texts[index].stopped:
-                        self.replies[index].end("stop")
-            yield segments
-        yield [(index, *segment) for index, text in enumerate(texts) for segment in text.finish()]
+            yield [(index, *segment) for index, token in tokens for segment in self.texts[index].push(token)]
+        yield [(index, *segment) for index, text in enumerate(self.texts) for segment in text.segments.finish()]
 
     @asynccontextmanager
     async def until_disconnect(self, receive):
@@ -290,8 +273,46 @@ class Generation:
         finally:
             watching.cancel()
             cancel()
-            log.info("%s: %d prompt tokens, %d generated in %.2f s (%s)", self.thread.device, len(self.replies[0].prompt),
-                     self.completion_tokens, time.monotonic() - self.start, ", ".join(self.finish_reasons))  # fmt: skip
+            log.info("%s: %d prompt tokens, %d generated in %.2f s (%s)", self.thread.device, self.usage["prompt_tokens"],
+                     self.usage["completion_tokens"], time.monotonic() - self.start, ", ".join(self.finish_reasons))  # fmt: skip
+
+    def choice(self, index: int, text: str, reason: str | None = None, **content) -> dict:
+        """One of OpenAI's `choices`; `content` is the form that `text` has in a chat: a message or a delta."""
+        tokens = self.texts[index].take(text, final=reason is not None)
+        logprobs = (chat_logprobs if self.chat else completion_logprobs)(tokens) if tokens else None
+        if not self.chat:
+            content = {"text": text}
+        reason = "length" if reason == "context" else reason
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
+
+    async def stream(self, head: dict, include_usage: bool):
+        """The events of a streamed reply."""
+
+        def chunk(index: int, text: str = "", reason: str | None = None, **delta) -> str:
+            return event({**head, "choices": [self.choice(index, text, reason, delta=delta)]})
+
+        if include_usage:
+            head = {**head, "usage": None}
+        if self.chat:
+            yield "".join(chunk(index, role="assistant", content="") for index in range(len(self.texts)))
+        async for segments in self.segments():
+            yield "".join(chunk(index, text, content=text) for index, kind, text in segments if kind == "text")
+        yield "".join(chunk(index, reason=reason) for index, reason in enumerate(self.finish_reasons))
+        if include_usage:
+            yield event({**head, "choices": [], "usage": self.usage})
+        yield "data: [DONE]\n\n"
+
+    async def complete(self, head: dict) -> dict:
+        """A reply that is not streamed."""
+        texts = [""] * len(self.texts)
+        async for segments in self.segments():
+            for index, kind, text in segments:
+                texts[index] += text if kind == "text" else ""
+        choices = []
+        for index, (text, reason) in enumerate(zip(texts, self.finish_reasons)):
+            message = {"role": "assistant", "content": text, "refusal": None}
+            choices.append(self.choice(index, text, reason, message=message))
+        return {**head, "choices": choices, "usage": self.usage}
 
 
 class EventStream(StreamingResponse):
@@ -329,59 +350,29 @@ async def page_events(generation: Generation, dropped: int):
     yield event({"done": True, "finish_reason": generation.finish_reasons[0], "usage": generation.usage, "forgotten": dropped})
 
 
-def choice(index: int, finish_reason: str | None, **content) -> dict:
-    """One of OpenAI's `n` choices: complete (`message=`) or a delta (`delta=`)."""
-    reason = "length" if finish_reason == "context" else finish_reason
-    return {"index": index, **content, "logprobs": None, "finish_reason": reason}
-
-
-async def chunks(generation: Generation, head: dict, include_usage: bool):
-    """The events of a streamed completion."""
-
-    def chunk(index: int, finish_reason: str | None = None, **delta) -> str:
-        return event({**head, "choices": [choice(index, finish_reason, delta=delta)]})
-
-    if include_usage:
-        head = {**head, "usage": None}
-    yield "".join(chunk(index, role="assistant", content="") for index in range(len(generation.replies)))
-    async for segments in generation.segments():
-        yield "".join(chunk(index, content=text) for index, kind, text in segments if kind == "text")
-    yield "".join(chunk(index, reason) for index, reason in enumerate(generation.finish_reasons))
-    if include_usage:
-        yield event({**head, "choices": [], "usage": generation.usage})
-    yield "data: [DONE]\n\n"
-
-
-async def completion(generation: Generation, head: dict) -> dict:
-    """A completion that is not streamed."""
-    texts = [""] * len(generation.replies)
-    async for segments in generation.segments():
-        for index, kind, text in segments:
-            texts[index] += text if kind == "text" else ""
-    choices = [choice(index, reason, message={"role": "assistant", "content": texts[index], "refusal": None})
-               for index, reason in enumerate(generation.finish_reasons)]  # fmt: skip
-    return {**head, "choices": choices, "usage": generation.usage}
-
-
 # -----------------------------------------------------------------------------
 # The app
 
 
 def make_app(
     pool: Pool, name: str, temperature: float = 0.8, top_k: int = 50, max_tokens: int = 512, examples: Sequence[str] = (),
-    hosts: Collection[str] = (),
+    hosts: Collection[str] = (), origins: Sequence[str] = (), api_key: str | None = None,
 ):  # fmt: skip
     """The FastAPI app. `pool` has been started; `name` is the model's, as in "sft d4 step 60"; `examples` are for the page.
 
-    `hosts`: see Guard.
+    `hosts` and `api_key`: see Guard. Web pages of the `origins` may use the API, and those of this machine.
     """
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Guard, hosts=hosts)
+    app.add_middleware(Guard, hosts=hosts, api_key=api_key)
+    app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+                       allow_origin_regex=r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")  # fmt: skip
     tokenizer, context = pool.threads[0].engine.tokenizer, pool.threads[0].engine.context
     defaults = {"temperature": temperature, "top_k": top_k, "max_tokens": max_tokens}
     model_id = name.replace(" ", "-")
     started = time.monotonic()
-    card = {"id": model_id, "object": "model", "created": int(time.time()), "owned_by": "nanochat"}
+    chats = not name.startswith("base ")
+    card = {"object": "model", "created": int(time.time()), "owned_by": "nanochat", "max_model_len": context}
+    cards = {id: {"id": id, **card} for id in (model_id, "nanochat")}
 
     async def send_error(request: Request, error: Exception) -> JSONResponse:
         return as_response(error)
@@ -389,21 +380,40 @@ def make_app(
     for kind in (Busy, UserError, RequestValidationError, StarletteHTTPException, EngineFailure, Exception):
         app.add_exception_handler(kind, send_error)
 
-    async def generate(body: ChatRequest, limit: int | None = None) -> tuple[Generation, int]:
-        """(the replies, the number of dropped exchanges); `limit` as in `fit`. Raises Busy."""
-        messages = [message.plain() for message in body.messages]
-        prompt, dropped = await asyncio.to_thread(fit, tokenizer, messages, context, limit)
-        settings = defaults | body.model_dump(include={"temperature", "top_k", "max_tokens", "top_p"}, exclude_none=True)
+    def start(body: GenerationRequest, prompts: list[list[int]], scores: dict, **text) -> Generation:
+        """Raises Busy. `scores` are the engine's settings for log-probabilities."""
+        settings = defaults | body.model_dump(include={"temperature", "top_k", "max_tokens", "top_p"}, exclude_none=True) | scores
+        settings["max_tokens"] = max(1, settings["max_tokens"])
         settings["top_k"] = settings["top_k"] or None
         settings["seed"] = secrets.randbits(31) if body.seed is None else body.seed
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        return Generation(pool.submit(prompt, body.n or 1, **settings), stop), dropped
+        replies = pool.submit(prompts, body.n or 1, **settings)
+        chat = isinstance(body, ChatRequest)
+        return Generation([Text(reply, body.stop or [], **text) for reply in replies], body.n or 1, chat)
+
+    async def start_chat(body: ChatRequest, scores: dict, limit: int | None = None) -> tuple[Generation, int]:
+        """(the replies, the number of dropped exchanges); `limit` as in `fit`."""
+        if not chats:
+            raise ApiError(400, f"{name} is a base model: it does not chat; /v1/completions continues texts", param="model")
+        prompt, dropped = await asyncio.to_thread(fit, tokenizer, as_turns(body.messages), context, limit)
+        return start(body, [prompt], scores), dropped
+
+    async def respond(request: Request, body: GenerationRequest, generation: Generation):
+        prefix, kind = ("chatcmpl", "chat.completion") if generation.chat else ("cmpl", "text_completion")
+        head = {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": model_id}
+        if body.stream:
+            include_usage = bool(body.stream_options and body.stream_options.include_usage)
+            head["object"] += ".chunk" if generation.chat else ""
+            return EventStream(generation.stream(head, include_usage), generation)
+        async with generation.until_disconnect(request.receive):
+            content = await generation.complete(head)
+            return await asyncio.to_thread(JSONResponse, content)  # the log-probabilities of a long prompt take a second
 
     def check_model(requested: str | None) -> None:
-        if requested not in (None, "", "nanochat", model_id):
+        if requested not in (None, "", *cards):
             message = f"the model {requested[:100]!r} does not exist; use {model_id!r}, or omit `model`"
             raise ApiError(404, message, param="model", code="model_not_found")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page():
         return FileResponse(FILES / "ui.html", headers=PAGE_HEADERS)
@@ -413,40 +423,45 @@ def make_app(
         return FileResponse(FILES / "logo.svg", headers=PAGE_HEADERS)
 
     @app.post("/chat/completions", response_class=Response)
-    async def chat(body: ChatRequest):
+    async def page_chat(body: ChatRequest):
         body.n = 1
-        generation, dropped = await generate(body, body.max_tokens or max_tokens)
+        generation, dropped = await start_chat(body, {}, body.max_tokens or max_tokens)
         return EventStream(page_events(generation, dropped), generation)
 
     @app.post("/v1/chat/completions")
-    async def completions(request: Request, body: ChatRequest):
+    async def chat(request: Request, body: ChatRequest):
         check_model(body.model)
         body.max_tokens = body.max_completion_tokens or body.max_tokens
-        generation, _ = await generate(body)
-        id = f"chatcmpl-{secrets.token_hex(12)}"
-        head = {"id": id, "object": "chat.completion", "created": int(time.time()), "model": model_id}
-        if body.stream:
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            events = chunks(generation, {**head, "object": "chat.completion.chunk"}, include_usage)
-            return EventStream(events, generation)
-        async with generation.until_disconnect(request.receive):
-            return await completion(generation, head)
+        scores = {"top_logprobs": body.top_logprobs or 0} if body.logprobs or body.top_logprobs else {}
+        generation, _ = await start_chat(body, scores)
+        return await respond(request, body, generation)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: CompletionRequest):
+        check_model(body.model)
+        body.max_tokens = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default
+        prompts = [await asyncio.to_thread(prompt_ids, tokenizer, prompt, context) for prompt in body.prompt]
+        scores = {} if body.logprobs is None else {"top_logprobs": body.logprobs, "prompt_logprobs": bool(body.echo)}
+        echo_from = int(isinstance(body.prompt[0], str)) if body.echo else None  # bos before a text is ours
+        generation = start(body, prompts, scores, echo_from=echo_from, silent=body.max_tokens == 0, terminal=True)
+        return await respond(request, body, generation)
 
     @app.get("/v1/models")
     async def models():
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": list(cards.values())}
 
     @app.get("/v1/models/{id:path}")
     async def model(id: str):
         check_model(id)
-        return card
+        return cards[id or model_id]
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health():
         status = "shutting down" if pool.closing else "failing" if any(thread.failing for thread in pool.threads) else "ok"
         waiting = sum(thread.num_waiting for thread in pool.threads)
         running = sum(len(thread.replies) for thread in pool.threads) - waiting
-        report = {"status": status, "ready": status == "ok", "model": name, "context": context, "running": running,
+        report = {"status": status, "ready": status == "ok", "model": name, "chats": chats, "context": context, "running": running,
                   "waiting": waiting, "defaults": defaults, "examples": list(examples)}  # fmt: skip
         return JSONResponse(report, 200 if status == "ok" else 503)
 

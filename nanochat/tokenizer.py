@@ -241,6 +241,10 @@ class Segments:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back incomplete characters
         self._held = ""
 
+    def shows(self, token: int) -> bool:
+        """Whether the token, the last one, is text of the assistant."""
+        return self._kind == "text" and token not in self._kinds
+
     def push(self, token: int) -> list[tuple[str, str]]:
         if token not in self._kinds:
             return self._shown(self._utf8.decode(self._tokenizer.id_to_bytes(token)))

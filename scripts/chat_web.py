@@ -2,13 +2,16 @@
 
     python -m scripts.chat_web                  # the newest fine-tuned model on http://127.0.0.1:8000
     python -m scripts.chat_web -n 8             # a copy of it on each of eight GPUs
-    python -m scripts.chat_web --host 0.0.0.0   # reachable from other machines, without a password
+    python -m scripts.chat_web -i base          # a base model, which does not chat: only /v1/completions
+    python -m scripts.chat_web --host 0.0.0.0 --api-key KEY   # for other machines; without a key, for everyone there
 
-`/` is a chat page, `/v1` is for OpenAI's clients (with any API key), `/health` and `/stats` show the server's state,
+`/` is a chat page, `/v1` is for OpenAI's clients (without --api-key, with any key), `/health` and `/stats` show the server's state,
 and `/openapi.json` describes all routes. Ctrl-C waits for running replies. The log holds no conversations.
 """
 
+import argparse
 import gc
+import re
 import time
 from contextlib import suppress
 
@@ -21,15 +24,33 @@ KEEP_ALIVE = 75  # seconds until the next one. Clients close idle connections so
 
 def parse_args(argv):
     parser = flags.make_parser(__doc__.split("\n")[0])
-    flags.add_model_flags(parser, ["mid", "sft", "rl"])
+    flags.add_model_flags(parser, ["base", "mid", "sft", "rl"])
     group = parser.add_argument_group("server")
     group.add_argument("-n", "--num-gpus", type=flags.COUNT, default=1, help="GPUs to use, each with a copy of the model")
     group.add_argument("-p", "--port", type=flags.number(int, 0, 65535), default=8000, help="port; 0 for any free one")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all addresses of this machine")
     group.add_argument("--max-sequences", type=flags.COUNT, default=64, help="replies generated at once on each device, if they fit")
     group.add_argument("--max-queue", type=flags.number(int, 0), default=64, help="replies that may wait for each device")
+    group.add_argument("--api-key", type=KEY, help="what clients must send as API key, and browsers as password (default: none)")
+    group.add_argument("--allow-origin", type=ORIGIN, action="append", default=[], metavar="URL",
+                       help="web site whose pages may use the API, or *; repeatable (this machine's always may)")  # fmt: skip
     flags.add_sampling_flags(parser, temperature=0.8)  # of requests that do not set them
     return parser.parse_args(argv)
+
+
+def matching(pattern: str, what: str):
+    """A type for argparse: a text of this form."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return text
+
+    return parse
+
+
+KEY = matching(r"[!-~]+", "a key: it must consist of visible ASCII characters")
+ORIGIN = matching(r"https?://[^/\sA-Z]+|\*", "an origin such as https://example.com or http://10.0.0.5:3000")
 
 
 def listen(host: str, port: int):
@@ -163,7 +184,8 @@ def main(argv=None):
         try:
             pool.start()
             names = own_names(args.host, sock)
-            app = make_app(pool, name, args.temperature, args.top_k, args.max_tokens, examples, names)
+            app = make_app(pool, name, args.temperature, args.top_k, args.max_tokens, examples, names,
+                           args.allow_origin, args.api_key)  # fmt: skip
             gc.freeze()  # otherwise a large body of small lists makes the collector search all modules again and again
             make_server(app, pool, sock).run(sockets=[sock])
         finally:

@@ -30,6 +30,8 @@ END = TOKENIZER.encode_special("<|assistant_end|>")
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 30  # seconds
 PAGE, V1 = ROUTES = ["/chat/completions", "/v1/chat/completions"]
+COMPLETIONS = "/v1/completions"
+MODEL = "sft-d2-step-8"
 
 
 def tokens_of(text: str) -> list[int]:
@@ -130,8 +132,26 @@ def segments_of(response: httpx.Response) -> list[tuple[str, str]]:
     return joined((event["type"], event["token"]) for event in events_of(response) if "token" in event)
 
 
+def error_of(response, status: int) -> dict:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"} and response.json().keys() == {"error"}
+    assert error["type"] == {5: "server_error", 4: "invalid_request_error"}[status // 100]
+    assert 10 < len(error["message"]) < 300 and "\n" not in error["message"] and "Traceback" not in response.text
+    return error
+
+
+def ask(client, text="hi", **settings):
+    return client.chat.completions.create(**{"model": MODEL, "messages": [message(text)], **settings})
+
+
+def text_of(chunks) -> str:
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+
+
 @contextmanager
-def serving(*engines, max_queue: int = 64, grace: float = TIMEOUT, **defaults):
+def serving(*engines, max_queue: int = 64, grace: float = TIMEOUT, name: str = "sft d2 step 8", **options):
     """A Site whose server has these engines, one thread each."""
     from nanochat.server import make_app
     from scripts.chat_web import listen, make_server, own_names
@@ -139,7 +159,7 @@ def serving(*engines, max_queue: int = 64, grace: float = TIMEOUT, **defaults):
     pool = Pool([EngineThread(lambda engine=engine: engine, f"fake:{i}", max_queue) for i, engine in enumerate(engines)])
     pool.start()
     sock = listen("127.0.0.1", 0)
-    app = make_app(pool, "sft d2 step 8", **defaults, hosts=own_names("127.0.0.1", sock))
+    app = make_app(pool, name, **options, hosts=own_names("127.0.0.1", sock))
     server = make_server(app, pool, sock, grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()

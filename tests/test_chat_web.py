@@ -33,6 +33,17 @@ def test_a_signal_ends_the_server_after_the_running_reply(chat_base, number):
         assert "200 generated in" in log and "qqqq" not in log
 
 
+def test_a_base_model_is_served_with_a_key_but_does_not_chat(chat_base):
+    with program("scripts.chat_web", "-p", "0", "-i", "base", "--api-key", "k3y", "--allow-origin", "https://my.site") as server:
+        address = server.stdout.readline().decode().removeprefix("ready on ").strip()
+        with httpx.Client(base_url=address, timeout=60, headers={"Authorization": "Bearer k3y", "Origin": "https://my.site"}) as client:
+            reply = client.post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 5, "logprobs": 1})
+            assert [len(choice["logprobs"]["tokens"]) for choice in reply.json()["choices"]] == [5, 5]
+            assert reply.headers["access-control-allow-origin"] == "https://my.site"
+            assert client.post(PAGE, json={"messages": [message()]}).status_code == 400
+            assert client.get("/", headers={"Authorization": ""}).status_code == 401
+
+
 def test_connections_send_without_delay():
     """Nagle's algorithm would hold each token back until the one before is acknowledged."""
     with listen("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname()), sock.accept()[0] as accepted:
@@ -43,6 +54,7 @@ def test_connections_send_without_delay():
     (["-p", "70000"], "argument -p/--port: 70000 is not allowed: must be at most 65535"),
     (["-p", "{taken}"], "port [0-9]+: .*--port"), (["--host", "no.such.host.example"], "cannot listen on no.such"),
     (["-n", "2"], "--num-gpus is 2"), (["-g", "d99"], "d99.*d2"),
+    (["--api-key", ""], "'' is not a key"), (["--allow-origin", "my.site"], "'my.site' is not an origin such as https"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(chat_base, arguments, says, capsys):
     with listen("127.0.0.1", 0) as taken, pytest.raises((UserError, SystemExit)) as caught:

@@ -68,7 +68,7 @@ def test_health_and_stats_answer_during_a_step(held):
     wait_for_replies(held, 4)
     assert held.engine.in_step.wait(TIMEOUT)
     assert held.get("/health").json() == {
-        "status": "ok", "ready": True, "model": "sft d2 step 8", "context": 400, "running": 2, "waiting": 2,
+        "status": "ok", "ready": True, "model": "sft d2 step 8", "chats": True, "context": 400, "running": 2, "waiting": 2,
         "defaults": {"temperature": 0.8, "top_k": 50, "max_tokens": 512}, "examples": [],
     }  # fmt: skip
     held.engine.release()

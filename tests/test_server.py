@@ -7,19 +7,19 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from chat_server import (PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, events_of, joined, message, segments_of, serving,
-                         tokens_of)  # fmt: skip
+from chat_server import (COMPLETIONS, MODEL, PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, ask, error_of, events_of, joined,
+                         message, segments_of, serving, text_of, tokens_of)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nanochat import server
 from nanochat.conversation import render_for_completion
-from nanochat.server import ApiError, fit
+from nanochat.api import ApiError, ChatRequest, CompletionRequest
+from nanochat.server import fit
 from nanochat.tokenizer import Segments
 from scripts import chat_web
 
-MODEL = "sft-d2-step-8"
 REPLIES = {
     "emoji": "né 👩‍🚀!",
     "sums": "It is <|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>42.",
@@ -42,14 +42,6 @@ def site():
 def client(site):
     with openai.OpenAI(base_url=f"{site.address}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def ask(client, text="hi", **settings):
-    return client.chat.completions.create(**{"model": MODEL, "messages": [message(text)], **settings})
-
-
-def text_of(chunks) -> str:
-    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
 
 
 # -----------------------------------------------------------------------------
@@ -95,6 +87,19 @@ def test_text_ends_before_the_first_stop_string(text, stop):
      "<|user_start|>a<|user_end|><|assistant_start|>=<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>"
      "<|assistant_end|><|user_start|>b<|user_end|><|assistant_start|>"),
     ([message("count"), message("1, ", "assistant")], "<|user_start|>count<|user_end|><|assistant_start|>1, "),
+    ([message("count"), message("1, ", "assistant")], "<|user_start|>count<|user_end|><|assistant_start|>1, "),
+    ([message("a", "system"), message("b", "developer"), message("c"), message("d")],
+     "<|user_start|>a\n\nb\n\nc\n\nd<|user_end|><|assistant_start|>"),
+    ([message("a"), message("b", "assistant"), message("c", "system"), message("d"), message("e", "system")],
+     "<|user_start|>a<|user_end|><|assistant_start|>b<|assistant_end|><|user_start|>c\n\nd\n\ne<|user_end|><|assistant_start|>"),
+    ([message("a", "system")], "<|user_start|>a<|user_end|><|assistant_start|>"),
+    ([message("a", "assistant"), message("b")],
+     "<|user_start|><|user_end|><|assistant_start|>a<|assistant_end|><|user_start|>b<|user_end|><|assistant_start|>"),
+    ([message("long", "system"), message("b", "assistant"), message([{"type": "python", "text": "1+1"}], "assistant")],
+     "<|user_start|>long<|user_end|><|assistant_start|>b\n\n<|python_start|>1+1<|python_end|>"),
+    ([message(None), {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]},
+      {**message("4", "tool"), "tool_call_id": "1"}],
+     "<|user_start|><|user_end|><|assistant_start|>f({})<|assistant_end|><|user_start|>4<|user_end|><|assistant_start|>"),
 ])  # fmt: skip
 def test_messages_are_rendered_as_in_training_and_a_last_assistant_message_is_continued(site, route, messages, prompt):
     assert site.post(route, messages=messages).status_code == 200
@@ -146,8 +151,9 @@ def test_page_reply_is_an_event_per_token_then_done(site):
 
 
 def test_models(client):
-    (model,) = client.models.list().data
-    assert model.id == MODEL and client.models.retrieve(MODEL) == model
+    models = client.models.list().data
+    assert [(model.id, model.max_model_len) for model in models] == [(MODEL, 400), ("nanochat", 400)]
+    assert [client.models.retrieve(model.id) for model in models] == models
     for name in (MODEL, "nanochat"):
         assert ask(client, model=name).model == MODEL
     for name in ("gpt-4o", "a/b"):
@@ -190,7 +196,7 @@ def test_streamed_completion(client):
 @pytest.mark.parametrize("route", ROUTES)
 def test_settings_reach_the_engine_and_defaults_replace_missing_ones(route):
     with serving(ScriptedEngine(), temperature=0.5, top_k=7, max_tokens=3) as site:
-        site.ask(path=route, temperature=0, top_k=0, top_p=0.5, max_tokens=50, seed=-(10**30), unknown={}, presence_penalty=1)
+        site.ask(path=route, temperature=0, top_k=0, top_p=0.5, max_tokens=50, seed=-(10**30), unknown={}, presence_penalty=0)
         for _ in range(2):
             site.ask(path=route)
         given, first, second = site.engine.settings
@@ -205,16 +211,6 @@ def test_settings_reach_the_engine_and_defaults_replace_missing_ones(route):
 VALID = {"messages": [message()], "max_tokens": 2}
 
 
-def error_of(response, status: int) -> dict:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    error = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"} and response.json().keys() == {"error"}
-    assert error["type"] == {5: "server_error", 4: "invalid_request_error"}[status // 100]
-    assert 10 < len(error["message"]) < 300 and "\n" not in error["message"] and "Traceback" not in response.text
-    return error
-
-
 def send(site, route, body, content_type="application/json"):
     return site.client.post(route, content=body, headers={"Content-Type": content_type} if content_type else {})
 
@@ -224,11 +220,10 @@ def send(site, route, body, content_type="application/json"):
     ({}, "messages", "required"),
     ({"messages": [message()] * 501}, "messages", "at most 500"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
-    ({"messages": [message(role="robot")]}, "messages[0].role", "'system', 'developer', 'user' or 'assistant'"),
+    ({"messages": [message(role="robot")]}, "messages[0].role", "'system', 'developer', 'user', 'assistant', 'tool'"),
     ({"messages": [message(3)]}, "messages[0].content", "string"),
     ({"messages": [message([{"type": "image", "text": ""}])]}, "messages[0].content[0].type", "'text'"),
     ({"messages": [message([{"type": "text", "text": ""}] * 201)]}, "messages[0].content", "at most 200"),
-    ({"messages": [message(), message()]}, "messages[1]", "must alternate"),
     ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
     ({"temperature": True}, "temperature", "number"),
     ({"max_tokens": 10**400}, "max_tokens", "1000000"),
@@ -312,7 +307,7 @@ def test_an_incomplete_body_times_out_and_the_connection_is_closed(site, monkeyp
 @pytest.mark.parametrize("messages", [[{}] * 100_000, [{"role": "user", "content": [{}] * 100_000}], [{"content": [{}] * 200}] * 400])
 def test_a_body_full_of_mistakes_gets_one_error(messages):
     with pytest.raises(ValidationError) as caught:
-        server.ChatRequest.model_validate({"messages": messages})
+        ChatRequest.model_validate({"messages": messages})
     assert caught.value.error_count() < 10
 
 
@@ -353,10 +348,16 @@ values = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.sampled_from(ROUTES), st.sampled_from([*server.ChatRequest.model_fields]), values)
-def test_any_value_of_a_field_is_accepted_or_refused_with_an_error(site, route, field, value):
-    response = send(site, route, json.dumps({**VALID, field: value}).encode())
+FIELDS = [(route, field) for route, model in ((PAGE, ChatRequest), (V1, ChatRequest), (COMPLETIONS, CompletionRequest))
+          for field in model.model_fields if field != "prompt"]  # fmt: skip
+
+
+@settings(max_examples=90, deadline=None, derandomize=True)
+@given(st.sampled_from(FIELDS), values)
+def test_any_value_of_a_field_is_accepted_or_refused_with_an_error(site, route_and_field, value):
+    route, field = route_and_field
+    body = {**VALID, "prompt": tokens_of("<|bos|><|assistant_start|>"), field: value}
+    response = send(site, route, json.dumps(body).encode())
     assert response.status_code in (200, 400, 404)
     if response.status_code != 200:
         error_of(response, response.status_code)
