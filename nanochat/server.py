@@ -37,6 +37,7 @@ from nanochat.tokenizer import Segments
 log = logging.getLogger(__name__)
 
 MAX_BODY = 1_000_000  # bytes
+MAX_BRACKETS = 50_000  # in a body: to parse a million bytes of small lists would stop the event loop for 50 ms
 BODY_TIMEOUT = 30  # seconds in which a body must arrive
 SENDS_PER_SECOND = 1000  # of all streams: a send costs more than a token, so many streams send several tokens at a time
 MAX_PAUSE = 0.05  # seconds between the sends of a stream
@@ -76,7 +77,7 @@ class Guard:
         return secrets.compare_digest(given.strip().encode(), self.api_key.encode())
 
     async def __call__(self, scope, receive, send):
-        size, complete, deadline = 0, False, time.monotonic() + BODY_TIMEOUT
+        size, brackets, complete, deadline = 0, 0, False, time.monotonic() + BODY_TIMEOUT
         close = {"Connection": "close"}  # the rest of the body is not read
         headers = Headers(scope=scope)
         host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
@@ -93,18 +94,21 @@ class Guard:
             return await as_response(ApiError(400, message, headers=close))(scope, receive, send)
 
         async def limited():
-            nonlocal size, complete
+            nonlocal size, brackets, complete
             if complete:  # what is awaited now is the end of the connection
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), deadline - time.monotonic())
             except asyncio.TimeoutError:
                 raise ApiError(408, f"the request body was incomplete after {BODY_TIMEOUT} s", headers=close) from None
-            size += len(message.get("body", b""))
+            body = message.get("body", b"")
+            size, brackets = size + len(body), brackets + body.count(b"[") + body.count(b"{")
             complete = not message.get("more_body", False)
             if size > MAX_BODY:
                 too_large = f"the request body is larger than {MAX_BODY:,} bytes; send a shorter conversation"
                 raise ApiError(413, too_large, headers=close)
+            if brackets > MAX_BRACKETS:
+                raise ApiError(413, f"the request body has more than {MAX_BRACKETS:,} lists and objects", headers=close)
             return message
 
         await self.app(scope, limited, send)

@@ -58,8 +58,8 @@ def test_every_number_of_every_program_has_a_range(name, monkeypatch):
     for action in found.value.args[0]._actions:
         is_number = isinstance(action.default, (int, float)) and not isinstance(action.default, bool)
         assert action.type not in (int, float) and not (is_number and action.type is None), action.option_strings
-        if action.type in (None, str, Path, flags.tag):
-            continue
+        if getattr(action.type, "__module__", "") != "nanochat.flags" or action.type is flags.tag:
+            continue  # no number
         for text in ("-2", "nan", "inf", "-inf", "1e400", "1" + "0" * 31, "9" * 5000, "", "x"):
             with pytest.raises(argparse.ArgumentTypeError):
                 action.type(text)
