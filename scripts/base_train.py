@@ -17,7 +17,7 @@ from nanochat.common import UserError, check_wandb, compute_init, print0, run_sc
 
 
 def main(argv=None):
-    parser = flags.make_parser("Pretrain a base model.")
+    parser = flags.make_parser(__doc__)
     flags.add_run_flags(parser)
     group = parser.add_argument_group("model, data and hardware")
     group.add_argument("--depth", type=flags.DEPTH, default=20, help="number of layers; the one dial")

@@ -15,7 +15,7 @@ from nanochat.finetune import add_flags, finetune
 
 
 def main(argv=None):
-    parser = flags.make_parser("Fine-tune a model on conversations.")
+    parser = flags.make_parser(__doc__)
     add_flags(
         parser, stages=["base", "mid", "sft"], stage="mid",
         tasks="ARC-Easy,ARC-Challenge,GSM8K,SmolTalk,Identity,SimpleSpelling,SpellingBee",
