@@ -14,7 +14,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keeps the lines of the description, and adds the default to each help text that does not explain it itself."""
 
     def _get_help_string(self, action):
-        explained = action.default in (None, False, "") or "(default" in action.help
+        explained = action.default in (None, False, "", []) or "(default" in action.help
         return action.help if explained else super()._get_help_string(action)
 
 

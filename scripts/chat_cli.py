@@ -2,6 +2,7 @@
 
     python -m scripts.chat_cli                  # a conversation with the newest fine-tuned model
     python -m scripts.chat_cli -p "hello"       # one reply, and nothing else on standard output
+    python -m scripts.chat_cli --system "Answer in one sentence." -t 0
     python -m scripts.chat_cli -i base          # a base model does not chat: it continues the text
 
 In a conversation, /help lists the commands. Ctrl-C stops the current reply; at the prompt it exits.
