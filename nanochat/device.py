@@ -14,9 +14,8 @@ from nanochat.flash_attention import choose
 from nanochat.gpt import GPT
 from nanochat.schedule import largest_device_batch
 
-# Dense bf16 peak in FLOP/s, without sparsity and with float32 accumulation, by words of the device's name; the first match
-# counts. From the data sheets of NVIDIA and AMD (a B200 or B300 is an eighth of an HGX board), for RTX cards from NVIDIA's
-# white papers on the architectures GA102, Ada and RTX Blackwell.
+# Dense bf16 peak in FLOP/s by words of the device's name; the first match counts. From NVIDIA's and AMD's data sheets (B200 and
+# B300 on an HGX board), for RTX cards from the white papers on GA102, Ada and RTX Blackwell, with float32 accumulation.
 PEAK_FLOPS = {
     "GB300": 2500e12,
     "GB200": 2500e12,
@@ -52,9 +51,8 @@ def peak_flops(device: torch.device) -> float | None:
 def peak_flops_of(name: str) -> float | None:
     """The bf16 peak of the GPU that PyTorch calls so, such as "NVIDIA A100-SXM4-80GB"."""
     words = set(name.replace("-", " ").split())
-    if words & OTHER_CHIPS:
-        return None
-    return next((flops for known, flops in PEAK_FLOPS.items() if words.issuperset(known.split())), None)
+    matches = [flops for known, flops in PEAK_FLOPS.items() if words.issuperset(known.split())]
+    return matches[0] if matches and not words & OTHER_CHIPS else None
 
 
 def peak_memory(device: torch.device) -> int:

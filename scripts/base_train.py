@@ -1,10 +1,9 @@
 """Pretraining: a base model from text.
 
-    python -m scripts.base_train --depth=4 --max-seq-len=512 --device-batch-size=8 --num-iterations=200
+    python -m scripts.base_train --depth=4 --max-seq-len=512 --source=notes.txt  # a small model of your own text
     python -m scripts.base_train --depth=20                          # one GPU; a batch that does not fit is accumulated
     torchrun --nproc-per-node=8 -m scripts.base_train -- --depth=20  # the same run on eight GPUs, or on any number of ranks
     python -m scripts.base_train --depth=20 --resume-from-step=latest
-    python -m scripts.base_train --depth=4 --source=notes.txt        # your own text
 
 `--depth` determines everything else: width, heads, horizon, batch size and rates follow from it.
 """

@@ -44,14 +44,11 @@ def note(text: str) -> None:
 class Chat:
     """A conversation with one model, as tokens."""
 
-    def __init__(
-        self, engine, raw: bool, max_tokens: int, temperature: float, top_k: int, seed: int = 1, system: str = ""
-    ):  # fmt: skip
+    def __init__(self, engine, raw: bool, max_tokens: int, temperature: float, top_k: int, seed: int = 1, system: str = ""):
         self.engine, self.tokenizer = engine, engine.tokenizer
         self.raw = raw  # continue text instead of answering
         self.max_tokens, self.temperature, self.top_k = max_tokens, temperature, top_k
-        self.seed = seed  # of the next reply, so that repeating a question can give another one
-        self.system = system
+        self.seed, self.system = seed, system  # the next reply's seed, so that repeating a question can give another reply
         self.turns: list[tuple[str, list[int]]] = []  # each: a message, the tokens of its reply
         self.finish_reason: str | None = None  # of the last reply
 
@@ -60,8 +57,7 @@ class Chat:
         from nanochat.tokenizer import Segments
 
         prompt = self._make_prompt(text)
-        settings = {"temperature": self.temperature, "top_k": self.top_k or None, "seed": self.seed}
-        seq = self.engine.submit(prompt, self.max_tokens, **settings)
+        seq = self.engine.submit(prompt, self.max_tokens, temperature=self.temperature, top_k=self.top_k or None, seed=self.seed)
         self.seed += 1
         segments, kind = Segments(self.tokenizer), "text"
         try:
@@ -86,8 +82,8 @@ class Chat:
         context = self.engine.context
         room = context - 1 - min(self.max_tokens, context // 4)  # the rest is for bos and the reply
         if (needed := len(self._render([], text)) - 1) > room:
-            what = "message and system prompt have" if self.system else "message has"
-            raise UserError(f"the {what} {needed} tokens and the model's context is {context}; keep it below {room}")
+            what = "message with the system prompt" if self.system else "message"
+            raise UserError(f"the {what} has {needed} tokens and the model's context is {context}; keep it below {room}")
         while len(prompt := self._render(self.turns, text)) - 1 > room:
             self.turns.pop(0)
             note(f"the context of {context} tokens is full: the oldest turn was dropped; /clear starts a new conversation")
@@ -100,8 +96,7 @@ class Chat:
         tokens: list[int] = []
         for content, reply in [*turns, (text, [])]:
             system = [] if tokens or not self.system else [{"role": "system", "content": self.system}]
-            conversation = {"messages": [*system, {"role": "user", "content": content}]}
-            message = self.tokenizer.render_for_completion(conversation)
+            message = self.tokenizer.render_for_completion({"messages": [*system, {"role": "user", "content": content}]})
             tokens += (message[1:] if tokens else message) + reply  # one bos
         return tokens
 
@@ -180,8 +175,7 @@ def main(argv=None):
     compute = compute_init(args.device_type)
     model, tokenizer, meta = load_model(args.stage, compute, model_tag=args.model_tag, step=args.step)
     engine = Engine(prepare_for_inference(model), tokenizer, max_sequences=1)
-    raw = args.stage == "base"
-    chat = Chat(engine, raw, args.max_tokens, args.temperature, args.top_k, args.seed, args.system.strip())
+    chat = Chat(engine, args.stage == "base", args.max_tokens, args.temperature, args.top_k, args.seed, args.system.strip())
     if args.prompt is None:
         converse(chat, f"{args.stage} {meta['model_tag']} step {meta['step']}")
         return

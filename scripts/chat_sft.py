@@ -1,8 +1,7 @@
 """Supervised fine-tuning: the loss covers only what the assistant must say.
 
     python -m scripts.chat_sft
-    python -m scripts.chat_sft --tasks=SmolTalk,my.jsonl               # with your own conversations
-    python -m scripts.chat_sft --tasks=SampleWorld --model-tag=d4      # no connection needed
+    python -m scripts.chat_sft --tasks=SampleWorld,my.jsonl --model-tag=d4  # own conversations; no connection needed
 
 It starts from the newest midtrained model with that model's batch size, rates and optimizer state.
 Every supervised token is seen once per epoch, however long its conversation is.

@@ -1,7 +1,6 @@
 """Midtraining: the base model learns the form of conversations, their special tokens and its tools.
 
     python -m scripts.mid_train
-    python -m scripts.mid_train --tasks=SmolTalk,my.jsonl              # with your own conversations
     python -m scripts.mid_train --tasks=SampleWorld --model-tag=d4      # no connection needed
 
 It starts from the newest base model with that model's batch size, rates and optimizer state.
