@@ -26,7 +26,7 @@ OTHER_BYTES = 5e9  # data sets of the tasks, CORE, logs
 
 
 def main(argv=None):
-    parser = flags.make_parser(__doc__.splitlines()[0])
+    parser = flags.make_parser(__doc__)
     parser.add_argument("--depth", type=flags.DEPTH, nargs="+", default=[20], help="layers; several numbers for several runs")
     flags.add_size_flags(parser)
     group = parser.add_argument_group("vocabulary, hardware, output")
@@ -68,11 +68,11 @@ def estimate(depth: int, args) -> dict:
     """One pretraining run: its size and horizon, "hours", "chat hours" of later stages, "checkpoint" in bytes."""
     import torch
 
-    from nanochat.device import PEAK_FLOPS
+    from nanochat.device import PEAK_FLOPS, peak_flops_of
     from nanochat.gpt import GPT, config_of_depth
     from nanochat.schedule import plan
 
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in args.gpu), None)
+    peak = peak_flops_of(args.gpu)
     if peak is None:
         raise UserError(f"the bf16 peak of --gpu {args.gpu!r} is not known; known are {', '.join(PEAK_FLOPS)}")
     shape = args.max_seq_len, args.aspect_ratio, args.head_dim, args.n_kv_head, args.window_pattern, args.plain

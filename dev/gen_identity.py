@@ -22,7 +22,7 @@ from tasks.common import single_turn
 
 
 def main(argv=None):
-    parser = flags.make_parser(__doc__.splitlines()[0])
+    parser = flags.make_parser(__doc__)
     parser.add_argument("--count", type=flags.number(int, 1, 100_000), default=500, help="number of conversations")
     as_text = argparse.FileType(encoding="utf-8-sig", errors="replace")
     parser.add_argument("--persona", type=as_text, metavar="FILE", help="description of another persona")

@@ -407,7 +407,7 @@ def _download(url: str, name: str, max_bytes: int, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = flags.make_parser("Download pretraining text and check it.")
+    parser = flags.make_parser(__doc__)
     parser.add_argument("-n", "--num-shards", type=flags.number(int, 1, or_=-1), default=NUM_SHARDS,
                         help="training shards to take from the hub besides the validation shard; -1 for all")
     parser.add_argument("-w", "--num-workers", type=flags.COUNT, default=4, help="number of simultaneous downloads")

@@ -14,28 +14,45 @@ from nanochat.flash_attention import choose
 from nanochat.gpt import GPT
 from nanochat.schedule import largest_device_batch
 
-# Dense bf16 peak in FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first match counts.
+# Dense bf16 peak in FLOP/s by words of the device's name; the first match counts. From NVIDIA's and AMD's data sheets (B200 and
+# B300 on an HGX board), for RTX cards from the white papers on GA102, Ada and RTX Blackwell, with float32 accumulation.
 PEAK_FLOPS = {
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
     "B200": 2250e12,
+    "MI300X": 1307e12,
+    "MI300A": 981e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "5090": 209.5e12,
     "4090": 165e12,
     "3090": 71e12,
+    "A6000": 155e12,
 }
+OTHER_CHIPS = {"D", "Ti", "Laptop", "MIG"}  # words that name another chip, or a part of this one
 SAVED_VALUES = 20  # per token, layer and channel, that the compiled model saves for the backward pass (dev/LOG.md, 15)
 ACTIVATION_SHARE = 0.65  # of free memory; weights, gradients, optimizer state and logits need the rest
 
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's bf16 peak in FLOP/s; None where it is unknown, so that no MFU is reported."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_flops_of(name: str) -> float | None:
+    """The bf16 peak of the GPU that PyTorch calls so, such as "NVIDIA A100-SXM4-80GB"."""
+    words = set(name.replace("-", " ").split())
+    matches = [flops for known, flops in PEAK_FLOPS.items() if words.issuperset(known.split())]
+    return matches[0] if matches and not words & OTHER_CHIPS else None
 
 
 def peak_memory(device: torch.device) -> int:

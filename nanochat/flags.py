@@ -14,7 +14,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keeps the lines of the description, and adds the default to each help text that does not explain it itself."""
 
     def _get_help_string(self, action):
-        explained = action.default in (None, False, "") or "(default" in action.help
+        explained = action.default in (None, False, "", []) or "(default" in action.help
         return action.help if explained else super()._get_help_string(action)
 
 
@@ -115,11 +115,12 @@ def add_model_flags(parser: argparse.ArgumentParser, stages: list[str] | None = 
     add_device_flag(group)
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_tokens: str = "--max-tokens") -> None:
+def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, max_tokens: str = "--max-tokens"):
     group = parser.add_argument_group("sampling")
     group.add_argument("-t", "--temperature", type=TEMPERATURE, default=temperature, help="0 is greedy")
     group.add_argument("-k", "--top-k", type=TOP_K, default=50, help="sample from the k most likely tokens; 0 for all")
     group.add_argument("-m", max_tokens, type=COUNT, default=512, help="maximum length of a reply in tokens")
+    return group
 
 
 def add_origin_flags(parser: argparse.ArgumentParser, stages: list[str], default: str) -> None:

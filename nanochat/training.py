@@ -161,7 +161,7 @@ class Meter:
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.peak = peak_flops(compute.device)
         self.state = state or {"ema": 0.0, "weight": 0.0, "total_time": 0.0, "log_size": 0}
-        self.recent: list[float] = []  # the last step times, for the ETA
+        self.recent: list[float] | None = None  # the last step times, for the ETA, without the first, which compiles
         self.lags = compute.device.type == "cuda"
         self.pending: tuple | None = None  # the step that is not reported yet
         self.path = directory / "metrics.jsonl"
@@ -202,7 +202,7 @@ class Meter:
                 f"the loss became {loss} at step {step} (learning-rate multiplier {lrm:.3f}); "
                 "resume from the last good checkpoint with --resume-from-step latest and a lower learning rate"
             )
-        self.recent = self.recent[-19:] + [dt]
+        self.recent = [] if self.recent is None else self.recent[-19:] + [dt]
         state = self.state
         state["total_time"] += dt
         # Exponential moving average; its weight tends to 1 and removes the bias towards the initial 0
@@ -213,8 +213,8 @@ class Meter:
         tok_per_sec = (tokens or self.tokens_per_step) / dt
         known = self.peak and self.flops_per_token
         mfu = tok_per_sec * self.flops_per_token / (self.peak * self.compute.world_size) if known else None
-        median = sorted(self.recent)[len(self.recent) // 2]
-        eta = median * step * (1 - progress) / progress if progress > 0 else 0.0
+        median = sorted(self.recent)[(len(self.recent) - 1) // 2] if self.recent else math.nan
+        eta = median * step * (1 - progress) / progress if progress > 0 else math.nan
         usage = {"tok_per_sec": tok_per_sec, "mfu": mfu, "peak_memory": peak_memory(self.compute.device)}
         self.log(step, loss=smooth, raw_loss=loss, lrm=lrm, dt=dt, epoch=epoch, **usage, **values)
         if self.path.exists():
@@ -223,7 +223,7 @@ class Meter:
         print0(
             f"step {step:05d} ({100 * progress:.1f}%) | {more}loss {smooth:.4f} | lrm {lrm:.2f} | dt {1000 * dt:.0f} ms | "
             f"{tok_per_sec:,.0f} tok/s | mfu {'-' if mfu is None else f'{100 * mfu:.1f}%'} | epoch {epoch} | "
-            f"total {state['total_time'] / 60:.1f} min | eta {eta / 60:.1f} min"
+            f"total {state['total_time'] / 60:.1f} min | eta {'-' if math.isnan(eta) else f'{eta / 60:.1f} min'}"
         )
 
     def log(self, step: int, **values) -> None:

@@ -14,7 +14,7 @@ from nanochat.common import UserError, compute_cleanup, compute_init, get_base_d
 
 
 def main(argv=None):
-    parser = flags.make_parser("CORE of a base model.")
+    parser = flags.make_parser(__doc__)
     flags.add_model_flags(parser)
     parser.add_argument("--hf-path", help="evaluate this Hugging Face model (folder or id) instead of ours")
     parser.add_argument("--max-per-task", type=flags.COUNT_OR_AUTO, default=-1, help="questions per task (-1: all)")

@@ -14,7 +14,7 @@ from nanochat.common import compute_cleanup, compute_init, print0, run_script
 
 
 def main(argv=None):
-    parser = flags.make_parser("Loss of a base model.")
+    parser = flags.make_parser(__doc__)
     flags.add_model_flags(parser)
     parser.add_argument("--hf-path", help="evaluate this Hugging Face model (folder or id) instead of ours")
     parser.add_argument("--source", default="", help="the text (default: as in training; with --hf-path: climbmix)")

@@ -1,6 +1,6 @@
 """Pretraining: a base model from text.
 
-    python -m scripts.base_train --depth=4 --max-seq-len=512 --device-batch-size=8 --num-iterations=200
+    python -m scripts.base_train --depth=4 --max-seq-len=512 --source=notes.txt  # a small model of your own text
     python -m scripts.base_train --depth=20                          # one GPU; a batch that does not fit is accumulated
     torchrun --nproc-per-node=8 -m scripts.base_train -- --depth=20  # the same run on eight GPUs, or on any number of ranks
     python -m scripts.base_train --depth=20 --resume-from-step=latest
@@ -17,7 +17,7 @@ from nanochat.common import UserError, check_wandb, compute_init, print0, run_sc
 
 
 def main(argv=None):
-    parser = flags.make_parser("Pretrain a base model.")
+    parser = flags.make_parser(__doc__)
     flags.add_run_flags(parser)
     group = parser.add_argument_group("model, data and hardware")
     group.add_argument("--depth", type=flags.DEPTH, default=20, help="number of layers; the one dial")

@@ -67,7 +67,7 @@ def converse(engine, tokenizer, questions: list[str], max_tokens: int = 128) -> 
 
 
 def main(argv=None):
-    parser = flags.make_parser("Measure a chat model on tasks with answers that can be checked.")
+    parser = flags.make_parser(__doc__)
     flags.add_model_flags(parser, ["base", "mid", "sft", "rl"])
     group = parser.add_argument_group("tasks")
     task_help = (f"a task, or several joined by |; may be repeated (default: the six of ChatCORE): {', '.join(TASK_NAMES)}, "

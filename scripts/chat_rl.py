@@ -17,7 +17,7 @@ from nanochat.common import UserError, check_wandb, compute_init, run_script
 
 
 def main(argv=None):
-    parser = flags.make_parser("Improve a chat model on a task whose answers can be checked.")
+    parser = flags.make_parser(__doc__)
     flags.add_run_flags(parser)
     flags.add_origin_flags(parser, ["mid", "sft", "rl"], "sft")
     group = parser.add_argument_group("task")

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the loss covers only what the assistant must say.
 
     python -m scripts.chat_sft
-    python -m scripts.chat_sft --tasks=SampleWorld --model-tag=d4      # no connection needed
+    python -m scripts.chat_sft --tasks=SampleWorld,my.jsonl --model-tag=d4  # own conversations; no connection needed
 
 It starts from the newest midtrained model with that model's batch size, rates and optimizer state.
 Every supervised token is seen once per epoch, however long its conversation is.
@@ -15,7 +15,7 @@ from nanochat.finetune import add_flags, finetune
 
 
 def main(argv=None):
-    parser = flags.make_parser("Fine-tune a model on conversations.")
+    parser = flags.make_parser(__doc__)
     add_flags(
         parser, stages=["base", "mid", "sft"], stage="mid",
         tasks="ARC-Easy,ARC-Challenge,GSM8K,SmolTalk,Identity,SimpleSpelling,SpellingBee",

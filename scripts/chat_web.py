@@ -23,7 +23,7 @@ KEEP_ALIVE = 75  # seconds until the next one. Clients close idle connections so
 
 
 def parse_args(argv):
-    parser = flags.make_parser(__doc__.split("\n")[0])
+    parser = flags.make_parser(__doc__)
     flags.add_model_flags(parser, ["base", "mid", "sft", "rl"])
     group = parser.add_argument_group("server")
     group.add_argument("-n", "--num-gpus", type=flags.COUNT, default=1, help="GPUs to use, each with a copy of the model")

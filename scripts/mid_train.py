@@ -15,7 +15,7 @@ from nanochat.finetune import add_flags, finetune
 
 
 def main(argv=None):
-    parser = flags.make_parser("Midtrain a base model on conversations.")
+    parser = flags.make_parser(__doc__)
     add_flags(
         parser, stages=["base", "mid"], stage="base", tasks="SmolTalk,MMLU,GSM8K,Identity,SimpleSpelling,SpellingBee",
         others="SampleWorld", init_lr_frac=1.0, warmdown=0.8,

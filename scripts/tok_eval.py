@@ -70,7 +70,7 @@ BASELINES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
 
 
 def main(argv=None):
-    parser = flags.make_parser("Compare tokenizers.")
+    parser = flags.make_parser(__doc__)
     parser.add_argument("--source", default="climbmix", help="source of the train and val text, as in tok_train")
     args = parser.parse_args(argv)
     if ranks()[0] > 0:

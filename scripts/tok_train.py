@@ -21,7 +21,7 @@ ROUND_TRIP = """Hello, world! It's 31 °C; 12345 + 6,789 = 19134.
 
 
 def main(argv=None):
-    parser = flags.make_parser("Train the tokenizer.")
+    parser = flags.make_parser(__doc__)
     parser.add_argument("--max-chars", type=flags.number(float, 1, 1e15), default=2_000_000_000, help="characters to train on, at most")
     parser.add_argument("--doc-cap", type=flags.COUNT, default=10_000, help="characters per document, at most")
     parser.add_argument("--vocab-size", type=flags.COUNT, default=32_768, help="number of tokens, special tokens included")

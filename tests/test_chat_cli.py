@@ -10,13 +10,13 @@ from tiny import Script
 
 from nanochat.common import UserError, print0
 from nanochat.engine import Engine
-from scripts.chat_cli import Chat, answer, main
+from scripts.chat_cli import Chat, answer, converse, main
 
 
-def chat_with(*replies, context=200, max_tokens=50):
+def chat_with(*replies, context=200, max_tokens=50, system=""):
     scripts = iter(replies)
     engine = ScriptedEngine(lambda prompt: next(scripts), context=context)
-    return Chat(engine, False, max_tokens, temperature=0.6, top_k=50)
+    return Chat(engine, False, max_tokens, temperature=0.6, top_k=50, system=system)
 
 
 def ask(chat, text):
@@ -44,12 +44,15 @@ def test_a_conversation_is_remembered_as_training_renders_it():
     assert len({settings["seed"] for settings in chat.engine.settings}) == 3  # asking again may give another answer
 
 
-def test_a_full_context_forgets_the_oldest_turns_and_says_so(capsys):
-    chat = chat_with("x" * 30, "y" * 30, "z" * 30, "w", context=138, max_tokens=30)
+@pytest.mark.parametrize("system", ["", "Be brief"])
+def test_a_full_context_forgets_the_oldest_turns_and_says_so(system, capsys):
+    first = system and system + "\n\n"  # of the first message, whichever it is
+    x, y, z = (letter * 30 for letter in "xyz")
+    chat = chat_with(x, y, z, "w", context=138 + len(first), max_tokens=30, system=system)
     for letter in "abcd":
         ask(chat, letter)
-    assert "context of 138 tokens is full: the oldest turn was dropped" in capsys.readouterr().err
-    assert chat.engine.prompts[2:] == [prompt("a", "x" * 30, "b", "y" * 30, "c"), prompt("b", "y" * 30, "c", "z" * 30, "d")]
+    assert f"context of {138 + len(first)} tokens is full: the oldest turn was dropped" in capsys.readouterr().err
+    assert chat.engine.prompts[2:] == [prompt(first + "a", x, "b", y, "c"), prompt(first + "b", y, "c", z, "d")]
 
 
 def test_notes_follow_a_reply_that_is_cut_off_and_refuse_a_message_that_is_too_long(capsys):
@@ -67,7 +70,7 @@ def test_control_characters_are_shown_and_not_sent_to_the_terminal(capsys):
     answer(chat, "?")
     print0("\x1b]0;")  # as the training scripts print their samples
     assert capsys.readouterr().out == "Assistant: \\x1b[31m\tred\n\\r\\x08\\x9b\\x07é\n\\x1b]0;\n"
-    assert "\x1b" in TOKENIZER.decode(chat.turns[0])  # the conversation is what the model wrote
+    assert "\x1b" in TOKENIZER.decode(chat.turns[0][1])  # the conversation is what the model wrote
 
 
 def test_a_base_model_continues_text_and_remembers_nothing():
@@ -75,6 +78,42 @@ def test_a_base_model_continues_text_and_remembers_nothing():
     chat = Chat(Engine(model, TOKENIZER), True, 2, temperature=0.6, top_k=50)
     assert [ask(chat, text) for text in ("ab", "c")] == ["!!", "!!"]
     assert model.seen == [TOKENIZER.encode("c!", prepend="<|bos|>")]
+
+
+def type_lines(monkeypatch, *lines):
+    lines = iter(lines)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    return lines
+
+
+@pytest.mark.parametrize("clear, leave", [("/clear", "/quit"), ("clear", "quit"), ("clear", "exit")])
+def test_commands_apply_to_the_following_replies(clear, leave, monkeypatch):
+    chat = chat_with("A", "B", "C", "D")
+    lines = type_lines(monkeypatch, "hi", "/system Be brief", "/temperature 0", "/TopK  0", "/length 7", "x" * 200, "again", "",
+                       clear, "/usr/bin", "/system", clear, "bye", leave, "not read")  # fmt: skip
+    converse(chat, "sft d2 step 5")
+    assert list(lines) == ["not read"]
+    expected = [("hi",), ("Be brief\n\nhi", "A", "again"), ("Be brief\n\n/usr/bin",), ("bye",)]
+    assert chat.engine.prompts == [prompt(*texts) for texts in expected]
+    assert [tuple(settings.values()) for settings in chat.engine.settings[:2]] == [(0.6, 50, 1), (0, None, 2)]
+    assert chat.max_tokens == 7
+
+
+@pytest.mark.parametrize("line, says", [
+    ("/temperature 5", "/temperature: 5 is not allowed: must be at most 2"),
+    ("/topk many", "/topk: 'many' is not an integer"),
+    ("/length 0", "/length: 0 is not allowed: must be at least 1"),
+    ("/topk", "topk is 50"),
+    ("/help", "commands: /system TEXT"),
+    ("/Quiet now", "there is no /quiet; commands: /system TEXT"),
+])  # fmt: skip
+def test_a_command_gets_one_line_and_is_not_sent_to_the_model(line, says, monkeypatch, capsys):
+    chat = chat_with("hello")
+    type_lines(monkeypatch, line, "hi", "/quit")
+    converse(chat, "sft d2 step 5")
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"({says}") and shown.count("\n") == 1
+    assert chat.engine.prompts == [prompt("hi")] and list(chat.engine.settings[0].values()) == [0.6, 50, 1]
 
 
 # -----------------------------------------------------------------------------
@@ -88,21 +127,16 @@ def test_one_prompt_one_answer(chat_base, capsys):
     assert len(shown) == 21 and shown.endswith("\n") and shown.strip().islower()
     main([*command, "-i", "base", "-g", "d2", "-s", "5", "-t", "0", "-m", "7"])
     assert len(capsys.readouterr().out) == 8
-
-
-def test_commands_at_the_prompt(chat_base, capsys, monkeypatch):
-    lines = iter(["hello", "", "clear", "x" * 5000, "again", "quit", "not read"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    main(["-k", "5", "-m", "10", "--device-type", "cpu"])
-    assert list(lines) == ["not read"]
-    shown = capsys.readouterr()
-    assert shown.out.count("Assistant: ") == 2 and "New conversation." in shown.out
-    assert "5003 tokens and the model's context is 4096" in shown.err
+    for seed in ("1", "2"):
+        main([*command, "-k", "5", "-m", "20", "--seed", seed])
+        assert (capsys.readouterr().out == shown) == (seed == "1")
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["-p", "  "], "prompt is empty"),
     (["-p", "a", "-i", "mid"], "no mid checkpoint"),
+    (["-i", "base", "--system", "Be brief"], "a base model has no system prompt; omit --system"),
+    (["-p", "a", "--system", "x" * 5000], "message with the system prompt has 5006 tokens"),
 ])  # fmt: skip
 def test_wrong_arguments_are_one_line(chat_base, arguments, message):
     with pytest.raises(UserError, match=message) as error:
@@ -134,6 +168,7 @@ def test_ctrl_c_stops_the_reply_and_then_the_program(chat_base, monkeypatch):
                 assert byte, f"ended after {seen!r}: {chat.stderr.read().decode()}"
                 seen += byte
 
+        read_until(b"Model: sft d2 step 5. ")
         read_until(b"User: ")
         for question in (b"hello\n", b"and \xff again\n"):
             chat.stdin.write(question)

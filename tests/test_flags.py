@@ -37,11 +37,14 @@ def test_numbers_out_of_range_are_refused(type, text, expected, capsys):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_shows_each_default_once(name, capsys):
+def test_help_shows_examples_and_each_default_once_and_cannot_be_abbreviated(name, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(f"scripts.{name}").main(["--help"])
     shown = capsys.readouterr().out
-    assert "default: None" not in shown and "(default: False)" not in shown
+    assert not re.search(r"default: (None|False|\[\])", shown)
+    assert len(re.findall(rf"^    (python|torchrun .*) -m scripts\.{name}\b", shown, re.MULTILINE)) >= 2
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"scripts.{name}").main(["--hel"])
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

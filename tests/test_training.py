@@ -13,6 +13,7 @@ from tiny import tiny_gpt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat.common import UserError
+from nanochat.device import peak_flops
 from nanochat.optim import MuonAdamW
 from nanochat.training import LossScale, Meter, StopSignal, set_rates, step_to_resume, train_step
 
@@ -149,6 +150,28 @@ def test_the_smoothed_loss_is_debiased_and_resumes_and_memory_is_measured(tmp_pa
     m.path.write_text(m.path.read_text() + '{"step": 4, "lo')  # killed in the middle of a line
     stop_step(meter(tmp_path, state=saved), 3, 3.0)
     assert [(line["step"], line["loss"]) for line in logged(tmp_path)] == [(line["step"], line["loss"]) for line in lines]
+
+
+def test_the_eta_leaves_out_the_first_step_which_compiles(tmp_path, monkeypatch, capsys):
+    m = meter(tmp_path)
+    monkeypatch.setattr(time, "perf_counter", iter([0, 6000, 6000, 6060, 6060, 6120, 6120, 6720]).__next__)  # start, end, ...
+    for step in (1, 2, 3, 4):
+        stop_step(m, step, 1.0)
+    assert [line.split("eta ")[1] for line in capsys.readouterr().out.splitlines()] == ["-", "4.0 min", "3.0 min", "2.0 min"]
+
+
+@pytest.mark.parametrize("name, teraflops", [
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A10", 125), ("NVIDIA A10G", None),
+    ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA L40", None), ("NVIDIA RTX A6000", 155),
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200 NVL", 835), ("NVIDIA H20", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA H200", 989), ("NVIDIA GH200 480GB", 989),
+    ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA B300 SXM6 AC", 2250), ("NVIDIA GB300", 2500),
+    ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 5090", 209.5), ("AMD Instinct MI300X", 1307),
+])  # fmt: skip
+def test_the_peak_of_a_gpu_is_found_by_its_name(name, teraflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (teraflops and teraflops * 1e12)
 
 
 def test_on_a_gpu_a_step_is_reported_after_the_next_is_launched_and_nan_stops_the_run(tmp_path):

@@ -111,7 +111,7 @@ def bytes_per_step(model, batch: int, length: int) -> int:
 
 
 def main(argv=None):
-    parser = flags.make_parser(__doc__.splitlines()[0])
+    parser = flags.make_parser(__doc__)
     parser.add_argument("--depth", type=flags.DEPTH, default=4, help="layers")
     parser.add_argument("--vocab-size", type=flags.COUNT, default=32768, help="tokens in the vocabulary")
     parser.add_argument("--batch", type=flags.COUNT, action="append", help="sequences at once; may be repeated (default 1, 4, 16, 64)")

@@ -249,7 +249,7 @@ def show(value) -> str:
 
 
 def main(argv=None):
-    parser = flags.make_parser(__doc__.splitlines()[0])
+    parser = flags.make_parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="device to measure")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that every line runs")
     parser.add_argument("--only", action="append", metavar="WORD", help="sections whose names contain this; may be repeated")

@@ -23,7 +23,7 @@ def seconds_of(work, repeat: int, compute) -> float:
 
 
 def main(argv=None):
-    parser = flags.make_parser(__doc__.splitlines()[0])
+    parser = flags.make_parser(__doc__)
     parser.add_argument("--device-type", default="", help="cuda or cpu (empty: cuda if available)")
     parser.add_argument("--megabytes", type=flags.COUNT, nargs="+", default=[1, 4, 16, 64, 256], help="sizes of the message")
     args = parser.parse_args(argv)

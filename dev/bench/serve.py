@@ -205,7 +205,7 @@ async def soak(port: int, process, seconds: float, rng: random.Random) -> None:
 
 
 def main(argv=None):
-    parser = flags.make_parser(__doc__.splitlines()[0])
+    parser = flags.make_parser(__doc__)
     parser.add_argument("part", nargs="?", default="streams", choices=["streams", "bad", "soak"], help="what to measure")
     parser.add_argument("-i", "--stage", default="sft", help="stage of the model: mid, sft or rl")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu (empty: the best available)")

@@ -90,7 +90,7 @@ def published_package() -> str | None:
 
 
 def main(argv=None):
-    parser = flags.make_parser(__doc__.splitlines()[0])
+    parser = flags.make_parser(__doc__)
     parser.add_argument("--megabytes", type=flags.number(float, 0.001), default=50, help="size of the text")
     parser.add_argument("--source", default="climbmix", help="source of the text, as in nanochat.dataset")
     parser.add_argument("--vocab-size", type=flags.COUNT, default=32768, help="tokens in the vocabulary")

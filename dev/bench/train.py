@@ -84,7 +84,7 @@ def loader_rate(B: int, T: int, device, vocab_size: int = 4096, megabytes: int =
 
 
 def main(argv=None):
-    parser = flags.make_parser(__doc__.splitlines()[0])
+    parser = flags.make_parser(__doc__)
     parser.add_argument("--depth", type=flags.DEPTH, default=4, help="layers")
     parser.add_argument("--vocab-size", type=flags.COUNT, default=32768, help="tokens in the vocabulary")
     parser.add_argument("--sequence-len", type=flags.COUNT, default=512, help="tokens per row")
