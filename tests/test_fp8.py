@@ -80,12 +80,13 @@ def test_layouts_are_those_that_cuda_requires():
 
 def test_eligible_linears_of_the_blocks_are_converted_and_nothing_else_changes():
     model = make(n_embd=256, n_head=2)
-    before = dict(model.named_parameters())
+    before, counts = dict(model.named_parameters()), (model.num_scaling_params(), model.estimate_flops())
     assert fp8.convert(model) == 12  # q, k, v, projection and two of the MLP, twice
     others = [name for name, module in model.named_modules() if type(module) is Linear]
     assert others == ["transformer.h.1.attn.ve_gate", "lm_head", "smear_gate"]
     assert [fp8.eligible(Linear(1280, size)) for size in (144, 112, 1288)] == [True, False, False]
     assert all(p is before.pop(name) for name, p in model.named_parameters()) and not before
+    assert counts == (model.num_scaling_params(), model.estimate_flops()), "so MFU stays that of the bf16 peak"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
