@@ -238,10 +238,10 @@ NOT_A_PRIMITIVE = {"toString": 1, "valueOf": 1, "toLocaleString": 1}
 
 def test_what_is_odd_in_the_storage_is_dropped(visit):
     text, values = {"type": "text", "text": "Hi."}, [None, 0, -1e300, "x", [], {}, NOT_A_PRIMITIVE]
-    fine = {"text": "Fine", "parts": [text], "tokens": 3, "speed": 1.5, "problem": {"text": "It failed."}}
+    fine = {"text": "Fine", "parts": [text], "tokens": 3, "problem": {"text": "It failed."}}
     odd = [*values, {"parts": []}, {"text": "x"}, {"text": 5, "parts": []}, {"text": "x", "parts": {"every": 1}}]
     odd += [{**fine, "parts": [text, part]} for part in (*values, {"text": "x"}, {"type": "image", "text": ""}, {"type": "text"})]
-    odd += [{**fine, key: NOT_A_PRIMITIVE} for key in ("tokens", "speed", "forgotten", "problem")]
+    odd += [{**fine, key: NOT_A_PRIMITIVE} for key in ("tokens", "forgotten", "problem")]
     odd += [{"text": "x", "versions": [fine], "shown": value} for value in (*values, 1) if value != 0]
     odd += [{"text": "x", "versions": value, "shown": 0} for value in (*values, *([value] for value in values))]
     chats = [{"exchanges": exchanges} for exchanges in (*values, *([exchange] for exchange in odd))]
