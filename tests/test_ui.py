@@ -245,7 +245,7 @@ def test_what_is_odd_in_the_storage_is_dropped(visit):
     odd += [{"text": "x", "versions": [fine], "shown": value} for value in (*values, 1) if value != 0]
     odd += [{"text": "x", "versions": value, "shown": 0} for value in (*values, *([value] for value in values))]
     chats = [{"exchanges": exchanges} for exchanges in (*values, *([exchange] for exchange in odd))]
-    chats += [{"id": value, "updated": value, "title": None if value == "x" else value, "exchanges": [*odd, fine]} for value in values]
+    chats += [{"id": value, "updated": value, "title": [value], "exchanges": [*odd, fine]} for value in values]
     stored = {f"chat:{i}": json.dumps(chat) for i, chat in enumerate([*values, *chats])}
     stored |= {"chat:": json.dumps({"exchanges": [fine]}), "chat:a": "{not JSON", "chat:b": "9" * 10_000, "theme": "{}"}
     stored["chat:long"] = json.dumps({"exchanges": [{**fine, "text": "Long" * 200_000}], "updated": 1})
