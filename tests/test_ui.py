@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tasks.customjson import read_conversation, read_records
+
 try:
     from playwright.sync_api import expect, sync_playwright
     CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
@@ -236,12 +238,14 @@ NOT_A_PRIMITIVE = {"toString": 1, "valueOf": 1, "toLocaleString": 1}
 
 def test_what_is_odd_in_the_storage_is_dropped(visit):
     text, values = {"type": "text", "text": "Hi."}, [None, 0, -1e300, "x", [], {}, NOT_A_PRIMITIVE]
-    fine = {"text": "Fine", "parts": [text], "tokens": 3, "speed": 1.5, "problem": {"text": "It failed."}}
+    fine = {"text": "Fine", "parts": [text], "tokens": 3, "problem": {"text": "It failed."}}
     odd = [*values, {"parts": []}, {"text": "x"}, {"text": 5, "parts": []}, {"text": "x", "parts": {"every": 1}}]
     odd += [{**fine, "parts": [text, part]} for part in (*values, {"text": "x"}, {"type": "image", "text": ""}, {"type": "text"})]
-    odd += [{**fine, key: NOT_A_PRIMITIVE} for key in ("tokens", "speed", "forgotten", "problem")]
+    odd += [{**fine, key: NOT_A_PRIMITIVE} for key in ("tokens", "forgotten", "problem")]
+    odd += [{"text": "x", "versions": [fine], "shown": value} for value in (*values, 1) if value != 0]
+    odd += [{"text": "x", "versions": value, "shown": 0} for value in (*values, *([value] for value in values))]
     chats = [{"exchanges": exchanges} for exchanges in (*values, *([exchange] for exchange in odd))]
-    chats += [{"id": value, "updated": value, "exchanges": [*odd, fine]} for value in values]
+    chats += [{"id": value, "updated": value, "title": [value], "exchanges": [*odd, fine]} for value in values]
     stored = {f"chat:{i}": json.dumps(chat) for i, chat in enumerate([*values, *chats])}
     stored |= {"chat:": json.dumps({"exchanges": [fine]}), "chat:a": "{not JSON", "chat:b": "9" * 10_000, "theme": "{}"}
     stored["chat:long"] = json.dumps({"exchanges": [{**fine, "text": "Long" * 200_000}], "updated": 1})
@@ -260,20 +264,69 @@ def test_what_is_odd_in_the_storage_is_dropped(visit):
     assert page.evaluate("localStorage.length") == number - 1
 
 
-def test_an_edited_or_regenerated_exchange_replaces_what_followed(page):
+def test_an_edited_question_replaces_what_followed(page):
     talk(page, "First", "One.")
     talk(page, "Second", "Two.")
-    click(page, "Write this reply again")
-    emit(page, "Three.", done())
-    expect(replies(page)).to_contain_text(["One.", "Three."])
-    assert contents(page) == ["First", "One.", "Second"]
+    box(page).fill("A draft")
+    page.get_by_role("button", name="Edit message").first.click()
+    expect(page.get_by_role("status")).to_contain_text("Editing “First”")
+    expect(box(page)).to_have_value("First")
+    page.keyboard.press("Escape")
+    expect(box(page)).to_have_value("A draft")
     page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Edit message").first.click()
-    page.get_by_label("Edit your message").fill("Changed")
-    page.keyboard.press("Enter")
+    say(page, "Changed")
     emit(page, "Other.", done())
     expect(replies(page)).to_contain_text(["Other."])
     assert contents(page) == ["Changed"]
+    expect(box(page)).to_have_value("A draft")
+
+
+def test_earlier_replies_are_kept_and_the_one_shown_is_sent(page):
+    talk(page, "First", "One.")
+    for text in ("Two.", "Three."):
+        click(page, "Write this reply again")
+        emit(page, text, done())
+        expect(replies(page)).to_contain_text(f"{text}5 tokens")
+        assert contents(page) == ["First"]
+    page.evaluate("refusal = 'offline'")
+    click(page, "Write this reply again")
+    expect(replies(page)).to_contain_text("4/4")
+    click(page, "Retry")  # takes the place of the reply that failed
+    emit(page, "Four.", done())
+    expect(replies(page)).to_contain_text("Four.5 tokens4/4")
+    arrow = page.get_by_role("button", name="Show the previous reply")
+    for position in ("3/4", "2/4"):
+        arrow.press("Enter")
+        expect(replies(page)).to_contain_text(position)
+        expect(arrow).to_be_focused()
+    page.reload()
+    expect(replies(page)).to_contain_text("Two.5 tokens2/4")
+    assert talk(page, "Second", "Yes.") == ["First", "Two.", "Second"]
+    for _ in range(3):  # the last reply is followed by the first
+        click(page, "Show the next reply")
+    assert talk(page, "Third", "No.") == ["First", "One.", "Second", "Yes.", "Third"]
+
+
+def test_an_exported_conversation_can_be_trained_on(visit, tmp_path):
+    page = visit(stored={"settings": json.dumps({"system": "Be brief."})})
+    parts = [("text", "It is "), ("python", "6*7"), ("python_output", "42")]
+    talk(page, "Hello", "Hi.")
+    talk(page, "6 times 7?", *parts)
+    page.evaluate("refusal = 'offline'")
+    say(page, "Unanswered")
+    page.once("dialog", lambda dialog: dialog.accept("Sums"))
+    click(page, "Rename “Hello”")
+    page.reload()
+    expect(links(page)).to_have_text(["Sums"])
+    with page.expect_download() as download:
+        click(page, "Export “Sums”")
+    assert download.value.suggested_filename == "Sums.jsonl"
+    download.value.save_as(tmp_path / "my.jsonl")
+    [record] = read_records(tmp_path / "my.jsonl")
+    answer = [{"type": kind, "text": text} for kind, text in parts]
+    contents = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "6 times 7?"), ("assistant", answer)]
+    assert read_conversation(*record)["messages"] == [{"role": role, "content": content} for role, content in contents]
 
 
 def test_copying_copies_the_source(visit):
@@ -297,9 +350,6 @@ https://example.org/x.
 f(1)
 ```
 3. three
-
-- [x] bought
-- [ ] sold
 
 > quoted
 > twice
@@ -333,14 +383,12 @@ def test_markdown_becomes_elements(page):
     texts = {
         "h3": ["Title"], "strong": ["bold", "x", "a"], "em": ["italic"], "del": ["gone"], "hr": [""],
         ":not(pre) > code": ["code <b>", "1"], "pre code": ["f(1)", 'let a = "`"\n'], "blockquote": ["quoted\ntwice"],
-        "ol > li > ul > li": ["inner x", "other"], "li.task": ["bought", "sold"],
-        "th": ["Name", "Size | cost"], "td": ["a", "1"],
+        "ol > li > ul > li": ["inner x", "other"], "th": ["Name", "Size | cost"], "td": ["a", "1"],
     }  # fmt: skip
     assert {selector: prose.locator(selector).all_inner_texts() for selector in texts} == texts
     addresses = ["https://example.org/a_(b)", "https://example.org/x"]
     assert [a.get_attribute("href") for a in prose.locator("a").all()] == addresses
     assert [ol.get_attribute("start") for ol in prose.locator("ol").all()] == ["1", "3"]
-    assert [box.is_checked() for box in prose.get_by_role("checkbox").all()] == [True, False]
     expect(prose.locator("td").last).to_have_css("text-align", "end")
 
 
@@ -416,7 +464,7 @@ def test_a_failed_request_can_be_repeated(page, refusal, text, remedy):
         expect(replies(page).last).to_contain_text(text)
     assert contents(page) == ["Second"]  # unanswered questions are not sent again
     for name in remedy:
-        page.locator("#messages").get_by_role("button", name=name).last.click()
+        click(page, name)
     emit(page, "Here.", done())
     expect(replies(page).last).to_contain_text("Here.5 tokens")
 
