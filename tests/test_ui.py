@@ -351,6 +351,9 @@ f(1)
 ```
 3. three
 
+- [x] bought
+- [ ] sold
+
 > quoted
 > twice
 
@@ -383,7 +386,8 @@ def test_markdown_becomes_elements(page):
     texts = {
         "h3": ["Title"], "strong": ["bold", "x", "a"], "em": ["italic"], "del": ["gone"], "hr": [""],
         ":not(pre) > code": ["code <b>", "1"], "pre code": ["f(1)", 'let a = "`"\n'], "blockquote": ["quoted\ntwice"],
-        "ol > li > ul > li": ["inner x", "other"], "th": ["Name", "Size | cost"], "td": ["a", "1"],
+        "ol > li > ul > li": ["inner x", "other"], ":scope > ul > li": ["☑ bought", "☐ sold"],
+        "th": ["Name", "Size | cost"], "td": ["a", "1"],
     }  # fmt: skip
     assert {selector: prose.locator(selector).all_inner_texts() for selector in texts} == texts
     addresses = ["https://example.org/a_(b)", "https://example.org/x"]
