@@ -105,7 +105,7 @@ def signal_in_a_step(patch):
 
     def start_and_signal(meter):
         start(meter)
-        if len(meter.recent) == 2:  # the third step
+        if len(meter.recent or []) == 1:  # the third step; the first is not kept
             signal.raise_signal(signal.SIGTERM)
 
     patch.setattr(training.Meter, "start", start_and_signal)
