@@ -10,19 +10,19 @@ bpb = a + b * (C / C0)^-c with C the training FLOPs, is printed.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from pathlib import Path
 
 from nanochat.common import UserError, base_dir_path, get_base_dir, run_script
+from nanochat.flags import make_parser
 from nanochat.report import Panel, draw, points, read_entries, read_jsonl, table
 
 GPT2_CORE = 0.2565  # of GPT-2 with 1.6 billion parameters
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     run_help = "tag of a base model, or path of a metrics.jsonl (default: all base models)"
     parser.add_argument("runs", nargs="*", metavar="RUN", help=run_help)
     args = parser.parse_args(argv)

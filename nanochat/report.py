@@ -18,7 +18,6 @@ All other keys are shown as a table. Only the main rank may call `log`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import re
@@ -32,6 +31,7 @@ from pathlib import Path
 from statistics import median
 
 from nanochat.common import CONTROLS, UserError, base_dir_path, get_base_dir, run_script
+from nanochat.flags import make_parser
 
 STAGES = ("base", "mid", "sft", "rl")
 SPECIAL_KEYS = ("stage", "scores", "metrics", "flags", "chat", "samples")
@@ -328,7 +328,7 @@ def generate() -> Path:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("command", choices=["reset", "generate"], nargs="?", default="generate")
     if parser.parse_args(argv).command == "reset":
         reset()

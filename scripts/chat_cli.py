@@ -109,8 +109,8 @@ def converse(chat: Chat, name: str) -> None:
         sys.stdin.reconfigure(errors="replace")  # for what is not UTF-8
     print(f"Model: {name}. Type /help for the commands and /quit to exit. Ctrl-C stops a reply.")
     try:
-        while (text := input("\nText: " if chat.raw else "\nUser: ").strip()) not in ("quit", "exit", "/quit", "/exit"):
-            if text == "clear":
+        while (text := input("\nText: " if chat.raw else "\nUser: ").strip()).lower() not in ("quit", "exit", "/quit", "/exit"):
+            if text.lower() == "clear":
                 text = "/clear"
             if command := re.fullmatch(r"(/[a-z]*)(?:\s+(.*))?", text, re.IGNORECASE):  # but "/usr/bin" is text
                 run_command(chat, command[1].lower(), command[2] or "")

@@ -86,7 +86,7 @@ def type_lines(monkeypatch, *lines):
     return lines
 
 
-@pytest.mark.parametrize("clear, leave", [("/clear", "/quit"), ("clear", "quit"), ("clear", "exit")])
+@pytest.mark.parametrize("clear, leave", [("/clear", "/quit"), ("clear", "quit"), ("Clear", "/EXIT")])
 def test_commands_apply_to_the_following_replies(clear, leave, monkeypatch):
     chat = chat_with("A", "B", "C", "D")
     lines = type_lines(monkeypatch, "hi", "/system Be brief", "/temperature 0", "/TopK  0", "/length 7", "x" * 200, "again", "",

@@ -317,6 +317,11 @@ def test_commands_change_settings_and_clear(page):
     expect(links(page)).to_have_count(0)
 
 
+def test_a_base_model_is_not_offered_for_a_chat(visit):
+    page = visit("health.chats = false;")
+    expect(page.get_by_role("heading", name="A base model does not chat")).to_be_visible()
+
+
 def test_the_theme_can_be_switched_and_is_kept(visit):
     page, dark = visit(color_scheme="light"), "rgb(21, 23, 22)"
     click(page, "Light or dark")
@@ -393,12 +398,12 @@ def test_a_phone_shows_everything_within_its_width(visit):
 
 
 def test_the_page_works_with_the_real_server(browser):
-    """Streaming, a tool call, a hostile reply, and the content security policy that chat_web sends."""
+    """Streaming, a tool call, a hostile reply that is cut and continued, and the content security policy of chat_web."""
     from chat_server import ScriptedEngine, serving
 
     hostile = "<script>window.harm = 1</script><img src=x onerror='window.harm = 1'>"
     texts = iter(["It is <|python_start|>6*7<|python_end|><|output_start|>42<|output_end|> é!", hostile])
-    with serving(ScriptedEngine(lambda prompt: next(texts))) as site:
+    with serving(ScriptedEngine(lambda prompt: next(texts)), max_tokens=60) as site:
         page, complaints = browser.new_page(), []
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -407,6 +412,7 @@ def test_the_page_works_with_the_real_server(browser):
         expect(replies(page)).to_contain_text("6*7 = 42 é!")
         expect(page.get_by_role("button", name="Stop")).to_have_count(0)
         say(page, "And now?")
-        expect(replies(page).last).to_contain_text(hostile)
+        click(page, "Continue")
+        expect(replies(page).last.locator(".prose")).to_have_text(hostile)
         assert page.evaluate("window.harm") is None and not complaints
         page.close()

@@ -1,6 +1,7 @@
 """The bandwidth between ranks, for the collectives that training uses.
 
     torchrun --nproc-per-node=8 -m dev.bench.ranks      # on several nodes: on each, as training is started
+    torchrun --nproc-per-node=2 -m dev.bench.ranks -- --device-type cpu --megabytes 1
 
 "Bus bandwidth" as nccl-tests defines it (doc/PERFORMANCE.md): the bytes that each rank sends, divided by the time. It does
 not depend on the number of ranks, so it can be compared with that of the hardware.
