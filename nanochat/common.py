@@ -58,9 +58,11 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        line = f"error: {error}"
+        line, cache = f"error: {error}", os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "torchinductor_"
         if isinstance(error, MemoryError) or re.search(NO_MEMORY, line):
             line = f"error: not enough memory ({line[7:200]}); use a smaller --depth, --max-seq-len or --device-batch-size"
+        elif isinstance(error, OSError) and cache in str(error.filename):
+            line += "; set TORCHINDUCTOR_CACHE_DIR to a folder in which PyTorch can keep its cache"
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             line += f"; free some space, or set NANOCHAT_BASE_DIR (now {base_dir_path()}) to a writable folder"
         elif not isinstance(error, UserError):

@@ -127,12 +127,16 @@ def test_ranks_without_torchrun_a_gpu_or_a_time_out_are_refused(monkeypatch):
         (UserError("what to do"), "error: what to do"),
         (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"),
          "error: [Errno 28] No space left on device: 'model.safetensors'; free some space, or set NANOCHAT_BASE_DIR"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/tmp/torchinductor_me"),
+         "error: [Errno 20] Not a directory: '/tmp/torchinductor_me'; set TORCHINDUCTOR_CACHE_DIR"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "error: not enough memory (CUDA out"),
         (MemoryError(), "error: not enough memory"),
         (KeyboardInterrupt(), "130"),
     ],
 )  # fmt: skip
-def test_user_errors_are_one_line_and_ctrl_c_exits_with_130(error, code):
+def test_user_errors_are_one_line_and_ctrl_c_exits_with_130(error, code, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+
     def main():
         raise error
 
