@@ -298,16 +298,16 @@ class Engine:
         tokens, log_probs = sample(logits, settings, [uniform_sample(seq.rng) for seq in seqs])
         self.generated_tokens += len(seqs)
         sampled = torch.stack([tokens.float(), log_probs], dim=1).tolist()  # one transfer; ids below 2^24 are exact in float32
-        self._score(seqs, logits, [int(token) for token, _ in sampled])
+        self._score(seqs, logits, sampled)
         return [(seq, *self._accept_or_fail(seq, int(token), log_prob)) for seq, (token, log_prob) in zip(seqs, sampled)]
 
-    def _score(self, seqs: list[Sequence], logits: torch.Tensor, sampled: list[int]) -> None:
+    def _score(self, seqs: list[Sequence], logits: torch.Tensor, sampled: list[list[float]]) -> None:
         """Keep the log-probabilities of the new tokens of those sequences that want them."""
         rows = [row for row, seq in enumerate(seqs) if seq.top_logprobs is not None]
         if not rows:
             return
         scored = [seqs[row] for row in rows]
-        tokens = [seq.forced[0] if seq.forced else sampled[row] for seq, row in zip(scored, rows)]
+        tokens = [seq.forced[0] if seq.forced else int(sampled[row][0]) for seq, row in zip(scored, rows)]
         scores = token_scores(logits[rows], tokens, [seq.top_logprobs for seq in scored])
         for seq, score in zip(scored, scores):
             seq.scores.append(score)

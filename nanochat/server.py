@@ -145,7 +145,7 @@ def fit(tokenizer, messages: list[dict], context: int, max_tokens: int | None = 
 
 def far_too_long(tokenizer, texts: Iterable[str], context: int) -> range | None:
     """A range of the least length in tokens of texts that are far too long: to encode megabytes takes seconds."""
-    least = sum(map(len, texts)) // max(map(len, tokenizer.ranks))
+    least = sum(map(len, texts)) // tokenizer.longest_token
     return range(least) if least > 4 * context else None
 
 

@@ -142,6 +142,11 @@ class RustBPETokenizer:
     def get_special_tokens(self) -> set[str]:
         return set(self.special_tokens)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """The most bytes that a token has, special ones apart: a text of n bytes has at least n / longest_token tokens."""
+        return max(map(len, self.ranks))
+
     def encode_special(self, name: str) -> int:
         """The id of a special token: `encode_special("<|bos|>")`."""
         if name not in self.special_tokens:
