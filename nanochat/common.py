@@ -58,16 +58,17 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        line, cache = f"error: {error}", os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "torchinductor_"
-        if isinstance(error, MemoryError) or re.search(NO_MEMORY, line):
-            line = f"error: not enough memory ({line[7:200]}); use a smaller --depth, --max-seq-len or --device-batch-size"
-        elif isinstance(error, OSError) and cache in str(error.filename):
-            line += "; set TORCHINDUCTOR_CACHE_DIR to a folder in which PyTorch can keep its cache"
+        message = str(error)
+        compiler_cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "torchinductor_"  # the latter is PyTorch's default
+        if isinstance(error, MemoryError) or re.search(NO_MEMORY, message):
+            message = f"not enough memory ({message[:193]}); use a smaller --depth, --max-seq-len or --device-batch-size"
+        elif isinstance(error, OSError) and compiler_cache in str(error.filename):
+            message += "; set TORCHINDUCTOR_CACHE_DIR to a folder in which PyTorch can keep its cache"
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            line += f"; free some space, or set NANOCHAT_BASE_DIR (now {base_dir_path()}) to a writable folder"
+            message += f"; free some space, or set NANOCHAT_BASE_DIR (now {base_dir_path()}) to a writable folder"
         elif not isinstance(error, UserError):
             raise
-        rank = ranks()[0]
+        line, rank = f"error: {message}", ranks()[0]
         if rank > 0:
             time.sleep(2)  # an error of all ranks is printed by rank 0 only, since torchrun then ends the others
             line = f"rank {rank}: {line}"
@@ -369,6 +370,18 @@ def print0(*args, **kwargs) -> None:
     """Print on the main rank only, with control characters shown."""
     if ranks()[0] == 0:
         print(*(str(arg).translate(CONTROLS) for arg in args), **kwargs, flush=True)
+
+
+def raise_file_limit() -> int:
+    """Allow this process as many open files as the system permits; returns how many connections to keep."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
+    with suppress(ValueError, OSError):  # macOS may refuse
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    # The other half is for files, and for connections that arrive within a second
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
 def check_wandb(run: str) -> None:

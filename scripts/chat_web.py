@@ -13,10 +13,9 @@ import argparse
 import gc
 import re
 import time
-from contextlib import suppress
 
 from nanochat import flags
-from nanochat.common import UserError, compute_init, run_script
+from nanochat.common import UserError, compute_init, raise_file_limit, run_script
 
 HEADER_TIMEOUT = 10  # seconds after a client has connected, in which the header of its first request must arrive
 KEEP_ALIVE = 75  # seconds until the next one. Clients close idle connections sooner
@@ -75,18 +74,6 @@ def own_names(host: str, sock) -> set[str]:
     from ipaddress import ip_address
 
     return {"localhost", "127.0.0.1", "[::1]", in_url(host)} if ip_address(sock.getsockname()[0]).is_loopback else set()
-
-
-def raise_file_limit() -> int:
-    """Allow this process as many open files as the system permits; returns how many connections to keep."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
-    with suppress(ValueError, OSError):  # macOS may refuse
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-    # The other half is for files, and for connections that arrive within a second
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
 def close_idle(connections, seen: dict, limit: int) -> dict:

@@ -28,7 +28,7 @@ from statistics import median
 import psutil
 
 from nanochat import flags
-from scripts.chat_web import raise_file_limit
+from nanochat.common import raise_file_limit
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = ("/chat/completions", "/v1/chat/completions")
