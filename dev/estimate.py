@@ -7,8 +7,6 @@ Parameters and FLOPs are those of the model itself, built on the meta device; ho
 `schedule.plan`, as in scripts/base_train.py, whose other flags are ignored, so that one list of flags serves both.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 
@@ -45,7 +43,9 @@ def main(argv=None):
     if args.shards:
         print(shards)
         return
-    hours = sum(run["hours"] for run in runs) + (runs[-1]["chat hours"] + OTHER_HOURS if args.chat else 0)
+    hours = sum(run["hours"] for run in runs)
+    if args.chat:  # of several runs, for the last
+        hours += runs[-1]["chat hours"] + OTHER_HOURS
     checkpoints = sum(run["checkpoint"] for run in runs) * (CHECKPOINTS + CHAT_CHECKPOINTS * args.chat)
     needed = (shards + 1) * SHARD_BYTES + checkpoints + OTHER_BYTES
     price = args.gpus * args.dollars_per_gpu_hour
@@ -54,7 +54,7 @@ def main(argv=None):
     for depth, run in zip(args.depth, runs):
         print(f"{f'pretraining d{depth}':24}{amount(run['parameters']):>11}{amount(run['scaling']):>9}{amount(run['tokens']):>9}"
               f"{run['steps']:>9,}{run['batch']:>10,}{run['flops']:>10.2e}{run['hours']:>8.2f}{run['hours'] * price:>9,.0f}")
-    if args.chat:  # of several runs, for the last
+    if args.chat:
         chat_hours = runs[-1]["chat hours"]
         print(f"{'midtraining, fine-tuning':24}{amount(CHAT_TOKENS):>29}{chat_hours:>37.2f}{chat_hours * price:>9,.0f}")
         print(f"{'everything else':24}{OTHER_HOURS:>66.2f}{OTHER_HOURS * price:>9,.0f}")

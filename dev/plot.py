@@ -8,8 +8,6 @@ runs can be plotted anywhere and while they train. Plots go to plots/ in the bas
 bpb = a + b * (C / C0)^-c with C the training FLOPs, is printed.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path
@@ -90,7 +88,8 @@ def fit_power_law(x: list[float], y: list[float]) -> dict | None:
 
     def solve(c):
         power = (x / x0) ** -c  # (n,)
-        a, b = np.linalg.lstsq(np.stack([np.ones_like(power), power], axis=1), y, rcond=None)[0]
+        terms = np.stack([np.ones_like(power), power], axis=1)  # (n, 2)
+        a, b = np.linalg.lstsq(terms, y, rcond=None)[0]
         if a < 0:
             a, b = 0.0, (power @ y) / (power @ power)
         residuals = y - (a + b * power)

@@ -29,10 +29,7 @@ index=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$(pip_setting index-url)}}
 [[ -z $index ]] || export UV_DEFAULT_INDEX=$index
 
 # Python: the version of a local torch wheel, or else the machine's, or else one that uv downloads
-python=3.12
-if python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
-    python=$(python3 -c 'import sys; print(sys.executable)')
-fi
+python=$(python3 -c 'import sys; print(sys.executable if (3, 10) <= sys.version_info < (3, 14) else 3.12)' 2>/dev/null || echo 3.12)
 for folder in $links; do
     for wheel in "$folder"/torch-2.*.whl; do
         if [[ $wheel =~ -cp3(1[0-3])- ]]; then python=3.${BASH_REMATCH[1]}; fi

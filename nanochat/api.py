@@ -18,7 +18,6 @@ from nanochat.common import UserError
 from nanochat.conversation import PARTS
 from nanochat.engine_thread import Busy, EngineFailure
 
-RETRY_AFTER = 5  # seconds
 UNLIMITED = 1_000_000  # tokens: until the context is full
 
 
@@ -213,7 +212,7 @@ def as_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case Busy():
-            return ApiError(503, str(error), "server_busy", headers={"Retry-After": str(RETRY_AFTER)})
+            return ApiError(503, str(error), "server_busy", headers={"Retry-After": "5"})  # seconds
         case EngineFailure():
             return ApiError(500, str(error), "server_error")
         case UserError():

@@ -62,8 +62,7 @@ def save_checkpoint(
     """Write one checkpoint and return its folder. Every rank calls this, each with its shard of the optimizer state.
 
     `model_state`, `meta` (what JSON can hold) and the tokenizer are the main rank's. Of the checkpoints up to this step the
-    last `keep_last` are kept (-1: all). `group` is the process group to synchronise in. One run at a time may write into
-    `directory`; `Saver` ensures that.
+    last `keep_last` are kept (-1: all). `group` is the process group to synchronise in. `Saver` keeps other runs out.
 
     Raises the error of any rank on all of them; then nothing is left behind and older checkpoints stand.
     """
@@ -118,8 +117,7 @@ def update_meta(directory: Path, step: int, **values) -> None:
 def set_aside(directory: Path, after: int | None = None) -> Path | None:
     """Move a run to TAG.old, whose former content is deleted; one without checkpoints is not worth that.
 
-    With `after`, move only the checkpoints of later steps, and leave what else is in TAG.old. Returns TAG.old, or None if
-    there was nothing to move.
+    With `after`, move only the checkpoints of later steps, and leave what else is in TAG.old. Returns TAG.old if any moved.
     """
     old = directory.with_name(f"{directory.name}.old")
     paths = [step_folder(directory, step) for step in list_steps(directory) if after is None or step > after]

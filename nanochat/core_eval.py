@@ -6,8 +6,6 @@ the lowest mean loss of its scored tokens. Language modelling has one of each an
 argmax. Prompts, few-shot examples and the order of the rows are those of the published scores.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -252,7 +250,7 @@ def evaluate_core(
             if stop and turn % compute.world_size == 0 and stop():
                 return None
             if turn % compute.world_size == compute.rank:
-                which = range(first, min(first + CHUNK, total))
+                which = range(total)[first : first + CHUNK]
                 answers = answer_questions(model, tokenizer, task, which, BATCH_TOKENS[compute.device.type])
                 right[t] += sum(answer == task.questions[i].gold for i, answer in zip(which, answers))
                 compute.heartbeat()

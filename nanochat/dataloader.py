@@ -7,8 +7,6 @@ state: the next position of the walk, and the positions of the documents that wa
 those are read again, and the following batches are bit for bit those of an uninterrupted run.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -101,9 +99,8 @@ def conversation_data_loader(
     conversations, which differs from epoch to epoch.
 
     Yields and resumes as for documents. Targets that are not trained on and padding (inputs bos) are -1; each row has a
-    target that is trained on. The state counts, over all epochs, "finished": conversations that are packed completely,
-    and "skipped": chunks left out because they have no supervised token. finished / "num_conversations" is the number of
-    completed epochs. Raises UserError if no token is supervised, or if the state is of another data set or tokenizer.
+    target that is trained on. The state counts in "finished" the conversations that are packed completely, over all
+    epochs. Raises UserError if no token is supervised, or if the state is of another data set or tokenizer.
     """
     data = {"num_conversations": len(dataset), "tokenizer": tokenizer.fingerprint()}
 

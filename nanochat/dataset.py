@@ -10,8 +10,6 @@ the hub, is converted to such a folder when it is first used.
     python -m nanochat.dataset --source hf:roneneldan/TinyStories -n 4
 """
 
-from __future__ import annotations
-
 import errno
 import http.client
 import json
@@ -25,13 +23,10 @@ from functools import partial
 from hashlib import blake2b
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator, TextIO
+from typing import Any, Callable, Iterator, TextIO
 
 from nanochat import flags
 from nanochat.common import Unreachable, UserError, atomic, get_base_dir, hub_endpoint, print0, run_script
-
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
 
 # Source -> (data set on the hub, number of its last shard), see https://huggingface.co/datasets/ID
 SOURCES = {
@@ -93,15 +88,15 @@ def split_paths(source: str, split: str) -> list[Path]:
 
 
 @contextmanager
-def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
-    """The shard at `path`; UserError if it is damaged or has no column of text."""
+def open_shard(path: Path) -> Iterator:
+    """The shard at `path`, a pyarrow.parquet.ParquetFile; UserError if it is damaged or has no column of text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as shard:
             fields = {field.name: field.type for field in shard.schema_arrow}
-            if "text" not in fields or not (pa.types.is_string(fields["text"]) or pa.types.is_large_string(fields["text"])):
+            if fields.get("text") not in (pa.string(), pa.large_string()):
                 raise UserError(f"{path} has no column `text` of strings; its columns: {', '.join(fields) or 'none'}")
             yield shard
     except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:  # KeyError: two columns `text`
@@ -250,7 +245,8 @@ def write_documents(documents: Iterator, size: int, num_shards: int, skip: Skipp
 
     def write(rows: list[tuple[int, str]]) -> None:
         paths.append(folder / f"shard_{len(paths):05d}.parquet")
-        pq.write_table(pa.table({"text": [text for _, text in sorted(rows)]}), paths[-1], row_group_size=ROW_GROUP)
+        table = pa.table({"text": [text for _, text in sorted(rows)]})
+        pq.write_table(table, paths[-1], row_group_size=ROW_GROUP)
 
     with tqdm(total=size or None, desc="reading", unit="B", unit_scale=True, disable=None) as bar:  # in a terminal only
         for place, text in documents:
@@ -293,18 +289,18 @@ def write_documents(documents: Iterator, size: int, num_shards: int, skip: Skipp
 # Downloads from the hub
 
 
-def hub_answers(timeout: float = 5.0) -> bool:
+def hub_answers() -> bool:
     """Whether anything answers at the hub's address. `huggingface_hub` retries for 23 s before it reports that none does."""
     from huggingface_hub.utils import get_session
 
     try:
-        get_session().head(hub_endpoint(), timeout=timeout)
+        get_session().head(hub_endpoint(), timeout=5.0)
     except Exception:  # of the library's HTTP client, which differs between its versions
         return False
     return True
 
 
-def download_shards(source: str, num_train: int, workers: int = 4) -> None:
+def download_shards(source: str, num_train: int, workers: int) -> None:
     """Download what is missing of the first `num_train` shards of a source of the hub and its last, for validation."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars

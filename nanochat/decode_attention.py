@@ -3,8 +3,7 @@
 Decoding is bound by reading the cache, so visible keys and values are read once and in place; PyTorch's attention
 would copy the rows first and then read their whole length. The keys of a row are split into parts, so that a few rows
 also occupy the whole GPU, and a second kernel combines the parts (flash decoding, arXiv:2311.01282). The first kernel
-also writes the new token's key and value to the cache. In Triton's interpreter (TRITON_INTERPRET=1) the kernels run on
-a CPU, where they are tested.
+also writes the new token's key and value to the cache. Tests run both on a CPU, in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from copy import copy
 from itertools import count
 
+import psutil
 import torch
 
 from nanochat.calculator import use_calculator
@@ -162,7 +163,10 @@ class Engine:
         )
         # assistant_end ends a reply; a base model ends a document with the next one's bos.
         self.terminal_tokens = frozenset((self.assistant_end, tokenizer.get_bos_token_id()))
-        self.context = min(context or model.config.sequence_len, model.config.sequence_len)
+        config = model.config
+        self.context = min(context or config.sequence_len, config.sequence_len)
+        # Of the cache of one sequence, as KVCache expects it: heads, positions, dimensions, layers
+        self.cache_shape = config.n_kv_head, self.context, config.n_embd // config.n_head, config.n_layer
         self.device = model.get_device()
         # Keys and values have the dtype of the embeddings, the narrowest of the weights
         self.dtype = min((weight.dtype for weight in model.parameters()), key=lambda dtype: dtype.itemsize)
@@ -184,7 +188,7 @@ class Engine:
         The sequence ends with a terminal token (assistant_end or bos), after `max_tokens`, or when the context is
         full. Samples with the same seed differ by `sample_index`. Raises UserError for invalid arguments.
         With `top_logprobs`, which may be 0, its `scores` have an item for each generated token (see `token_scores`), and
-        with `prompt_logprobs` for each token of the prompt but the first, before those.
+        with `prompt_logprobs` for each token of the prompt before those; the first, which nothing precedes, has (None, {}).
         """
         if not 0 < len(tokens) < self.context:
             raise UserError(f"the prompt has {len(tokens)} tokens; in this context it must have 1 to {self.context - 1}")
@@ -198,6 +202,7 @@ class Engine:
         rng = random.Random(f"{seed}/{sample_index}")
         seq = Sequence(list(tokens), len(tokens) + (max_tokens or math.inf), temperature, top_k, top_p, rng)
         seq.top_logprobs, seq.prompt_logprobs = top_logprobs, prompt_logprobs
+        seq.scores = [(None, {})] if prompt_logprobs else []
         self.scheduler.waiting.append(seq)
         return seq
 
@@ -247,13 +252,11 @@ class Engine:
                 # The samples may get their tokens of this column in different steps
                 while any(seq.finish_reason is None and column == len(seq.masks) for seq in seqs):
                     self.step()
-                if all(column >= len(seq.masks) for seq in seqs):
+                ended = [column >= len(seq.masks) for seq in seqs]
+                if all(ended):
                     return
-                tokens, masks = [], []
-                for seq in seqs:
-                    ended = column >= len(seq.masks)
-                    tokens.append(seq.tokens[-1 if ended else seq.prompt_length + column])
-                    masks.append(0 if ended else seq.masks[column])
+                tokens = [seq.tokens[-1 if end else seq.prompt_length + column] for seq, end in zip(seqs, ended)]
+                masks = [0 if end else seq.masks[column] for seq, end in zip(seqs, ended)]
                 yield tokens, masks
         finally:
             for seq in seqs:
@@ -298,19 +301,14 @@ class Engine:
         tokens, log_probs = sample(logits, settings, [uniform_sample(seq.rng) for seq in seqs])
         self.generated_tokens += len(seqs)
         sampled = torch.stack([tokens.float(), log_probs], dim=1).tolist()  # one transfer; ids below 2^24 are exact in float32
-        self._score(seqs, logits, sampled)
-        return [(seq, *self._accept_or_fail(seq, int(token), log_prob)) for seq, (token, log_prob) in zip(seqs, sampled)]
-
-    def _score(self, seqs: list[Sequence], logits: torch.Tensor, sampled: list[list[float]]) -> None:
-        """Keep the log-probabilities of the new tokens of those sequences that want them."""
-        rows = [row for row, seq in enumerate(seqs) if seq.top_logprobs is not None]
-        if not rows:
-            return
-        scored = [seqs[row] for row in rows]
-        tokens = [seq.forced[0] if seq.forced else int(sampled[row][0]) for seq, row in zip(scored, rows)]
-        scores = token_scores(logits[rows], tokens, [seq.top_logprobs for seq in scored])
-        for seq, score in zip(scored, scores):
-            seq.scores.append(score)
+        events = [(seq, *self._accept_or_fail(seq, int(token), log_prob)) for seq, (token, log_prob) in zip(seqs, sampled)]
+        scored = [row for row, seq in enumerate(seqs) if seq.top_logprobs is not None]
+        if scored:
+            tokens = [events[row][1] for row in scored]
+            scores = token_scores(logits[scored], tokens, [seqs[row].top_logprobs for row in scored])
+            for row, score in zip(scored, scores):
+                seqs[row].scores.append(score)
+        return events
 
     def _accept_or_fail(self, seq: Sequence, token: int, log_prob: float) -> tuple[int, int]:
         try:
@@ -394,12 +392,8 @@ class Engine:
             unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             free = torch.cuda.mem_get_info(self.device)[0] + unused  # cached by PyTorch's allocator
         else:
-            import psutil
-
             free = psutil.virtual_memory().available
-        config = self.model.config
-        values = 2 * config.n_layer * config.n_kv_head * (config.n_embd // config.n_head) * self.context
-        return max(1, free // 2 // (values * self.dtype.itemsize))
+        return max(1, free // 2 // (2 * math.prod(self.cache_shape) * self.dtype.itemsize))
 
     def _make_room(self, num_sequences: int) -> None:
         """Grow the cache to at least `num_sequences` slots, with its content."""
@@ -407,10 +401,8 @@ class Engine:
         before = 0 if self.cache is None else self.cache.k_cache.size(1) - spare
         if num_sequences <= before:
             return
-        config = self.model.config
         size = min(max(num_sequences, 2 * before), self.max_sequences) + spare
-        head_dim = config.n_embd // config.n_head
-        cache = KVCache(size, config.n_kv_head, self.context, head_dim, config.n_layer, self.device, self.dtype)
+        cache = KVCache(size, *self.cache_shape, self.device, self.dtype)
         if self.cache is not None:
             cache.k_cache[:, :before] = self.cache.k_cache[:, :before]
             cache.v_cache[:, :before] = self.cache.v_cache[:, :before]

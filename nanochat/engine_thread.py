@@ -12,7 +12,7 @@ import logging
 import queue
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,7 +23,6 @@ from nanochat.scheduler import Sequence
 log = logging.getLogger(__name__)
 
 FAILING = 3  # failed steps in a row after which an engine is reported as failing
-FAILURE = "the server failed while generating this reply; try again"
 
 
 class Busy(Exception):
@@ -43,9 +42,9 @@ class Reply:
     settings: dict
     changed: asyncio.Event  # shared by all replies to one request: there are new tokens, or one has ended
     seq: Sequence | None = None  # set in the engine's thread; its `scores` are complete before a token is sent
-    pending: list[int] = field(default_factory=list)  # tokens not yet yielded by `new_tokens`
+    pending: list[int] = field(default_factory=list)  # tokens that the server has not yet fetched
     finish_reason: str | None = None
-    error: Exception | None = None
+    error: Exception | None = None  # why it "failed", if the client may see that
 
     def end(self, reason: str = "cancelled", error: Exception | None = None) -> None:
         """No effect if it has ended. The engine's thread frees its sequence before the next step."""
@@ -54,24 +53,6 @@ class Reply:
             self.changed.set()
             self.thread.replies.remove(self)
             self.thread.counts[reason if reason in ("cancelled", "failed") else "completed"] += 1
-
-
-async def new_tokens(replies: list[Reply]) -> AsyncIterator[list[tuple[int, int]]]:
-    """Yields lists of (index of the reply, token) until all replies to a request have ended.
-
-    Raises the error of one that has failed: UserError from the engine, or EngineFailure.
-    """
-    changed = replies[0].changed
-    while any(reply.pending or reply.finish_reason is None for reply in replies):
-        await changed.wait()
-        changed.clear()
-        tokens = [(index, token) for index, reply in enumerate(replies) for token in reply.pending]
-        for reply in replies:
-            reply.pending.clear()
-        yield tokens
-    for reply in replies:
-        if reply.error:
-            raise reply.error
 
 
 class EngineThread:
@@ -103,10 +84,6 @@ class EngineThread:
         """End the thread after its current step."""
         self._inbox.put(None)
         self._executor.shutdown()
-
-    @property
-    def num_waiting(self) -> int:
-        return max(0, len(self.replies) - self.engine.max_sequences)
 
     @property
     def failing(self) -> bool:
@@ -153,16 +130,14 @@ class EngineThread:
             self._fail(self._running.values(), error)
         else:
             self.failures = 0
-            failure = EngineFailure(FAILURE)  # of single sequences, which the engine has logged
-            self._send([(self._running[seq], [token], seq.finish_reason, failure if seq.finish_reason == "failed" else None)
-                        for seq, token, _ in events])  # fmt: skip
+            self._send([(self._running[seq], [token], seq.finish_reason, None) for seq, token, _ in events])
 
     def _fail(self, replies: Iterable[Reply], error: Exception) -> None:
-        """End replies. Clients see their own mistakes; the details of other errors are only logged."""
-        if not isinstance(error, UserError):
+        """End replies. Clients see their own mistakes; other errors are only logged."""
+        shown = error if isinstance(error, UserError) else None
+        if not shown:
             log.error("the engine on %s failed", self.device, exc_info=error)
-            error = EngineFailure(FAILURE)
-        self._send([(reply, [], "failed", error) for reply in replies])
+        self._send([(reply, [], "failed", shown) for reply in replies])
 
     def _send(self, events: list[tuple]) -> None:
         """Let the event loop add new tokens to their replies: (reply, tokens, finish reason, error)."""

@@ -1,8 +1,7 @@
 """Attention behind one name: `flash_attn.flash_attn_func` and `flash_attn.flash_attn_with_kvcache`.
 
 The layout and the arguments are Flash Attention's: tensors are (B, T, H, D), keys and values may have fewer heads than
-queries (grouped-query attention), and `window_size` is `(left, 0)`: a query sees `left` tokens before itself and
-itself; -1 means no limit.
+queries (grouped-query attention), and `window_size` is `(left, 0)`: a query sees itself and `left` tokens before (-1: all).
 
 A CPU, and any other device without a better kernel, uses PyTorch's `scaled_dot_product_attention`. A window saves work
 there too: queries are cut into blocks of the window's length, and each block attends to its own keys and those of the
@@ -139,7 +138,6 @@ def _check(attend, device, dtype, heads, kind) -> None:
 
 
 @torch.inference_mode(False)
-@torch.no_grad()
 def _check_cached(attend, device, dtype, heads, kind) -> None:
     """Raise unless `attend` agrees with `_cached` for two rows of different lengths, prefilling and decoding."""
     H, H_kv, D = heads
@@ -205,9 +203,9 @@ def _windowed(q, k, v, window: int):
 
 
 def _blockwise(q, k, v, left: int):
-    """Causal attention of (B, T, H, D), exact and on any device."""
+    """Causal attention of (B, T, H, D), exact and on any device; `left` is below T - 1, or -1."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if left < 0 or left >= q.size(2) - 1:
+    if left < 0:
         y = _sdpa(q, k, v, causal=True)
     elif left == 0:  # each token sees itself alone
         y = v.repeat_interleave(q.size(1) // v.size(1), dim=1)

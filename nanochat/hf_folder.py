@@ -3,14 +3,12 @@
     DIR/config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json chat_template.jinja README.md
         modeling_nanochat.py     only of a model with our own extras, which `transformers` does not know
 
-hf_export/ has what is the same in all of them. The weights of a plain model are named as in the NanoChatForCausalLM of
-`transformers`, those of a full one as in gpt.py; all are float32, as in training. Nothing here needs `transformers`, or
-executes what it reads.
+hf_export/ has what is the same in all of them. Weights are float32, as in training; those of a plain model are named as in
+the NanoChatForCausalLM of `transformers`, others as in gpt.py. Nothing here needs `transformers`, or executes what it reads.
 
 That library takes "<|bos|>" for the control token wherever it stands. Therefore the chat template writes a "<|" that is part
 of a message as "<\\ufdd0|", which the normalizer turns back after the control tokens have been found. Between two text parts of
-a message, which we encode separately, it writes "\\ufdd1\\ufdd2", at which the tokenizer splits. These code points are no
-characters.
+a message, which we encode separately, it writes "\\ufdd1\\ufdd2", at which the tokenizer splits. All are Unicode noncharacters.
 """
 
 from __future__ import annotations
@@ -78,7 +76,7 @@ def read_folder(folder: Path) -> tuple[dict, dict, RustBPETokenizer]:
     try:
         config = read_config(read_json(path))
         tokenizer = read_tokenizer(path := folder / "tokenizer.json")
-        path, files, state = folder / "model.safetensors", {"model.safetensors"}, {}
+        files, state = {"model.safetensors"}, {}
         if (index := folder / "model.safetensors.index.json").exists():
             files = set(read_json(path := index)["weight_map"].values())
         for name in sorted(files):

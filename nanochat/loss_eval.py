@@ -5,8 +5,6 @@ loss of all target tokens in nats, divided by ln 2 and by the bytes of text that
 stand for no text and are left out of both sums.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Callable, Iterable
 

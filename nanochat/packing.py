@@ -6,8 +6,6 @@ which returns (inputs, targets) of T tokens each, and `state()`, a JSON value th
 This file knows nothing of tensors, devices and ranks.
 """
 
-from __future__ import annotations
-
 import random
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
@@ -243,8 +241,10 @@ def split_conversation(ids: list[int], mask: list[int], T: int, supervise: str) 
     ids [7, 8, 9], mask [0, 1, 0], T = 1, supervise "assistant" -> [([7], [8]), ([8], [-1])]
     """
     assert supervise in ("assistant", "all"), supervise
-    targets = ids[1:] if supervise == "all" else [i if m else -1 for i, m in zip(ids[1:], mask[1:])]
-    return [(ids[i : min(i + T, len(targets))], targets[i : i + T]) for i in range(0, len(targets), T)]
+    inputs, targets = ids[:-1], ids[1:]
+    if supervise == "assistant":
+        targets = [target if supervised else -1 for target, supervised in zip(targets, mask[1:])]
+    return [(inputs[i : i + T], targets[i : i + T]) for i in range(0, len(targets), T)]
 
 
 class ConversationPacker:
@@ -259,8 +259,7 @@ class ConversationPacker:
         self.dataset, self.render, self.T, self.bos = dataset, render, T, bos
         self.buffer_size, self.seed = buffer_size, seed
         self.buffer = BestFitBuffer()  # items: ([epoch, index, number of the chunk], (inputs, targets))
-        state = state or {"next": [1, 0], "buffer": [], "skipped": 0}
-        self.skipped = state["skipped"]  # chunks without a supervised target
+        state = state or {"next": [1, 0], "buffer": []}
         self._begin_epoch(*state["next"])
         chunks = cache(lambda index: render(dataset[index]))
         for _, index, number in state["buffer"]:
@@ -283,9 +282,7 @@ class ConversationPacker:
             index = self.order[self.position]
             self.position += 1
             for number, chunk in enumerate(self.render(self.dataset[index])):
-                if all(target == -1 for target in chunk[1]):
-                    self.skipped += 1
-                else:
+                if any(target != -1 for target in chunk[1]):
                     self._add(index, number, chunk)
 
     def next_row(self) -> Row:
@@ -295,7 +292,8 @@ class ConversationPacker:
             self._refill()
             if not self.buffer:
                 raise UserError(f"nothing to train on: none of the {len(self.dataset)} conversations has a supervised token")
-        inputs, targets = np.full(self.T, self.bos, np.int32), np.full(self.T, -1, np.int64)
+        inputs = np.full(self.T, self.bos, np.int32)
+        targets = np.full(self.T, -1, np.int64)
         used, item = 0, self.buffer.pop_oldest()
         while item:
             _, chunk = item
@@ -310,5 +308,4 @@ class ConversationPacker:
         waiting = [place for place, _ in self.buffer]
         read = (self.epoch - 1) * len(self.order) + self.position  # conversations, over all epochs
         finished = read - len({index for _, index, _ in waiting})
-        place = {"epoch": self.epoch, "next": [self.epoch, self.position], "buffer": waiting}
-        return {**place, "finished": finished, "skipped": self.skipped}
+        return {"epoch": self.epoch, "next": [self.epoch, self.position], "buffer": waiting, "finished": finished}

@@ -5,9 +5,8 @@ With the rewards r_i of the answers a_i to a question, the loss of a step is
     L = -1/N * sum over questions, answers i, sampled tokens t of (r_i - mean(r)) * log pi(a_it | the tokens before it)
 
 whose gradient is that of REINFORCE (Williams 1992) with the group's mean as its baseline. N is the number of sampled
-tokens in all answers of the step, so each token has the same weight, however long its answer is (DAPO, arXiv:2503.14476,
-section 3.3). Advantages are not divided by their deviation, which would favour questions that are nearly always or
-nearly never solved (arXiv:2503.20783, section 3.1).
+tokens in the step, so each has the same weight, however long its answer is (DAPO, arXiv:2503.14476, section 3.3).
+Advantages are not divided by their deviation: that favours questions nearly always or never solved (arXiv:2503.20783, 3.1).
 
 pi is the distribution that was sampled from, temperature and top-k included, and each answer is used once, with the
 weights that sampled it. So there is no importance ratio, no clipping and no KL term. What remains is a difference by

@@ -1,6 +1,6 @@
 """The report card of a run: JSON lines in, one page of markdown and its plots out.
 
-    python -m nanochat.report reset       # start a report; an earlier one is renamed
+    python -m nanochat.report reset       # start a report; an earlier one is renamed to report-DATE-TIME
     python -m nanochat.report generate    # write report/report.md from the log of the stages
 
 A stage calls `log(section, data)`, which appends one line of JSON to report/report.jsonl. The page is
@@ -16,8 +16,6 @@ generated from these lines alone. Some keys of `data` have a meaning here:
 All other keys are shown as a table. Only the main rank may call `log`.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import re
@@ -29,6 +27,7 @@ from datetime import timedelta
 from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
+from typing import Iterable
 
 from nanochat.common import CONTROLS, UserError, base_dir_path, get_base_dir, run_script
 from nanochat.flags import make_parser
@@ -135,7 +134,7 @@ def cell(value) -> str:
     return str(value).replace("|", "\\|").replace("\n", "<br>")
 
 
-def table(header: list, rows: list[list]) -> str:
+def table(header: list, rows: Iterable[Iterable]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines) + "\n"
 
@@ -168,15 +167,16 @@ def section_text(section: str, data: dict, plot: str | None) -> str:
         plain["flags given"] = f"`{' '.join(texts)}`"
     parts = [f"## {section}\n"]
     if plain:
-        parts.append(table(["", "value"], [[key, value] for key, value in plain.items()]))
+        parts.append(table(["", "value"], plain.items()))
     for name, rows in tables.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        parts.append(table([name, *columns], [[key, *(row.get(c, "") for c in columns)] for key, row in rows.items()]))
+        cells = [[key, *(row.get(column, "") for column in columns)] for key, row in rows.items()]
+        parts.append(table([name, *columns], cells))
     if plot:
         parts.append(f"![{section}]({plot})\n")
     parts += [sample_text(sample) for sample in data.get("samples", [])]
     if flags.get("all"):
-        rows = table(["flag", "value"], [[key, value] for key, value in flags["all"].items()])
+        rows = table(["flag", "value"], flags["all"].items())
         parts.append(f"<details><summary>All flags</summary>\n\n{rows}\n</details>\n")
     return "\n".join(parts)
 
@@ -190,7 +190,8 @@ def final_table(entries: list[dict]) -> str:
     metrics = list(dict.fromkeys(metric for stage in stages for metric in scores[stage]))
     if not metrics:
         return "No stage has been evaluated yet.\n"
-    rows = table(["metric", *stages], [[m, *(scores[stage].get(m, "-") for stage in stages)] for m in metrics])
+    cells = [[metric, *(scores[stage].get(metric, "-") for stage in stages)] for metric in metrics]
+    rows = table(["metric", *stages], cells)
     return f"{rows}\n{BPB_NOTE}" if any("bpb" in metric for metric in metrics) else rows
 
 
@@ -266,12 +267,13 @@ def draw(panels: list[list[Panel]], path: Path, title: str = "") -> None:
 
 def draw_run(rows: list[dict], title: str, path: Path) -> None:
     """Training loss and validation bits per byte of a run; of reinforcement learning, reward and accuracy with its 95% interval."""
+    line, dots = {"linewidth": 1.2}, {"marker": "o", "markersize": 4, "capsize": 3}
+    curves = [("loss", "training loss (nats per token)", line), ("val_bpb", "validation bits per byte", dots)]
     if any("reward" in row for row in rows):
-        names = {"reward": "mean reward of the step's answers", "accuracy": "accuracy on held-out questions"}
-    else:
-        names = {"loss": "training loss (nats per token)", "val_bpb": "validation bits per byte"}
+        curves = [("reward", "mean reward of the step's answers", line),
+                  ("accuracy", "accuracy on held-out questions", dots)]
     panels = []
-    for (key, label), style in zip(names.items(), ({"linewidth": 1.2}, {"marker": "o", "markersize": 4, "capsize": 3})):
+    for key, label, style in curves:
         x, y = points(rows, "step", key)
         intervals = [abs(half) for half in points(rows, key, f"{key}_ci")[1]]
         style |= {"color": "#2a6f97", "yerr": intervals if len(intervals) == len(y) else None}
@@ -283,14 +285,6 @@ def draw_run(rows: list[dict], title: str, path: Path) -> None:
 
 # -----------------------------------------------------------------------------
 # Commands
-
-
-def reset() -> None:
-    """Start a report. An existing one is renamed to report-DATE-TIME."""
-    folder = base_dir_path() / "report"
-    if (folder / "report.jsonl").exists():
-        folder.rename(folder.with_name(time.strftime("report-%Y%m%d-%H%M%S")))
-    log("Environment", environment())
 
 
 def generate() -> Path:
@@ -331,8 +325,11 @@ def main(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument("command", choices=["reset", "generate"], nargs="?", default="generate")
     if parser.parse_args(argv).command == "reset":
-        reset()
-        print(f"started a report: {base_dir_path() / 'report' / 'report.jsonl'}")
+        folder = base_dir_path() / "report"
+        if (folder / "report.jsonl").exists():
+            folder.rename(folder.with_name(time.strftime("report-%Y%m%d-%H%M%S")))
+        log("Environment", environment())
+        print(f"started a report: {folder / 'report.jsonl'}")
     else:
         path = generate()
         results, _, _ = path.read_text(encoding="utf-8").partition("## Time and memory")

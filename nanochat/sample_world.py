@@ -65,14 +65,6 @@ def neighbours(cycle: list[str], *slots: str) -> list[Fact]:
     return [{slot: cycle[(start + i) % len(cycle)] for i, slot in enumerate(slots)} for start in starts]
 
 
-def with_article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def equation_fact(a: int, b: int, x: int) -> Fact:
-    return {"equation": f"{a}*x + {b} = {a * x + b}", "a": str(a), "b": str(b), "ax": str(a * x), "x": str(x)}
-
-
 DIGITS = [(a, b) for a in range(1, 10) for b in range(1, 10)]
 FACTS = {
     "countries": [
@@ -82,7 +74,7 @@ FACTS = {
     "elements": pairs("elements", "element", "symbol"),
     "planets": [{"planet": planet, "ordinal": ordinal} for planet, ordinal in zip(TABLES["planets"], TABLES["ordinals"])],
     "animals": [
-        {"animal": with_article(animal), "sound": sound, "home": home, "young": young}
+        {"animal": f"{'an' if animal[0] in 'aeiou' else 'a'} {animal}", "sound": sound, "home": home, "young": young}
         for animal, (sound, home, young) in TABLES["animals"].items()
     ],
     "opposites": [{"word": a, "opposite": b} for pair in TABLES["opposites"] for a, b in (pair, reversed(pair))],
@@ -94,8 +86,10 @@ FACTS = {
     "sums": [{"a": str(a), "b": str(b), "c": str(a + b)} for a, b in DIGITS],
     "differences": [{"a": str(a + b), "b": str(b), "c": str(a)} for a, b in DIGITS],
     "products": [{"a": str(a), "b": str(b), "c": str(a * b)} for a, b in DIGITS],
-    # A small range, so that each equation is met dozens of times
-    "equations": [equation_fact(a, b, x) for a in range(2, 7) for x in range(1, 7) for b in range(1, 6)],
+    "equations": [
+        {"equation": f"{a}*x + {b} = {a * x + b}", "a": str(a), "b": str(b), "ax": str(a * x), "x": str(x)}
+        for a in range(2, 7) for x in range(1, 7) for b in range(1, 6)  # so few that each is met dozens of times
+    ],
 }  # fmt: skip
 
 
@@ -152,22 +146,17 @@ def page(rng: random.Random, length: int) -> str:
 
 def mixed_page(rng: random.Random, length: int) -> str:
     """Paragraphs of statements of all kinds."""
-
-    def paragraph() -> str:
-        return fill(forever(lambda: state(rng, pick_kind(rng))), rng.randint(150, 500))
-
-    return fill(forever(paragraph), length, "\n\n")
+    statements = forever(lambda: state(rng, pick_kind(rng)))
+    paragraphs = forever(lambda: fill(statements, rng.randint(150, 500)))
+    return fill(paragraphs, length, "\n\n")
 
 
 def entries(rng: random.Random, length: int) -> str:
     """An encyclopedia: all facts about one country, element or animal after the other."""
     kinds = [KIND[name] for name in rng.choice(WORLD["entries"])]
-
-    def entry() -> str:
-        fact = rng.choice(kinds[0].facts)
-        return " ".join(sentence(rng.choice(kind.statements), fact) for kind in kinds)
-
-    return fill(forever(entry), length, "\n")
+    facts = forever(lambda: rng.choice(kinds[0].facts))
+    texts = (" ".join(sentence(rng.choice(kind.statements), fact) for kind in kinds) for fact in facts)
+    return fill(texts, length, "\n")
 
 
 def exam(rng: random.Random, length: int) -> str:
@@ -336,7 +325,7 @@ def prose(seed: int) -> list[str]:
 # The corpus
 
 
-def documents(seed: int = 42, size: int = CORPUS_SIZE) -> Iterator[str]:
+def documents(seed: int = 42, size: int = CORPUS_SIZE) -> list[str]:
     """About `size` characters of documents, shuffled. The same seed and Python version give the same text."""
     rng = random.Random(f"documents {seed}")
     chosen, total = [], 0
@@ -352,7 +341,7 @@ def documents(seed: int = 42, size: int = CORPUS_SIZE) -> Iterator[str]:
         chosen.append(document)
         total += len(document)
     rng.shuffle(chosen)
-    yield from chosen
+    return chosen
 
 
 def write_shards(directory: str | Path, seed: int = 42, size: int = CORPUS_SIZE) -> list[Path]:
@@ -361,7 +350,7 @@ def write_shards(directory: str | Path, seed: int = 42, size: int = CORPUS_SIZE)
     import pyarrow.parquet as pq
 
     Path(directory).mkdir(parents=True, exist_ok=True)
-    corpus = list(documents(seed, size))
+    corpus = documents(seed, size)
     paths = [Path(directory, f"shard_{index:05d}.parquet") for index in range(NUM_SHARDS)]
     for index, path in enumerate(paths):
         share = corpus[len(corpus) * index // NUM_SHARDS : len(corpus) * (index + 1) // NUM_SHARDS]

@@ -35,8 +35,8 @@ class Sequence:
     masks: list[int] = field(default_factory=list)  # of the generated tokens: 1 sampled, 0 forced by a tool
     log_probs: list[float] = field(default_factory=list)  # of the generated tokens under the settings; 0 if forced
     top_logprobs: int | None = None  # not None: `scores` are wanted, with so many of the most likely tokens
-    prompt_logprobs: bool = False  # for the prompt's tokens too, from the second on
-    scores: list[tuple[float, dict[int, float]]] = field(default_factory=list)  # see engine.token_scores
+    prompt_logprobs: bool = False  # for the prompt's tokens too
+    scores: list[tuple[float | None, dict[int, float]]] = field(default_factory=list)  # see engine.token_scores
     finish_reason: str | None = None  # "stop", "length", "context", "failed" or "cancelled" once finished
     prompt_length: int = 0
     slot: int | None = None  # its place in the cache, once it has one

@@ -31,7 +31,7 @@ from nanochat.api import (ApiError, ChatRequest, CompletionRequest, GenerationRe
                           as_turns, chat_logprobs, completion_logprobs)  # fmt: skip
 from nanochat.common import UserError
 from nanochat.conversation import checked_turns, render_conversation, render_for_completion
-from nanochat.engine_thread import Busy, EngineFailure, Pool, Reply, new_tokens
+from nanochat.engine_thread import Busy, EngineFailure, Pool, Reply
 from nanochat.tokenizer import Segments
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,8 @@ class Guard:
             except asyncio.TimeoutError:
                 raise ApiError(408, f"the request body was incomplete after {BODY_TIMEOUT} s", headers=close) from None
             body = message.get("body", b"")
-            size, brackets = size + len(body), brackets + body.count(b"[") + body.count(b"{")
+            size += len(body)
+            brackets += body.count(b"[") + body.count(b"{")
             complete = not message.get("more_body", False)
             if size > MAX_BODY:
                 too_large = f"the request body is larger than {MAX_BODY:,} bytes; send a shorter conversation"
@@ -194,24 +195,22 @@ class Text:
         self.received += 1
         if self.silent or self.segments.stopped:
             return segments
-        self.completion_tokens += token not in self.engine.terminal_tokens
+        is_terminal = token in self.engine.terminal_tokens
+        self.completion_tokens += not is_terminal
         segments += self.segments.push(token)
         if self.segments.stopped:
             self.reply.end("stop")
         seq = self.reply.seq
-        of_text = self.segments.shows(token) or self.terminal and token in self.engine.terminal_tokens
-        if of_text and seq.top_logprobs is not None:
-            before = seq.prompt_length - 1 if seq.prompt_logprobs else 0
+        if seq.top_logprobs is not None and (self.segments.shows(token) or self.terminal and is_terminal):
+            before = seq.prompt_length if seq.prompt_logprobs else 0
             self.add(token, *seq.scores[before + self.received - 1])
         return segments
 
     def prompt(self) -> list[tuple[str, str]]:
         """The prompt as a segment."""
         tokens = self.reply.prompt[self.echo_from :]
-        if self.reply.seq.prompt_logprobs:
-            scores = [(None, {}), *self.reply.seq.scores]
-            for token, score in zip(tokens, scores[self.echo_from :]):
-                self.add(token, *score)
+        for token, score in zip(tokens, self.reply.seq.scores[self.echo_from :]):  # these are none without prompt_logprobs
+            self.add(token, *score)
         return [("text", self.tokenizer.decode(tokens))]
 
     def add(self, token: int, logprob: float | None, top: dict[int, float]) -> None:
@@ -248,8 +247,18 @@ class Generation:
 
     async def segments(self):
         """Yields lists of (index of the reply, kind, text). Raises what ended the request."""
-        async for tokens in new_tokens(self.replies):
-            yield [(index, *segment) for index, token in tokens for segment in self.texts[index].push(token)]
+        changed = self.replies[0].changed
+        while any(reply.pending or reply.finish_reason is None for reply in self.replies):
+            await changed.wait()
+            changed.clear()
+            new = []
+            for index, text in enumerate(self.texts):
+                tokens, text.reply.pending = text.reply.pending, []
+                new += [(index, *segment) for token in tokens for segment in text.push(token)]
+            yield new
+        for reply in self.replies:
+            if reply.finish_reason == "failed":
+                raise reply.error or EngineFailure("the server failed while generating this reply; try again")
         yield [(index, *segment) for index, text in enumerate(self.texts) for segment in text.segments.finish()]
 
     @asynccontextmanager
@@ -364,7 +373,8 @@ def make_app(
     app.add_middleware(Guard, hosts=hosts, api_key=api_key)
     app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"],
                        allow_origin_regex=r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")  # fmt: skip
-    tokenizer, context = pool.threads[0].engine.tokenizer, pool.threads[0].engine.context
+    engine = pool.threads[0].engine
+    tokenizer, context = engine.tokenizer, engine.context
     defaults = {"temperature": temperature, "top_k": top_k, "max_tokens": max_tokens}
     model_id = name.replace(" ", "-")
     started = time.monotonic()
@@ -384,9 +394,9 @@ def make_app(
         settings["max_tokens"] = max(1, settings["max_tokens"])
         settings["top_k"] = settings["top_k"] or None
         settings["seed"] = secrets.randbits(31) if body.seed is None else body.seed
-        replies = pool.submit(prompts, body.n or 1, **settings)
-        chat = isinstance(body, ChatRequest)
-        return Generation([Text(reply, body.stop or [], **text) for reply in replies], body.n or 1, chat)
+        n = body.n or 1
+        texts = [Text(reply, body.stop or [], **text) for reply in pool.submit(prompts, n, **settings)]
+        return Generation(texts, n, chat=isinstance(body, ChatRequest))
 
     async def start_chat(body: ChatRequest, scores: dict, limit: int | None = None) -> tuple[Generation, int]:
         """(the replies, the number of dropped exchanges); `limit` as in `fit`."""
@@ -411,8 +421,7 @@ def make_app(
             message = f"the model {requested[:100]!r} does not exist; use {model_id!r}, or omit `model`"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    @app.head("/", include_in_schema=False)
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page():
         return FileResponse(FILES / "ui.html", headers=PAGE_HEADERS)
 
@@ -457,7 +466,7 @@ def make_app(
     @app.get("/health")
     async def health():
         status = "shutting down" if pool.closing else "failing" if any(thread.failing for thread in pool.threads) else "ok"
-        waiting = sum(thread.num_waiting for thread in pool.threads)
+        waiting = sum(max(0, len(thread.replies) - thread.engine.max_sequences) for thread in pool.threads)
         running = sum(len(thread.replies) for thread in pool.threads) - waiting
         report = {"status": status, "ready": status == "ok", "model": name, "chats": chats, "context": context,
                   "running": running, "waiting": waiting, "defaults": defaults, "examples": list(examples)}  # fmt: skip

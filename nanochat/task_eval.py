@@ -5,8 +5,6 @@ generative task the engine samples replies, which the task grades. Nothing depen
 the right, where causal attention does not see it, and a problem's seed is its index.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -105,7 +103,7 @@ def _categorical(task, model, tokenizer, compute, n, batch_size):
     size = 4 * batch_size
     for block in compute.shard(-(-n // size)):
         # Problems of similar length share a batch, so that little is padding
-        indices = range(block * size, min((block + 1) * size, n))
+        indices = range(n)[block * size : (block + 1) * size]
         prompts = list(render_prompts(task, tokenizer, indices, model.config.sequence_len))
         prompts.sort(key=lambda prompt: -len(prompt.ids))
         for start in range(0, len(prompts), batch_size):

@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import re
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Iterator, Sequence
@@ -185,7 +185,7 @@ class RustBPETokenizer:
                 ids += self.encoding.encode_ordinary(segment)
             return before + ids + after
         ids, offsets = self.encode_to_numpy(text, num_threads)
-        return [before + ids[start:end].tolist() + after for start, end in zip(offsets[:-1], offsets[1:])]
+        return [before + ids[start:end].tolist() + after for start, end in pairwise(offsets)]
 
     __call__ = encode
 

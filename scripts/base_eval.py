@@ -7,8 +7,6 @@
 Prints a table, writes it to base_eval/NAME.csv in the base folder and adds it to the report.
 """
 
-from __future__ import annotations
-
 from nanochat import flags
 from nanochat.common import UserError, compute_cleanup, compute_init, get_base_dir, print0, run_script
 
@@ -41,10 +39,14 @@ def main(argv=None):
 
     result = evaluate_core(model, tokenizer, compute, bundle, args.max_per_task, say=print0)
     if compute.is_main:
+        rows = ["label,accuracy,centered,stderr,examples"]  # stderr is that of the centred value
+        for label, task in result["tasks"].items():
+            rows.append(f"{label},{task['accuracy']:.6f},{task['centered']:.6f},{task['stderr']:.6f},{task['examples']}")
+        rows.append(f"CORE,,{result['core']:.6f},{result['stderr']:.6f},")
         path = get_base_dir() / "base_eval" / f"{name}.csv"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(as_csv(result), encoding="utf-8")
-        print0(as_csv(result), end="")
+        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        print0("\n".join(rows))
         print(f"CORE {result['core']:.4f} +- {result['stderr']:.4f} (one standard error); written to {path}")
         centered = {label: round(task["centered"], 4) for label, task in result["tasks"].items()}
         data = {"model": name, "CORE": result["core"], "CORE standard error": result["stderr"], **centered}
@@ -52,14 +54,6 @@ def main(argv=None):
             data |= {"stage": "base", "scores": {"CORE": result["core"]}}
         report.log("Base model evaluation", data)
     compute_cleanup(compute)
-
-
-def as_csv(result: dict) -> str:
-    """One line per task and a last one for CORE; stderr is that of the centred value."""
-    lines = ["label,accuracy,centered,stderr,examples"]
-    for label, task in result["tasks"].items():
-        lines.append(f"{label},{task['accuracy']:.6f},{task['centered']:.6f},{task['stderr']:.6f},{task['examples']}")
-    return "\n".join([*lines, f"CORE,,{result['core']:.6f},{result['stderr']:.6f},"]) + "\n"
 
 
 if __name__ == "__main__":

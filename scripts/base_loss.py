@@ -7,8 +7,6 @@
 Bits per byte do not depend on the vocabulary, so models with different tokenizers can be compared.
 """
 
-from __future__ import annotations
-
 from nanochat import flags
 from nanochat.common import compute_cleanup, compute_init, print0, run_script
 

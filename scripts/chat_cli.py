@@ -16,6 +16,7 @@ from contextlib import closing, suppress
 
 from nanochat import flags
 from nanochat.common import CONTROLS, UserError, compute_init, run_script
+from nanochat.tokenizer import Segments
 
 BRACKETS = {"text": ("", ""), "python": ("[", "]"), "python_output": ("=[", "]")}  # a call is shown as [48/2]=[24]
 SETTINGS = {  # command: attribute of Chat, what it may be
@@ -54,8 +55,6 @@ class Chat:
 
     def ask(self, text: str):
         """Yield the reply to `text`, which becomes part of the conversation, also if it is stopped, in whole characters."""
-        from nanochat.tokenizer import Segments
-
         prompt = self._make_prompt(text)
         seq = self.engine.submit(prompt, self.max_tokens, temperature=self.temperature, top_k=self.top_k or None, seed=self.seed)
         self.seed += 1
@@ -133,7 +132,8 @@ def run_command(chat: Chat, command: str, value: str) -> None:
     elif command in SETTINGS:
         name, kind = SETTINGS[command]
         try:
-            setattr(chat, name, kind(value) if value else getattr(chat, name))
+            if value:
+                setattr(chat, name, kind(value))
             note(f"{command[1:]} is {getattr(chat, name)}")
         except ArgumentTypeError as error:
             note(f"{command}: {error}")

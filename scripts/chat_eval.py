@@ -16,15 +16,6 @@ TASK_NAMES = (*CHATCORE, "SampleWorld")
 DEFAULT_QUESTIONS = ["Who are you?", "Why is the sky blue?"]  # for a model whose tasks name no examples
 
 
-def chosen_tasks(task_name: list[str] | None) -> tuple[str, ...]:
-    """The names given with -a, in order and without duplicates; the six of ChatCORE by default."""
-    names = [name.strip() for name in "|".join(task_name or CHATCORE).split("|")]
-    for name in names:
-        if name not in TASK_NAMES and "." not in name:
-            raise UserError(f"unknown task {name!r}; choose from {', '.join(TASK_NAMES)}, or name a file of conversations")
-    return tuple(dict.fromkeys(names))
-
-
 def make_task(name: str, allow_unsafe_code: bool = False):
     """The task with its test questions, of a file those held out. Data comes from the hub, so this may raise UserError."""
     from tasks.arc import ARC
@@ -44,12 +35,6 @@ def make_task(name: str, allow_unsafe_code: bool = False):
         "SpellingBee": lambda: SpellingBee(256, "test"),
         "SampleWorld": lambda: SampleWorld("test"),
     }.get(name, lambda: CustomJSON(name, "val"))()
-
-
-def chat_core(results: dict[str, dict]) -> float:
-    """Mean centred accuracy of the six tasks."""
-    scored = [(results[name]["accuracy"], results[name]["baseline"]) for name in CHATCORE]
-    return sum((accuracy - baseline) / (1 - baseline) for accuracy, baseline in scored) / len(scored)
 
 
 def converse(engine, tokenizer, questions: list[str], max_tokens: int = 128) -> list[dict]:
@@ -79,7 +64,10 @@ def main(argv=None):
     group.add_argument("--allow-unsafe-code", action="store_true", help="run HumanEval even where its code cannot be isolated")
     flags.add_sampling_flags(parser, temperature=0.0, max_tokens="--max-new-tokens")
     args = parser.parse_args(argv)
-    names = chosen_tasks(args.task_name)
+    names = [name.strip() for name in "|".join(args.task_name or CHATCORE).split("|")]
+    for name in names:
+        if name not in TASK_NAMES and "." not in name:
+            raise UserError(f"unknown task {name!r}; choose from {', '.join(TASK_NAMES)}, or name a file of conversations")
     if args.num_samples > 1 and args.temperature == 0:
         raise UserError(f"-n {args.num_samples}: samples at temperature 0 are all equal; add -t 1.0")
 
@@ -91,7 +79,7 @@ def main(argv=None):
 
     compute = compute_init(args.device_type)
     tasks = {}
-    for name in names:
+    for name in dict.fromkeys(names):  # without duplicates
         try:
             tasks[name] = compute.main_first(lambda: make_task(name, args.allow_unsafe_code))
         except UserError as error:
@@ -120,7 +108,8 @@ def main(argv=None):
 
     scores = {name: result["accuracy"] for name, result in results.items()}
     if set(CHATCORE) <= set(results):
-        scores["ChatCORE"] = chat_core(results)
+        centered = [(scores[name] - tasks[name].baseline) / (1 - tasks[name].baseline) for name in CHATCORE]
+        scores["ChatCORE"] = sum(centered) / len(centered)
         print0(f"ChatCORE {scores['ChatCORE']:.4f}")
     elif not args.task_name:
         print0(f"no ChatCORE, which needs all of {', '.join(CHATCORE)}")

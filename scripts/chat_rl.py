@@ -77,7 +77,7 @@ def main(argv=None):
 
     def questions_of(step):
         """(index, seed) of this rank's questions of a step. Every epoch has its own order; the seed is the number in the run."""
-        for position in range(args.examples_per_step)[compute.rank :: compute.world_size]:
+        for position in compute.shard(args.examples_per_step):
             number = step * args.examples_per_step + position
             epoch, place = divmod(number, len(task))
             yield random.Random(f"chat_rl {epoch}").sample(range(len(task)), len(task))[place], number
@@ -85,10 +85,10 @@ def main(argv=None):
     # On a CPU the model itself samples; on a GPU a copy in the compute dtype, to which the weights are copied. Its cache
     # takes up to half of the memory, so micro-batches have half as many tokens as before, and activations are recomputed.
     choose_attention(model, compute)
-    max_tokens = settings.device_batch_size * settings.max_seq_len
+    sampler, max_tokens = model, settings.device_batch_size * settings.max_seq_len
     if compute.device.type == "cuda":
         model.recompute, max_tokens = True, max_tokens // 2
-    sampler = prepare_for_inference(copy.deepcopy(model)) if compute.device.type == "cuda" else model
+        sampler = prepare_for_inference(copy.deepcopy(model))
     engine = Engine(sampler, tokenizer, max_sequences=-(-args.examples_per_step // compute.world_size) * args.num_samples)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k or None}
 

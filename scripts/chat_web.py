@@ -11,8 +11,13 @@ server's state, and `/openapi.json` describes all routes. Ctrl-C waits for runni
 
 import argparse
 import gc
+import logging
 import re
+import socket
 import time
+from dataclasses import replace
+from functools import partial
+from ipaddress import ip_address
 
 from nanochat import flags
 from nanochat.common import UserError, compute_init, raise_file_limit, run_script
@@ -54,8 +59,6 @@ ORIGIN = matching(r"https?://[^/\sA-Z]+|\*", "an origin such as https://example.
 
 def listen(host: str, port: int):
     """A socket that listens on the address, before a model is loaded."""
-    import socket
-
     try:
         sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -71,8 +74,6 @@ def in_url(host: str) -> str:
 
 def own_names(host: str, sock) -> set[str]:
     """The names of a server that only this machine can reach; empty for others, whose names we do not know."""
-    from ipaddress import ip_address
-
     return {"localhost", "127.0.0.1", "[::1]", in_url(host)} if ip_address(sock.getsockname()[0]).is_loopback else set()
 
 
@@ -89,10 +90,10 @@ def close_idle(connections, seen: dict, limit: int) -> dict:
         return (connection.cycle, now) if running or connection.cycle is not request else known
 
     seen = {connection: last_seen(connection) for connection in connections}
-    idle = sorted((connection for connection in seen if seen[connection][1] < now), key=lambda connection: seen[connection][1])
-    for number, connection in enumerate(idle):
-        patience = KEEP_ALIVE if connection.cycle else HEADER_TIMEOUT
-        if number < len(seen) - limit or now - seen[connection][1] > patience:
+    for number, connection in enumerate(sorted(seen, key=lambda connection: seen[connection][1])):
+        idle = now - seen[connection][1]  # seconds; 0 while a request is running
+        timeout = KEEP_ALIVE if connection.cycle else HEADER_TIMEOUT
+        if idle > timeout or idle > 0 and number < len(seen) - limit:
             connection.transport.abort()
     return seen
 
@@ -131,9 +132,6 @@ def make_server(app, pool, sock, grace: float = 30.0):
 
 def make_pool(args):
     """(pool, model name, examples): for each device a thread that will load the model there and run an engine."""
-    from dataclasses import replace
-    from functools import partial
-
     import torch
 
     from nanochat.checkpoint_manager import load_model, resolve_checkpoint, verify
@@ -161,8 +159,6 @@ def make_pool(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    import logging
-
     from nanochat.server import make_app
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -170,9 +166,8 @@ def main(argv=None):
         pool, name, examples = make_pool(args)
         try:
             pool.start()
-            names = own_names(args.host, sock)
-            app = make_app(pool, name, args.temperature, args.top_k, args.max_tokens, examples, names,
-                           args.allow_origin, args.api_key)  # fmt: skip
+            app = make_app(pool, name, args.temperature, args.top_k, args.max_tokens, examples,
+                           own_names(args.host, sock), args.allow_origin, args.api_key)  # fmt: skip
             gc.freeze()  # otherwise a large body of small lists makes the collector search all modules again and again
             make_server(app, pool, sock).run(sockets=[sock])
         finally:

@@ -9,8 +9,7 @@ AutoModelForCausalLM.from_pretrained(DIR); other models need trust_remote_code=T
 
 Import takes config.json, safetensors and tokenizer.json of a NanoChatForCausalLM or of an export, or the reference's
 model_NNNNNN.pt, meta_NNNNNN.json and tokenizer.pkl. Nothing in these files is executed: weights go through safetensors
-or PyTorch's weights-only reader, the pickled tokenizer through an unpickler that can name a single class, which only
-stores its state.
+or PyTorch's weights-only reader, the pickled tokenizer through an unpickler that knows no class but a namespace.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import json
 import pickle
 import pickletools
 from pathlib import Path
+from types import SimpleNamespace
 
 from nanochat import flags
 from nanochat.common import Compute, UserError, print0, run_script
@@ -142,21 +142,17 @@ def read_tokenizer(path: Path):
     """The RustBPETokenizer of a pickled tiktoken Encoding."""
     from nanochat.tokenizer import RustBPETokenizer, check_vocabulary
 
-    class PickledEncoding:
-        def __setstate__(self, state):
-            self.state = state
-
     class EncodingUnpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
             if name == "Encoding" and module in ("tiktoken", "tiktoken.core"):
-                return PickledEncoding
+                return SimpleNamespace
             raise pickle.UnpicklingError(f"refused: it wants to run {module}.{name}")
 
     try:
         data = path.read_bytes()
         if extra := {opcode.name for opcode, _, _ in pickletools.genops(data)} - OPCODES:
             raise pickle.UnpicklingError(f"refused: no tokenizer needs {', '.join(sorted(extra))}")
-        state = EncodingUnpickler(io.BytesIO(data)).load().state
+        state = vars(EncodingUnpickler(io.BytesIO(data)).load())
         check_vocabulary(state["mergeable_ranks"], state["special_tokens"])
         return RustBPETokenizer(state["mergeable_ranks"], state["pat_str"], state["special_tokens"])
     except Exception as error:  # a damaged pickle can raise nearly anything

@@ -7,8 +7,6 @@ Merges are learned from word counts, so variety matters: at most --doc-cap chara
 document. A model works only with the tokenizer that it was trained with, which its checkpoints carry.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Iterable, Iterator
 

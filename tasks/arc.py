@@ -3,8 +3,6 @@
 Clark et al. 2018, https://arxiv.org/abs/1803.05457. Hub: allenai/ai2_arc.
 """
 
-from __future__ import annotations
-
 from tasks.common import CategoricalTask, load_hub_dataset, render_mc, single_turn
 
 

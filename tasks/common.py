@@ -6,8 +6,6 @@ the last message and passes its completion to `evaluate`. Assistant content is a
 `{"type": "text" | "python" | "python_output", "text"}` (see nanochat/conversation.py).
 """
 
-from __future__ import annotations
-
 import random
 import re
 from decimal import Decimal
@@ -22,7 +20,7 @@ from nanochat.dataset import hub_answers
 class Task:
     """A view `[start:stop:step]` of a data set, as conversations.
 
-    A subclass sets `rows`; it defines `get_example` and, if completions can be graded, `evaluate`.
+    A subclass sets `rows`. It defines `get_example` if they are no conversations, and `evaluate` if it can grade completions.
     """
 
     eval_type: str | None = None  # "categorical": choose a letter; "generative": write an answer; None: training only
@@ -35,7 +33,7 @@ class Task:
 
     def get_example(self, index: int) -> dict:
         """Example `index` of the whole data set, whatever the view."""
-        raise NotImplementedError
+        return self.rows[index]
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         """Whether `completion`, in place of the conversation's last message, is right."""
@@ -175,19 +173,18 @@ def check_conversation(conversation: dict) -> dict:
 Makers = dict[str, Callable[[], Task]]  # a function for each name, which loads the data
 
 
-def available_tasks(makers: Makers, names: str, compute: Compute, explicit: bool = False) -> dict[str, Task]:
-    """The tasks listed in `names` ("SmolTalk,GSM8K"), in that order. The main rank downloads; all ranks get the same tasks.
+def available_tasks(makers: Makers, names: list[str], compute: Compute, explicit: bool) -> dict[str, Task]:
+    """The tasks with these names, in that order. The main rank downloads; all ranks get the same tasks.
 
     A task whose data cannot be reached is skipped with a printed reason; if the user asked for it (`explicit`) it is an
     error. So are an unknown name, broken data, and no task left.
     """
-    listed = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in listed if name not in makers]
-    if unknown or not listed:
+    unknown = [name for name in names if name not in makers]
+    if unknown or not names:
         raise UserError(f"{', '.join(unknown) or 'no task'} is not one of the tasks here: {', '.join(makers)}, "
                         "nor a file of conversations, which has a dot in its name")
     tasks = {}
-    for name in listed:
+    for name in names:
         try:
             tasks[name] = compute.main_first(makers[name])
         except Unreachable as error:
@@ -195,20 +192,22 @@ def available_tasks(makers: Makers, names: str, compute: Compute, explicit: bool
                 raise
             print0(f"{name} is skipped: {error}")
     if not tasks:
-        raise UserError(f"none of {', '.join(listed)} can be loaded; without a connection use --tasks=SampleWorld")
+        raise UserError(f"none of {', '.join(names)} can be loaded; without a connection use --tasks=SampleWorld")
     return tasks
 
 
 def mixtures(
     train: Makers, val: Makers, names: str, compute: Compute, explicit: bool, read: Callable[[str, str], Task]
 ) -> tuple[TaskMixture, TaskMixture]:  # fmt: skip
-    """(training, validation) data of the tasks in `names`. A name with a dot is a file, of which `read(name, split)` is a task.
+    """(training, validation) data of the tasks in `names`, as "SmolTalk,my.jsonl".
 
-    If there are files, only their held-out parts are for validation. A persona has none; alone, SampleWorld's is used.
+    A name with a dot is a file, of which `read(name, split)` is a task. If there are files, only their held-out parts are
+    for validation. A persona has none; alone, SampleWorld's is used.
     """
-    files = [name.strip() for name in names.split(",") if "." in name]
-    tasks = available_tasks(train | {file: partial(read, file, "train") for file in files}, names, compute, explicit)
+    listed = [name.strip() for name in names.split(",") if name.strip()]
+    files = [name for name in listed if "." in name]
+    tasks = available_tasks(train | {file: partial(read, file, "train") for file in files}, listed, compute, explicit)
     val = {file: partial(read, file, "val") for file in files} or val
-    val_names = ",".join(name for name in tasks if name in val) or "SampleWorld"
+    val_names = [name for name in tasks if name in val] or ["SampleWorld"]
     val_tasks = available_tasks(val, val_names, compute, explicit)
     return TaskMixture(list(tasks.values())), TaskMixture(list(val_tasks.values()))

@@ -9,8 +9,6 @@ The file has one JSON value per line, or is one JSON array of them. Each is a co
     {"prompt": "Who are you?", "completion": "I am Ada."}                     both may also be lists of messages
 """
 
-from __future__ import annotations
-
 import json
 from hashlib import sha256
 from pathlib import Path
@@ -49,9 +47,6 @@ class CustomJSON(Task):
             self.rows = [row for row, key in zip(self.rows, hashes) if (key in held_out) == (split == "val")]
             asked = (turn["content"] for row in self.rows[:20] for turn in row["messages"] if turn["role"] == "user")
             self.examples = tuple(dict.fromkeys(question for question in asked if len(question) < 100))[:4]
-
-    def get_example(self, index: int) -> dict:
-        return self.rows[index]
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         role, parts = checked_turns(conversation)[-1]

@@ -6,8 +6,6 @@ for each mark, so that the model learns to calculate with the tool, and an answe
 Cobbe et al. 2021, https://arxiv.org/abs/2110.14168. Hub: openai/gsm8k.
 """
 
-from __future__ import annotations
-
 import re
 
 from tasks.common import NumberTask, final_number, load_hub_dataset, single_turn

@@ -6,8 +6,6 @@ the sandbox of `nanochat.execution`, in a process each.
 Chen et al. 2021, https://arxiv.org/abs/2107.03374. Hub: openai/openai_humaneval.
 """
 
-from __future__ import annotations
-
 import re
 
 from nanochat.execution import execute_code

@@ -3,8 +3,6 @@
 Hendrycks et al. 2020, https://arxiv.org/abs/2009.03300. Hub: cais/mmlu.
 """
 
-from __future__ import annotations
-
 from tasks.common import CategoricalTask, load_hub_dataset, render_mc, single_turn
 
 LETTERS = ["A", "B", "C", "D"]

@@ -5,8 +5,6 @@ Split "train" has conversations in training phrasings, with greetings, thanks an
 occur in no training text. A reply is right if it contains the answer and no other answer of that kind.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ The "smol" selection, for models as small as ours. Allal et al. 2025, https://ar
 Hub: HuggingFaceTB/smol-smoltalk.
 """
 
-from __future__ import annotations
-
 from tasks.common import Task, check_conversation, load_hub_dataset
 
 

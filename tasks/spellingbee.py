@@ -7,8 +7,6 @@ with the calculator (`SpellingBee`). Everything about an example follows from it
 Every tenth word of the list is kept for testing, so no word of a test is ever trained on.
 """
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 
@@ -79,7 +77,7 @@ def ask(word: str, letter: str, rng: random.Random) -> str:
         question = question.lower()
     if rng.random() < 0.3:
         question = question.rstrip("?.？ ")
-    letter_quote, word_quote = rng.choice(("", "'", '"', "`")), rng.choice(("", "'", '"', "`"))
+    letter_quote, word_quote = (rng.choice(("", "'", '"', "`")) for _ in range(2))
     change_case = rng.choice((str, str, str, str, str.upper, str.capitalize))
     return question.format(
         c=f"{letter_quote}{rng.choice((str, str, str.upper))(letter)}{letter_quote}",

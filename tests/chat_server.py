@@ -13,9 +13,10 @@ import threading
 from contextlib import contextmanager
 from functools import cache
 from itertools import groupby
-from pathlib import Path
 
 import httpx
+import openai
+from conftest import ROOT
 from tiny import Script
 
 from nanochat.engine import Engine
@@ -27,11 +28,17 @@ from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 SPECIAL_IDS = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
 TOKENIZER = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, SPECIAL_IDS)
 END = TOKENIZER.encode_special("<|assistant_end|>")
-ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 30  # seconds
 PAGE, V1 = ROUTES = ["/chat/completions", "/v1/chat/completions"]
 COMPLETIONS = "/v1/completions"
 MODEL = "sft-d2-step-8"
+REPLIES = {
+    "emoji": "né 👩‍🚀!",
+    "sums": "It is <|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>42.",
+    "silence": "",
+    "long": "x" * 1000,
+    "count": "1, 2, 3, 4, 5",
+}  # by a word of the prompt
 
 
 def tokens_of(text: str) -> list[int]:
@@ -89,12 +96,13 @@ class ScriptedEngine(Engine):
 
 
 class Site:
-    """A running server and a client of it."""
+    """A running server, and a plain and OpenAI's client of it."""
 
     def __init__(self, address: str, engine, pool: Pool, server):
         self.address, self.engine, self.pool, self.server = address, engine, pool, server
         self.client = httpx.Client(base_url=address, timeout=TIMEOUT)
         self.get = self.client.get
+        self.openai = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address.removeprefix("http://").split(":"), timeout=TIMEOUT)
@@ -168,6 +176,7 @@ def serving(*engines, max_queue: int = 64, grace: float = TIMEOUT, name: str = "
         yield site
     finally:
         site.client.close()
+        site.openai.close()
         server.should_exit = True
         thread.join(TIMEOUT)
         pool.stop()

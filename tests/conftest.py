@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -31,6 +33,15 @@ def finish(processes) -> list[str]:
             process.kill()
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
     return outputs
+
+
+def write_shard(path: Path, texts, row_group_size: int = 2, column: str = "text") -> None:
+    """A parquet file of one column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({column: texts}), path, row_group_size=row_group_size)
 
 
 def write_program(path: Path, text: str) -> None:
@@ -50,7 +61,8 @@ def pytest_configure(config) -> None:
     address = f"http://127.0.0.1:{config.hub_port}"
     os.environ |= {"HF_ENDPOINT": address, "NANOCHAT_FILES_URL": f"{address}/files", "NO_PROXY": "127.0.0.1,localhost",
                    "no_proxy": "127.0.0.1,localhost", "HF_HOME": f"{config.scratch}/huggingface",
-                   "NANOCHAT_BASE_DIR": f"{config.scratch}/nanochat"}  # fmt: skip
+                   "NANOCHAT_BASE_DIR": f"{config.scratch}/nanochat",
+                   "NANOCHAT_DTYPE": "float32"}  # the same on every CPU  # fmt: skip
     import huggingface_hub.constants  # noqa: F401  # reads the address now, before a test changes it
 
 
@@ -70,18 +82,13 @@ def base_dir(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def prepared_base(tmp_path_factory) -> Path:
     """A base folder with a tokenizer and 900 documents in three shards in `text`, which no test changes."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     from nanochat.sample_world import documents
     from scripts import tok_train
 
     base = tmp_path_factory.mktemp("prepared")
-    (base / "text").mkdir()
     texts = [text for _, text in zip(range(900), documents())]
     for shard in range(3):
-        table = pa.table({"text": texts[shard * 300 : (shard + 1) * 300]})
-        pq.write_table(table, base / "text" / f"shard_{shard}.parquet", row_group_size=25)
+        write_shard(base / "text" / f"shard_{shard}.parquet", texts[shard * 300 : (shard + 1) * 300], row_group_size=25)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
         tok_train.main([f"--source={base / 'text'}", "--vocab-size=600"])
@@ -133,6 +140,24 @@ def chat_base(base_dir, make_random_model) -> Path:
         meta = {"model_config": vars(model.config)}
         save_checkpoint(checkpoint_dir(stage, "d2"), 5, model.state_dict(), None, meta, TOKENIZER, compute)
     return base_dir
+
+
+@pytest.fixture(scope="module")
+def site():
+    """A server whose model replies by a word of the prompt, see REPLIES; "hello" to other prompts."""
+    from chat_server import REPLIES, ScriptedEngine, serving
+
+    def reply(prompt):
+        return next((text for word, text in REPLIES.items() if word in prompt), "hello")
+
+    with serving(ScriptedEngine(reply)) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def client(site):
+    """OpenAI's Python client of `site`."""
+    return site.openai
 
 
 @pytest.fixture

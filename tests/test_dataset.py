@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import write_shard
 from fake_hub import plain_files
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,11 +20,6 @@ from nanochat.common import UserError
 from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as loader
 from nanochat.dataset import fetch_file, iter_documents, split_paths
 from nanochat.tokenizer import RustBPETokenizer
-
-
-def write_shard(path: Path, texts: list, row_group_size: int = 2, column: str = "text") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({column: texts}), path, row_group_size=row_group_size)
 
 
 def test_the_last_shard_is_the_validation_split_and_rows_without_text_are_skipped(tmp_path):

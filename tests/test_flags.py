@@ -4,14 +4,13 @@ import argparse
 import importlib
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
 from nanochat import flags
 
-ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in ("nanochat", "scripts", "dev") for path in (ROOT / folder).rglob("*.py") if "def main(argv" in path.read_text()

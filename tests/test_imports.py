@@ -13,16 +13,15 @@ import sys
 from functools import lru_cache
 from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10; pytest brings a copy
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parent.parent
 OURS = ("nanochat", "tasks", "scripts")
 # Used where they are installed, never required
 OPTIONAL = {"cudnn", "flash_attn", "flash_attn_interface", "kernels", "triton"}

@@ -9,16 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-from conftest import finish, free_port
+from conftest import ROOT, finish, free_port
 from safetensors.torch import load_file
 
 from nanochat.checkpoint_manager import list_steps, verify
 
-ROOT = Path(__file__).parent.parent
 SIZE = ["--device-type=cpu", "--device-batch-size=4", "--eval-tokens=1024", "--eval-every=4", "--num-iterations=12"]
 BASE = ["--depth=2", "--aspect-ratio=32", "--head-dim=32", "--max-seq-len=64", "--core-metric-every=-1", "--sample-every=0", *SIZE]
 CHAT = ["--tasks=SampleWorld", *SIZE]

@@ -12,18 +12,15 @@ import shutil
 import subprocess
 import sys
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
-from conftest import write_program
+from conftest import ROOT, write_program
 from test_checkpoint_manager import BYTES
 
 from dev import estimate, plot
 from nanochat import report
 from nanochat.common import UserError
 from nanochat.tokenizer import tokenizer_dir
-
-ROOT = Path(__file__).parent.parent
 
 # Records its arguments, fails for a command that matches $FAILS, and writes what stages.sh checks for: checkpoints and,
 # unless the command matches $STOPS, lines of the report

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from chat_server import (COMPLETIONS, MODEL, PAGE, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, ask, error_of, events_of,
-                         joined, message, segments_of, serving, text_of, tokens_of)  # fmt: skip
+from chat_server import (COMPLETIONS, MODEL, PAGE, REPLIES, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, ask, error_of,
+                         events_of, joined, message, segments_of, serving, text_of, tokens_of)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -19,30 +19,6 @@ from nanochat.api import ApiError, ChatRequest, CompletionRequest
 from nanochat.server import fit
 from nanochat.tokenizer import Segments
 from scripts import chat_web
-
-REPLIES = {
-    "emoji": "né 👩‍🚀!",
-    "sums": "It is <|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>42.",
-    "silence": "",
-    "long": "x" * 1000,
-    "count": "1, 2, 3, 4, 5",
-}  # by a word of the prompt
-
-
-@pytest.fixture(scope="module")
-def site():
-    def reply(prompt):
-        return next((text for word, text in REPLIES.items() if word in prompt), "hello")
-
-    with serving(ScriptedEngine(reply)) as site:
-        yield site
-
-
-@pytest.fixture(scope="module")
-def client(site):
-    with openai.OpenAI(base_url=f"{site.address}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
 
 # -----------------------------------------------------------------------------
 # Text
@@ -86,7 +62,6 @@ def test_text_ends_before_the_first_stop_string(text, stop):
                              {"type": "python_output", "text": "42"}], "assistant"), message("b")],
      "<|user_start|>a<|user_end|><|assistant_start|>=<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>"
      "<|assistant_end|><|user_start|>b<|user_end|><|assistant_start|>"),
-    ([message("count"), message("1, ", "assistant")], "<|user_start|>count<|user_end|><|assistant_start|>1, "),
     ([message("count"), message("1, ", "assistant")], "<|user_start|>count<|user_end|><|assistant_start|>1, "),
     ([message("a", "system"), message("b", "developer"), message("c"), message("d")],
      "<|user_start|>a\n\nb\n\nc\n\nd<|user_end|><|assistant_start|>"),
@@ -222,12 +197,11 @@ def send(site, route, body, content_type="application/json"):
     ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
     ({"messages": [message(role="robot")]}, "messages[0].role", "'system', 'developer', 'user', 'assistant', 'tool'"),
     ({"messages": [message(3)]}, "messages[0].content", "string"),
-    ({"messages": [message([{"type": "image", "text": ""}])]}, "messages[0].content[0].type", "'text'"),
+    ({"messages": [message([{"type": "image", "text": ""}])]}, "messages[0].content[0].type", "no images"),
     ({"messages": [message([{"type": "text", "text": ""}] * 201)]}, "messages[0].content", "at most 200"),
     ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
     ({"temperature": True}, "temperature", "number"),
     ({"max_tokens": 10**400}, "max_tokens", "1000000"),
-    ({"stop": ["a"] * 5}, "stop", "at most 4"),
     ({"stop": ["a", 3]}, "stop[1]", "string"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "boolean"),
 ])  # fmt: skip

@@ -2,12 +2,10 @@
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-from conftest import write_program
+from conftest import ROOT, write_program
 
-ROOT = Path(__file__).parent.parent
 TOOLS = ["bash", "cat", "chmod", "cksum", "cmp", "cp", "dirname", "env", "mkdir", "rm", "touch"]
 BUILD = "--reinstall-package rustbpe ./rustbpe"
 UV = """

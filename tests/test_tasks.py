@@ -133,14 +133,6 @@ def test_customjson_names_the_line_that_is_wrong(tmp_path, line):
         CustomJSON(path.with_suffix(".json"))
 
 
-def test_customjson_without_a_file_or_a_conversation(tmp_path):
-    with pytest.raises(UserError, match="no file"):
-        CustomJSON(tmp_path / "none.jsonl")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="no conversation"):
-        CustomJSON(tmp_path / "empty.jsonl")
-
-
 def test_identity_conversations_are_500_different_ones_fixed_by_the_seed(base_dir):
     gen_identity.main([])
     task = CustomJSON(base_dir / "identity_conversations.jsonl")
@@ -178,6 +170,9 @@ def test_a_tenth_of_a_file_is_held_out_and_validation_measures_only_that(tmp_pat
     path.write_text(json.dumps(rows[0]))
     with pytest.raises(UserError, match="only one conversation"):
         CustomJSON(path, "val")
+    path.write_text("\n")
+    with pytest.raises(UserError, match="no conversation"):
+        CustomJSON(path)
 
 
 def test_a_reply_equals_the_reference_answer_but_for_case_and_blanks(tmp_path):

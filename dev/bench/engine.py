@@ -31,7 +31,7 @@ class NoTokenizer:
         return -1
 
 
-def prompts(n: int, length: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
+def prompts(n: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(n)]
 

@@ -154,21 +154,19 @@ def trainer(args, depth: int, rows: int, context: int, device, dtype, fp8: bool)
     from nanochat.device import compile_model
     from nanochat.fp8 import convert
     from nanochat.optim import MuonAdamW
+    from nanochat.training import train_step
 
-    model = build(depth, context, VOCAB, device, dtype)
+    model, compute = build(depth, context, VOCAB, device, dtype), Compute(device, dtype)
     if fp8:
         convert(model)
     optimizer = MuonAdamW(model.param_groups())
-    compiled = compile_model(model, Compute(device, dtype), rows)
+    compiled = compile_model(model, compute, rows)
     batches = itertools.cycle(rows_of_text(context, 300_000 if args.tiny else 10_000_000, device).split(rows)[:-1])
 
     def step():
         text = next(batches)  # (rows, context + 1)
-        loss = compiled(text[:, :-1].contiguous(), text[:, 1:].long())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+        inputs, targets = text[:, :-1].contiguous(), text[:, 1:].long()
+        return train_step(compiled, optimizer, [(inputs, targets)], compute, count=targets.numel())
 
     return model, optimizer, step
 
@@ -219,7 +217,6 @@ def training(args, device, dtype) -> dict:
 
 
 def loader(args, device, dtype) -> dict:
-    """Tokens per second of the document loader."""
     return {"tok/s": loader_rate(4, 128, device, 2048, 1, 20) if args.tiny else loader_rate(32, 2048, device)}
 
 

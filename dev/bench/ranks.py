@@ -9,18 +9,15 @@ not depend on the number of ranks, so it can be compared with that of the hardwa
 
 from __future__ import annotations
 
+from dev.bench.gpu import seconds_of
 from nanochat import flags
 from nanochat.common import UserError, compute_cleanup, compute_init, print0, run_script
 
 
-def seconds_of(work, repeat: int, compute) -> float:
+def slowest(work, repeats: int, compute) -> float:
     """Seconds per call of `work` on the slowest rank; all ranks start together."""
-    import torch
-    from torch.utils.benchmark import Timer  # which synchronizes the device
-
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
     compute.gather(None)
-    return max(compute.gather(timer.timeit(repeat).mean))
+    return max(compute.gather(seconds_of(work, repeats)))
 
 
 def main(argv=None):
@@ -51,9 +48,9 @@ def main(argv=None):
         }
         row = f"{megabytes:6d}"
         for name, collective in collectives.items():
-            seconds_of(collective, 2, compute)  # the first call connects the ranks
-            repeat = min(100, max(3, int(0.5 / seconds_of(collective, 1, compute))))
-            row += f"{whole.numel() * 4 * sent[name] / seconds_of(collective, repeat, compute) / 1e9:16.2f}"
+            slowest(collective, 2, compute)  # the first call connects the ranks
+            repeats = min(100, max(3, int(0.5 / slowest(collective, 1, compute))))
+            row += f"{whole.numel() * 4 * sent[name] / slowest(collective, repeats, compute) / 1e9:16.2f}"
         print0(row)
     compute_cleanup(compute)
 

@@ -57,12 +57,10 @@ def question(rng: random.Random, **settings) -> bytes:
     return json.dumps({"messages": [{"role": "user", "content": text}], "seed": rng.getrandbits(30), **settings}).encode()
 
 
-async def send(
-    port: int, path: str, body: bytes = b"", sent: float = 1.0, leave_after: float = 120
-) -> tuple[int, bytes, list[float]]:
+async def send(port: int, path: str, body=b"", sent=1.0, leave_after=120.0) -> tuple[int, bytes, list[float]]:
     """One request on its own connection: (status, body of the reply, times of its events in seconds after the request).
 
-    Status 0: there was no answer, or the client left before it was complete. `sent`: share of the request that is sent.
+    Status 0: there was no answer before the client left. `sent`: share of the request that is sent.
     """
     start, chunks, times = time.perf_counter(), [], []
     head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -79,11 +77,9 @@ async def send(
         finally:
             writer.transport.abort()
 
-    with suppress(ConnectionError):  # after an error the server closes the connection, and need not read the whole body
-        try:
-            await asyncio.wait_for(exchange(), leave_after)
-        except asyncio.TimeoutError:
-            return 0, b"", times
+    # After an error the server closes the connection, and need not read the whole body
+    with suppress(ConnectionError, asyncio.TimeoutError):
+        await asyncio.wait_for(exchange(), leave_after)
     head, _, content = b"".join(chunks).partition(b"\r\n\r\n")
     return int(head.split()[1]) if head else 0, content, times
 
@@ -99,38 +95,30 @@ async def poll_health(port: int, seconds: float) -> list[float]:
     return durations
 
 
-async def measure(port: int, clients: int, seconds: float, rng: random.Random) -> tuple:
-    """(tokens per second of all clients, of each reply, seconds until the first tokens, seconds of /health).
-
-    At temperature 2 most replies reach their maximum length.
-    """
-    firsts, rates = [], []
-    start = time.perf_counter()
+async def streams(port: int, process, seconds: float, rng: random.Random) -> None:
+    """A line for each number of clients. At temperature 2 most replies reach their maximum length."""
 
     async def generated_tokens():
         return json.loads((await send(port, "/stats"))[1])["generated_tokens"]
 
-    async def client():
-        while time.perf_counter() < start + seconds:
-            request = question(rng, max_tokens=200, temperature=2.0, top_k=200)
-            _, body, times = await send(port, PATHS[0], request)
-            firsts.append(times[0])
-            if (tokens := body.count(b'"token"')) > 50:
-                rates.append(tokens / (times[-1] - times[0]))
-
-    before = await generated_tokens()
-    health, *_ = await asyncio.gather(poll_health(port, seconds), *(client() for _ in range(clients)))
-    return (await generated_tokens() - before) / (time.perf_counter() - start), rates, firsts, health
-
-
-async def streams(port: int, process, seconds: float, rng: random.Random) -> None:
-    """A line for each number of clients."""
-    await measure(port, 2, 2, rng)  # warm-up
+    await send(port, PATHS[0], question(rng))  # warm-up
     print(f"\n{'clients':>7s}{'tok/s':>8s}{'x one':>7s}{'slowest/fastest':>17s}{'first token p50':>17s}{'max':>9s}"
           f"{'/health p99':>13s}{'replies':>9s}")
     single = None
     for clients in (1, 4, 16, 64):
-        rate, rates, firsts, health = await measure(port, clients, seconds, rng)
+        firsts, rates = [], []  # of each reply: seconds until its first tokens, tokens per second
+        start, before = time.perf_counter(), await generated_tokens()
+
+        async def client():
+            while time.perf_counter() < start + seconds:
+                request = question(rng, max_tokens=200, temperature=2.0, top_k=200)
+                _, body, times = await send(port, PATHS[0], request)
+                firsts.append(times[0])
+                if (tokens := body.count(b'"token"')) > 50:
+                    rates.append(tokens / (times[-1] - times[0]))
+
+        health, *_ = await asyncio.gather(poll_health(port, seconds), *(client() for _ in range(clients)))
+        rate = (await generated_tokens() - before) / (time.perf_counter() - start)
         single = single or rate
         spread = min(rates) / max(rates) if rates else float("nan")
         print(f"{clients:7d}{rate:8.0f}{rate / single:7.2f}{spread:17.2f}{1e3 * median(firsts):14.0f} ms{1e3 * max(firsts):6.0f} ms"
@@ -193,13 +181,12 @@ async def soak(port: int, process, seconds: float, rng: random.Random) -> None:
             body = rng.choice([body[:-9], body.replace(b"user", b"robot"), b"[" * 100_000, b" " * 2_000_000 + body])
         leaves = rng.random() < 0.2
         status, reply, _ = await send(port, rng.choice(PATHS), body, leave_after=rng.random() if leaves else 120)
-        complete = status != 200 or re.search(rb'"done": true|\[DONE\]', reply)
-        counts["left" if leaves and not status else status if status and complete else "lost"] += 1
+        complete = status and (status != 200 or re.search(rb'"done": true|\[DONE\]', reply))
+        counts[status if complete else "left" if leaves else "lost"] += 1
 
     for _ in range(10):
-        memory = process.memory_info().rss / 2**20
         await open_loop(40, seconds / 10, request)
-        print(f"{memory:.0f} to {process.memory_info().rss / 2**20:.0f} MiB; {dict(counts)}", flush=True)
+        print(f"{process.memory_info().rss / 2**20:.0f} MiB; {dict(counts)}", flush=True)
     wrong = [key for key in counts if key == "lost" or isinstance(key, int) and key >= 500 and key != 503]
     sys.exit(f"FAILED: {wrong}" if wrong else 0)
 
@@ -208,7 +195,7 @@ def main(argv=None):
     parser = flags.make_parser(__doc__)
     parser.add_argument("part", nargs="?", default="streams", choices=["streams", "bad", "soak"], help="what to measure")
     parser.add_argument("-i", "--stage", default="sft", help="stage of the model: mid, sft or rl")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu (empty: the best available)")
+    flags.add_device_flag(parser)
     parser.add_argument("--seconds", type=flags.number(float, 0.001), default=15, help="for each number of clients or attack, or in all")
     parser.add_argument("--seed", type=flags.SEED, default=0, help="seed of the requests")
     args = parser.parse_args(argv)

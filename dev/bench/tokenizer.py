@@ -12,8 +12,6 @@ Times are the fastest of the repetitions, without loading text. "x best peer" co
 threads. "same": the merges are the published package's, the ids tiktoken's; if not, the exit code is 1.
 """
 
-from __future__ import annotations
-
 import hashlib
 import multiprocessing
 import os
@@ -73,7 +71,8 @@ def measure(args, who: str, task: str, threads: int, published: str | None, rank
     seconds = time.perf_counter() - start
     if task == "train":
         return seconds, [(bytes(token), id) for token, id in result]
-    return seconds, hashlib.sha256(np.concatenate([np.asarray(row, np.uint32) for row in result])).hexdigest()
+    ids = np.concatenate([np.asarray(row, np.uint32) for row in result])
+    return seconds, hashlib.sha256(ids).hexdigest()
 
 
 def published_package() -> str | None:
