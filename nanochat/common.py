@@ -16,8 +16,9 @@ import shutil
 import signal
 import sys
 import time
+import timeit
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
@@ -262,8 +263,8 @@ class Compute:
         return results[0]
 
 
-def compute_dtype(device_type: str) -> torch.dtype:
-    """bfloat16 on CUDA from sm80 on, float32 elsewhere; `NANOCHAT_DTYPE` overrides."""
+def compute_dtype(device_type: str, training: bool = False) -> torch.dtype:
+    """bfloat16 on CUDA from sm80 on, and for training on a CPU that is fast at it; else float32. `NANOCHAT_DTYPE` overrides."""
     import torch
 
     if name := os.environ.get("NANOCHAT_DTYPE"):
@@ -272,10 +273,21 @@ def compute_dtype(device_type: str) -> torch.dtype:
         return getattr(torch, name)
     if device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
         return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if training and device_type == "cpu" and fast_bfloat16() else torch.float32
 
 
-def compute_init(device_type: str = "") -> Compute:
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices at least 1.5 times as fast as float32 ones (with AMX, 4 to 8 times)."""
+    import torch
+
+    single = torch.ones(512, 512)
+    half = single.bfloat16()
+    times = [[timeit.timeit(lambda: x @ x, number=1) for x in (single, half)] for _ in range(10)]
+    single_time, half_time = map(min, zip(*times))
+    return half_time < single_time / 1.5
+
+
+def compute_init(device_type: str = "", training: bool = False) -> Compute:
     """Choose the device (cuda, then mps, then cpu, unless named) and join the other ranks, if any."""
     import torch
 
@@ -294,9 +306,10 @@ def compute_init(device_type: str = "") -> Compute:
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
         device = torch.device("cuda", local_rank)
-    compute = Compute(device, compute_dtype(device_type), rank, local_rank, world_size)
+    compute = Compute(device, compute_dtype(device_type, training), rank, local_rank, world_size)
     if world_size > 1:
         _join_ranks(compute)
+        compute = replace(compute, dtype=compute.on_main(lambda: compute.dtype))  # speed is measured: all ranks alike
     return compute
 
 

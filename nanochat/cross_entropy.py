@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+SAMPLE = 4096  # tokens of the vocabulary in a sampled softmax, or a multiple
+CORRECTION = 0.5  # of the sampled softmax; with 1 the sum of exp(s) is unbiased, but models learn less (dev/LOG.md, 21)
 SOFTCAP = 15.0  # logits are capped to (-15, 15), as in Gemma 2 (arXiv:2408.00118, section 2)
 
 
@@ -63,9 +65,9 @@ def sampling_log_probs(
 
 
 def _chunk_rows(hidden: torch.Tensor, vocab_size: int) -> int:
-    """Tokens per chunk: logits of about 16 MB on a CPU (its cache), 1 GB on a GPU."""
-    budget = 2**30 if hidden.is_cuda else 2**24
-    return max(64, budget // (4 * vocab_size))
+    """Tokens per chunk: logits of about 16 MB on a CPU (its cache), 1 GB in float32 on a GPU."""
+    budget = 2**28 if hidden.is_cuda else 2**24 // hidden.element_size()
+    return max(64, budget // vocab_size)
 
 
 def _by_chunks(compute, hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -75,25 +77,45 @@ def _by_chunks(compute, hidden: torch.Tensor, weight: torch.Tensor, tokens: torc
     return torch.cat([checkpoint(compute, h, t, use_reentrant=False) for h, t in chunks])
 
 
-def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, importance: torch.Tensor | None = None
+) -> torch.Tensor:
     """Cross-entropy of hidden (N, d) and weight (V, d), summed over the targets (N,) that are not -1, in nats.
 
-    In a compiled model the work on a chunk's logits is compiled, too.
+    `importance` (V,), of `sample_vocabulary`, makes it an estimate from a part of the vocabulary. In a compiled model the
+    work on a chunk's logits is compiled, too.
     """
-    return _linear_cross_entropy(hidden, weight, targets, torch.compiler.is_compiling())[0]
+    return _linear_cross_entropy(hidden, weight, targets, importance, torch.compiler.is_compiling())[0]
 
 
-def _exp_and_slope(z: torch.Tensor) -> torch.Tensor:
-    """Turn raw logits z (V, C) into exp(s) * ds/dz in place, with s = 15 tanh(z / 15); returns the sums of exp(s), (C,).
+def sample_vocabulary(is_target: torch.Tensor, seed: int) -> torch.Tensor:
+    """Importance of each token in a sampled softmax, (V,): how many times its exp(s) counts. From bool (V,), on a CPU.
+
+    All targets count once, so most of the probability is counted exactly. Of the others a sample counts q^-CORRECTION
+    times, where q is the probability of being drawn (arXiv:1412.2007, section 3.1, with 1), and the rest is left out.
+    There are at least as many drawn tokens as targets, and a multiple of SAMPLE of both together.
+    """
+    others = (~is_target).nonzero().flatten()
+    targets = is_target.numel() - others.numel()
+    drawn = min(-(-2 * targets // SAMPLE) * SAMPLE - targets, others.numel())
+    order = torch.randperm(others.numel(), generator=torch.Generator().manual_seed(seed))
+    importance = is_target.float()
+    importance[others[order[:drawn]]] = (others.numel() / max(drawn, 1)) ** CORRECTION
+    return importance
+
+
+def _exp_and_slope(z: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(exp(s) * ds/dz (V, C), the sums of exp(s) (C,)) of raw logits z (V, C), with s = 15 tanh(z / 15).
+
+    exp(s) is multiplied by `importance`, (V,) or (1,).
 
     With r = 1 / (1 + exp(2z / 15)): s = 15 - 30 r and ds/dz = 4 r (1 - r). s stays within 15, so exp(s) needs no
     subtraction of the maximum. Compiled it is one pass over the chunk, whose blocks of rows are shared among threads.
     """
-    r = torch.sigmoid(z * (-2 / SOFTCAP))
-    p = torch.exp(SOFTCAP - 2 * SOFTCAP * r)
+    r = torch.sigmoid(z.float() * (-2 / SOFTCAP))
+    p = torch.exp(SOFTCAP - 2 * SOFTCAP * r) * importance[:, None]
     total = p.unflatten(0, (-1, math.gcd(z.size(0), 256))).sum(dim=1).sum(dim=0)
-    z.copy_(p * (4 * r * (1 - r)))
-    return total
+    return (p * (4 * r * (1 - r))).to(z.dtype), total
 
 
 @lru_cache(maxsize=1)
@@ -103,7 +125,7 @@ def _compiled_exp_and_slope():
 
 @torch.library.custom_op("nanochat::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, compiled: bool
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, importance: torch.Tensor | None, compiled: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(summed loss, its gradients with respect to hidden and weight); opaque to the compiler, so there is no graph break.
 
@@ -111,21 +133,31 @@ def _linear_cross_entropy(
     done on the small sides of the two products of dL/dz. Logits stand as (V, C), one column per token: a quarter faster
     to multiply on a CPU than (C, V).
     """
+    if importance is None:
+        return _chunks(hidden, weight, targets, torch.ones(1, device=weight.device), compiled)
+    ids = importance.nonzero().flatten()
+    places = torch.full((weight.size(0) + 1,), -1)  # the last one is of the target -1
+    places[ids] = torch.arange(ids.numel())
+    loss, d_hidden, d_rows = _chunks(hidden, weight[ids], places[targets], importance[ids], compiled)
+    return loss, d_hidden, torch.zeros_like(weight).index_copy_(0, ids, d_rows)
+
+
+def _chunks(hidden, weight, targets, importance, compiled: bool):
+    """The same for the rows of `weight` whose exp(s) count `importance` (V,) times."""
     exp_and_slope = _compiled_exp_and_slope() if compiled else _exp_and_slope
     dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # exp(15) exceeds float16
     cast = weight.to(dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-    V, rows = weight.size(0), _chunk_rows(hidden, weight.size(0))
-    buffer = torch.empty(V * min(rows, hidden.size(0)), dtype=dtype, device=hidden.device)  # one for all chunks
+    rows = _chunk_rows(hidden, weight.size(0))
     for h, t, d_h in zip(hidden.to(dtype).split(rows), targets.split(rows), d_hidden.split(rows)):
-        z = torch.mm(cast, h.t(), out=buffer[: V * h.size(0)].view(V, -1)).float()  # (V, C)
-        valid, t = (t >= 0).float(), t.clamp(min=0).unsqueeze(0)
-        tanh = torch.tanh(z.gather(0, t) / SOFTCAP)  # of the targets, (1, C)
-        total = exp_and_slope(z)
+        z = cast @ h.t()  # (V, C)
+        valid, at_targets = (t >= 0).float(), (t.clamp(min=0), torch.arange(h.size(0), device=z.device))
+        tanh = torch.tanh(z[at_targets].float() / SOFTCAP)  # (C,)
+        z, total = exp_and_slope(z, importance)
         loss += ((total.log() - SOFTCAP * tanh) * valid).sum()
-        z.scatter_add_(0, t, -total * (1 - tanh.square()))
-        z, scale = z.to(dtype), (valid / total).unsqueeze(1)
+        z[at_targets] = ((torch.exp(SOFTCAP * tanh) - total) * (1 - tanh.square())).to(dtype)
+        scale = (valid / total).unsqueeze(1)
         d_h.copy_((z.t() @ cast) * scale)
         h = (h * scale).to(dtype)
         if d_weight.dtype == dtype:
@@ -136,7 +168,7 @@ def _linear_cross_entropy(
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, targets, compiled):
+def _(hidden, weight, targets, importance, compiled):
     return hidden.new_empty((), dtype=torch.float32), torch.empty_like(hidden), torch.empty_like(weight)
 
 
@@ -146,7 +178,7 @@ def _save_gradients(ctx, inputs, output):
 
 def _backward(ctx, d_loss, _d_hidden, _d_weight):
     d_hidden, d_weight = ctx.saved_tensors
-    return d_hidden * d_loss.to(d_hidden.dtype), d_weight * d_loss, None, None
+    return d_hidden * d_loss.to(d_hidden.dtype), d_weight * d_loss, None, None, None
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_save_gradients)

@@ -80,6 +80,7 @@ def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.
             print0(f"recomputing cheap activations: all of them take {needed / 1e9:.0f} GB and {free / 1e9:.0f} GB are free")
     elif compute.device.type != "cpu":
         return model
+    print0("compiling the model, which takes half a minute or more the first time")
     if fault := next(filter(None, compute.gather(compiler_fault(compute.device))), None):  # all ranks alike
         print0(f"training uncompiled and more slowly, since the compiler does not work: {fault}")
         return model

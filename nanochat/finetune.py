@@ -53,7 +53,7 @@ def finetune(
     from nanochat.training import Run, due, load_origin, set_rates, train_step
 
     check_wandb(args.run)
-    compute = compute_init(args.device_type)
+    compute = compute_init(args.device_type, training=True)
     model, optimizer, tokenizer, settings, origin = load_origin(args, compute)
     model.train()
     B, T = settings.device_batch_size, settings.max_seq_len

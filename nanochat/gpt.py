@@ -324,11 +324,11 @@ class GPT(nn.Module):
     def _head(self) -> torch.Tensor:
         return self.lm_head.weight[: self.config.vocab_size]
 
-    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", importance=None):
         """Logits (B, T, vocab_size) in float32, or, with targets (B, T), the loss in nats.
 
         Targets of -1 are ignored. `loss_reduction`: "mean" over the valid targets (0 if there are none), "sum" over
-        them, or "none" for (B, T) with zeros where ignored.
+        them, or "none" for (B, T) with zeros where ignored. `importance`: see `linear_cross_entropy`.
         """
         hidden = self.hidden(idx, kv_cache)
         if targets is None:
@@ -336,7 +336,7 @@ class GPT(nn.Module):
         hidden, flat = hidden.flatten(0, 1), targets.flatten()
         if loss_reduction == "none":
             return token_losses(hidden, self._head(), flat).view_as(targets)
-        loss = linear_cross_entropy(hidden, self._head(), flat)
+        loss = linear_cross_entropy(hidden, self._head(), flat, importance)
         return loss / (flat >= 0).sum().clamp(min=1) if loss_reduction == "mean" else loss
 
     def sampling_log_probs(self, idx: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, top_k: int | None = None):
@@ -417,7 +417,8 @@ class GPT(nn.Module):
             adamw(named("resid_lambdas"), scalar_lr * 0.01, (0.8, 0.95), 0.05, eps=1e-7),
             adamw(named("x0_lambdas"), scalar_lr, (0.96, 0.95), 0.0, eps=1e-7),
             adamw(smear_and_backout + gates, 0.2, (0.8, 0.95), 0.0, eps=1e-7),
-            {"kind": "muon", "params": matrices, "lr": matrix_lr, "momentum": 0.95, "beta2": 0.9, "weight_decay": weight_decay},
+            {"kind": "muon", "params": matrices, "lr": matrix_lr, "momentum": 0.95, "beta2": 0.9, "weight_decay": weight_decay,
+             "dtype": self.transformer.wte.weight.dtype},
         ]
 
 

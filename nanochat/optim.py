@@ -38,12 +38,12 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(G: torch.Tensor) -> torch.Tensor:
-    """Approximate polar factors of a stack of matrices: (n, rows, cols), U S V^T -> about U V^T.
+def polar_express(G: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Approximate polar factors of a stack of matrices: (n, rows, cols), U S V^T -> about U V^T, computed in `dtype`.
 
-    Singular values that are not tiny end between about 0.7 and 1.2. bfloat16 on CUDA.
+    Singular values that are not tiny end between about 0.7 and 1.2, also in bfloat16.
     """
-    X = G.bfloat16() if G.is_cuda else G.float()
+    X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
     if tall:  # the products below are of the smaller side
         X = X.mT
@@ -54,7 +54,7 @@ def polar_express(G: torch.Tensor) -> torch.Tensor:
     return (X.mT if tall else X).to(G.dtype)
 
 
-def muon_update(grad, momentum_buffer, second_moment, momentum: float, beta2: float) -> torch.Tensor:
+def muon_update(grad, momentum_buffer, second_moment, momentum: float, beta2: float, dtype=torch.float32) -> torch.Tensor:
     """The update direction of a stack of matrices (n, rows, cols); the buffers are updated in place.
 
     1. Nesterov momentum (arXiv:2502.16982 and Jordan et al., "Muon", 2024).
@@ -66,7 +66,7 @@ def muon_update(grad, momentum_buffer, second_moment, momentum: float, beta2: fl
     momentum_buffer.lerp_(grad, 1 - momentum)
     G = grad.lerp(momentum_buffer, momentum)
     G = G / G.norm(dim=-1, keepdim=True).clamp(min=1e-10)
-    X = polar_express(G)
+    X = polar_express(G, dtype)
     frobenius = min(X.shape[-2:]) ** 0.5
     X = X * (frobenius / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
     across = -1 if second_moment.size(-1) == 1 else -2
@@ -199,9 +199,9 @@ def _assign_whole(sizes: list[int], world_size: int) -> tuple[list[int], int]:
 class MuonAdamW:
     """Optimizer over named groups: `{"kind": "muon" | "adamw", "params": [(name, parameter)], "lr": ...}`.
 
-    "adamw" groups also hold betas, eps and weight_decay; "muon" groups hold momentum, beta2 and weight_decay, and only
-    2-D parameters. Rates may be changed in `param_groups` between steps (`initial_lr` and `initial_weight_decay` keep
-    what was given). Every rank calls `step`. Gradients are summed over the ranks of the default process group, if there
+    "adamw" groups also hold betas, eps and weight_decay; "muon" groups hold momentum, beta2, weight_decay, the dtype of
+    `polar_express` (default float32), and only 2-D parameters. Rates may be changed in `param_groups` between steps
+    (`initial_lr` and `initial_weight_decay` keep what was given). Every rank calls `step`. Gradients are summed over the ranks of the default process group, if there
     is one, so losses must be divided by the number of targets on all ranks.
     """
 
@@ -257,7 +257,8 @@ class MuonAdamW:
         for members, momentum, second in bucket.stacks:
             if grads[members[0]] is None:
                 continue
-            update = muon_update(torch.stack([grads[i] for i in members]), momentum, second, group["momentum"], group["beta2"])
+            gradients = torch.stack([grads[i] for i in members])
+            update = muon_update(gradients, momentum, second, group["momentum"], group["beta2"], group.get("dtype", torch.float32))
             rows, cols = update.shape[-2:]
             lr = group["lr"] * max(1, rows / cols) ** 0.5  # a tall matrix's outputs would otherwise move less
             for i, u in zip(members, update):

@@ -13,6 +13,7 @@ from nanochat.common import UserError
 
 D12_SCALING_PARAMS = 12 * 12 * 768**2 + 32768 * 768  # matrices and head of the depth-12 model
 D12_TOKENS = 12 * D12_SCALING_PARAMS  # its horizon at 12 tokens per scaling parameter
+FULL_SOFTMAX = 0.07  # the last part of a run that needs the softmax over the whole vocabulary (dev/LOG.md, 21)
 D12_BATCH = 2**19  # tokens per step at that horizon
 
 

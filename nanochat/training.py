@@ -25,6 +25,7 @@ from nanochat import report
 from nanochat.checkpoint_manager import checkpoint_dir, find_last_step, list_steps, load_checkpoint, load_model
 from nanochat.checkpoint_manager import load_optimizer, set_aside, update_meta, verify
 from nanochat.common import Compute, UserError, base_dir_path, compute_cleanup, print0, restarts, wandb_run
+from nanochat.cross_entropy import sample_vocabulary
 from nanochat.device import fit_device_batch, peak_flops, peak_memory
 from nanochat.optim import MuonAdamW
 from nanochat.saver import Saver
@@ -57,20 +58,31 @@ class LossScale(torch.amp.GradScaler):
 
 
 def train_step(
-    model, optimizer, batches, compute: Compute, loss_scale: LossScale | None = None, count: int | None = None
+    model, optimizer, batches, compute: Compute, loss_scale: LossScale | None = None, count: int | None = None,
+    importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One update from the micro-batches of a step; returns the mean loss over their targets, in nats.
 
     `batches` are this rank's (inputs, targets, ...), both (B, T), targets of -1 ignored. Every target weighs the same,
     whichever micro-batch and rank it belongs to. Without any target the step changes nothing and the loss is 0.
     `count` is the number of targets on all ranks where the caller knows it; then nothing here synchronises with a GPU.
+    `importance` is of a sampled softmax, see `linear_cross_entropy`.
     """
     if count is None:
         count = int(compute.sum(sum((targets >= 0).sum() for _, targets, *_ in batches)))
     if count == 0:
         return torch.zeros((), device=batches[0][0].device)
-    losses = (model(inputs, targets, loss_reduction="sum") / count for inputs, targets, *_ in batches)
+    losses = (model(inputs, targets, loss_reduction="sum", importance=importance) / count for inputs, targets, *_ in batches)
     return backward_and_step(losses, optimizer, compute, loss_scale)
+
+
+def sampled_softmax(batches, vocab_size: int, compute: Compute, seed: int, exact: bool = False) -> torch.Tensor:
+    """The `importance` for a step's micro-batches: the same on all ranks, and however the step is cut into micro-batches."""
+    if exact:
+        return torch.ones(vocab_size)
+    targets = torch.cat([targets.flatten() for _, targets, *_ in batches])
+    counts = compute.sum(torch.bincount(targets[targets >= 0], minlength=vocab_size))
+    return sample_vocabulary(counts > 0, seed)
 
 
 def backward_and_step(

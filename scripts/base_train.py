@@ -39,18 +39,19 @@ def main(argv=None):
 
     from nanochat import fp8
     from nanochat.core_eval import evaluate_core, fetch_bundle
+    from nanochat.cross_entropy import SAMPLE
     from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit as data_loader
     from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit as data_loader_with_state
     from nanochat.dataset import resolve
     from nanochat.device import compile_model, fit_device_batch
     from nanochat.gpt import GPT, config_of_depth
     from nanochat.loss_eval import eval_batches, evaluate_bpb, sample_texts
-    from nanochat.schedule import check_batch, plan
+    from nanochat.schedule import FULL_SOFTMAX, check_batch, plan
     from nanochat.tokenizer import get_tokenizer
-    from nanochat.training import Run, due, make_optimizer, set_rates, train_step
+    from nanochat.training import Run, due, make_optimizer, sampled_softmax, set_rates, train_step
 
     check_wandb(args.run)
-    compute = compute_init(args.device_type)
+    compute = compute_init(args.device_type, training=True)
     tokenizer = get_tokenizer()
     source = compute.on_main(lambda: resolve(args.source))  # once, since files may change during the run
 
@@ -86,6 +87,10 @@ def main(argv=None):
            f"{micro_batches} micro-batch(es) of {B} rows on {compute.world_size} rank(s): "
            f"{goal.tokens / 1e6:.1f}M tokens, {goal.tokens / counts['scaling']:.1f} per scaling parameter; "
            f"learning rates x {goal.lr_scale:.3f}")
+    exact_from = (1 - FULL_SOFTMAX) * num_iterations
+    sampled = compute.device.type == "cpu" and config.vocab_size >= 2 * SAMPLE
+    if sampled:
+        print0(f"until step {exact_from:.0f} the training loss is estimated from a part of the vocabulary, see sample_vocabulary")
     optimizer = make_optimizer(model, args, goal.lr_scale, goal.weight_decay)
 
     # The flags with what was derived from them: saved with the model, inherited by later stages
@@ -142,7 +147,8 @@ def main(argv=None):
         progress = run.step / num_iterations
         lrm = set_rates(optimizer, run.step, progress, goal.warmup_steps, args.warmdown_ratio, args.final_lr_frac)
         micro = [next(batches) for _ in compute.shard(micro_batches)]  # without padding, so the count is known
-        loss = train_step(compiled, optimizer, micro, compute, run.loss_scale, count=goal.total_batch_size)
+        importance = sampled_softmax(micro, config.vocab_size, compute, run.step, run.step >= exact_from) if sampled else None
+        loss = train_step(compiled, optimizer, micro, compute, run.loss_scale, goal.total_batch_size, importance)
         run.step, run.loader_state = run.step + 1, micro[-1][2]
         run.meter.stop(run.step, run.step / num_iterations, loss, lrm, run.loader_state["epoch"])
 

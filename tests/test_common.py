@@ -8,15 +8,14 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from tiny import CPU
 
+from nanochat import common
 from nanochat.common import UserError, atomic, base_dir_path, compute_init, get_base_dir, run_script
-
-ROOT = Path(__file__).resolve().parent.parent
 
 WORKER = """
 import os, signal, sys, time
@@ -119,6 +118,14 @@ def test_ranks_without_torchrun_a_gpu_or_a_time_out_are_refused(monkeypatch):
         replace(CPU, world_size=2).heartbeat()
     with pytest.raises(UserError, match="local rank 5 has no GPU: there are 4; .*--nproc-per-node=4"):
         compute_init("cuda")
+
+
+def test_a_cpu_that_is_fast_at_bfloat16_trains_in_it(monkeypatch):
+    for fast, override, training in [(True, "", "bfloat16"), (False, "", "float32"), (True, "float32", "float32")]:
+        monkeypatch.setattr(common, "fast_bfloat16", lambda: fast)
+        monkeypatch.setenv("NANOCHAT_DTYPE", override)
+        assert str(compute_init("cpu", training=True).dtype) == f"torch.{training}"
+        assert compute_init("cpu").dtype == torch.float32, "replies do not depend on the batch"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import cross_entropy
-from nanochat.cross_entropy import linear_cross_entropy, sampling_log_probs, softcapped_logits, token_losses
+from nanochat.cross_entropy import linear_cross_entropy, sample_vocabulary, sampling_log_probs, softcapped_logits, token_losses
 
 
 def problem(N=37, d=16, V=50, scale=1.0):
@@ -41,6 +41,27 @@ def test_sum_and_gradients(monkeypatch, rows, scale):
     inputs = problem(scale=scale)
     got = gradients(lambda *xs: 3 * linear_cross_entropy(*xs), *inputs)
     assert_equal(got, gradients(lambda *xs: 3 * reference(*xs), *inputs))
+
+
+def test_a_sampled_softmax_of_the_whole_vocabulary_is_exact():
+    inputs = problem()
+    got = gradients(lambda *xs: linear_cross_entropy(*xs, torch.ones(50)), *inputs)
+    assert_equal(got, gradients(reference, *inputs))
+
+
+def test_a_fully_corrected_sampled_softmax_is_unbiased(monkeypatch):
+    """The estimate of sum(exp(s)) / exp(s_target), which is exp(loss), and its gradients."""
+    monkeypatch.setattr(cross_entropy, "CORRECTION", 1.0)
+    monkeypatch.setattr(cross_entropy, "SAMPLE", 20)
+    hidden, weight, _ = problem(N=1)
+    inputs = hidden, weight, torch.tensor([7])
+    samples = [sample_vocabulary(torch.arange(50) == 7, seed) for seed in range(1000)]
+    assert {(int((x > 0).sum()), x[7].item()) for x in samples} == {(20, 1.0)}
+    draws = [gradients(lambda *xs: linear_cross_entropy(*xs, sample).exp(), *inputs) for sample in samples]
+    for got, expected in zip(zip(*draws), gradients(lambda *xs: reference(*xs).exp(), *inputs)):
+        got = torch.stack(got).double()
+        error, standard_error = got.mean(0) - expected, got.std(0) / 1000**0.5
+        assert (error.abs() <= 4.5 * standard_error + 1e-5 * expected.abs()).all()
 
 
 def test_losses_per_token_can_be_weighted():

@@ -52,15 +52,16 @@ def muon_reference(grads, momentum, beta2):
         yield X * min(G.shape) ** 0.5 / X.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])
-def test_each_muon_update_of_a_stack_is_close_to_the_reference(shape):
+def test_each_muon_update_of_a_stack_is_close_to_the_reference(shape, dtype):
     grads = torch.randn(5, 2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     grads[:, 1] *= 10 ** torch.linspace(-2, 2, shape[0])[:, None]  # neither rows nor matrices may affect one another
     momentum_buffer = torch.zeros(2, *shape)
     second = torch.zeros(2, shape[0], 1) if shape[0] >= shape[1] else torch.zeros(2, 1, shape[1])
     references = [muon_reference(grads[:, i], 0.9, 0.9) for i in range(2)]
     for grad in grads:
-        updates = muon_update(grad.float(), momentum_buffer, second, 0.9, 0.9).double()
+        updates = muon_update(grad.float(), momentum_buffer, second, 0.9, 0.9, dtype).double()
         for update, expected in zip(updates, map(next, references)):
             cosine = (update * expected).sum() / update.norm() / expected.norm()
             assert cosine > 0.98, "only the five-step approximation may differ"

@@ -17,7 +17,7 @@ from test_checkpoint_manager import assert_same
 from tiktoken_ext import openai_public
 
 from dev import plot
-from nanochat import checkpoint_manager, loss_eval, report, task_eval, training
+from nanochat import checkpoint_manager, cross_entropy, loss_eval, report, schedule, task_eval, training
 from nanochat.checkpoint_manager import update_meta
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
@@ -293,6 +293,23 @@ def test_a_plain_model_is_trained_resumed_tuned_evaluated_and_exported(base_dir,
     run("export", "-i", "sft", "-g", "p", "--to", str(tmp_path / "out"))
     config, card = ((tmp_path / "out" / name).read_text() for name in ("config.json", "README.md"))
     assert json.loads(config)["architectures"] == ["NanoChatForCausalLM"] and "| val bpb of replies |" in card
+
+
+def test_a_run_in_bfloat16_with_a_sampled_softmax_learns_and_is_resumed_exactly(base_dir, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
+    monkeypatch.setattr(cross_entropy, "SAMPLE", 300)
+    monkeypatch.setattr(schedule, "FULL_SOFTMAX", 0.5)
+    run("base_train", *BASE, "--model-tag=half", "--save-every=2")
+    assert "until step 4 the training loss is estimated from a part of the vocabulary" in capsys.readouterr().out
+    folder, exact = (base_dir / "base_checkpoints" / tag for tag in ("half", "d2"))
+    before = losses(folder), load_file(folder / "step_000008" / "model.safetensors")
+    run("base_train", *BASE, "--model-tag=half", "--resume-from-step=2")
+    assert before[0] == losses(folder)
+    assert_same(before[1], load_file(folder / "step_000008" / "model.safetensors"))
+    bpb, expected = (meta_of(path / "step_000008")["val_bpb"] for path in (folder, exact))
+    assert bpb == pytest.approx(expected, rel=0.1) and bpb != expected
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    run("base_loss", "--split-tokens=512", "--device-batch-size=4", "-g", "half")
 
 
 USER_ERRORS = [  # (command, message, folder that is removed first)

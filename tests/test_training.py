@@ -12,10 +12,11 @@ from test_checkpoint_manager import CPU, save
 from tiny import tiny_gpt
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanochat import cross_entropy
 from nanochat.common import UserError
 from nanochat.device import peak_flops
 from nanochat.optim import MuonAdamW
-from nanochat.training import LossScale, Meter, StopSignal, set_rates, step_to_resume, train_step
+from nanochat.training import LossScale, Meter, StopSignal, sampled_softmax, set_rates, step_to_resume, train_step
 
 
 class TinyModel(torch.nn.Module):
@@ -25,7 +26,7 @@ class TinyModel(torch.nn.Module):
         super().__init__()
         self.table = torch.nn.Parameter(torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(0)))
 
-    def forward(self, idx, targets, loss_reduction):
+    def forward(self, idx, targets, loss_reduction, importance=None):
         return F.cross_entropy(
             self.table[idx].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=loss_reduction
         )
@@ -83,6 +84,16 @@ def test_every_target_weighs_the_same_in_any_micro_batch_on_any_rank(run_ranks, 
     (gradient,) = torch.autograd.grad(expected, model.table)
     assert losses == [pytest.approx(expected.item(), rel=1e-6)] * world_size
     assert torch.allclose(sum(TinyModel().table - model.table for model in models), gradient, atol=1e-6)
+
+
+def test_the_vocabulary_of_a_step_is_sampled_alike_on_every_rank_and_in_any_micro_batches(run_ranks, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "SAMPLE", 8)
+    batches = [batch(2, 6, n, seed=n) for n in (1, 0, 3, 2)]
+    expected = sampled_softmax([[torch.cat(parts) for parts in zip(*batches)]], 40, CPU, seed=5)
+    targets = torch.cat([y.flatten() for _, y in batches])
+    assert (expected[targets[targets >= 0]] == 1).all() and (expected > 0).sum() in (8, 16)
+    for importance in run_ranks(2, lambda compute: sampled_softmax(batches[compute.rank :: 2], 40, compute, seed=5)):
+        assert torch.equal(importance, expected)
 
 
 def test_overflow_on_one_rank_skips_the_step_on_all(run_ranks):
