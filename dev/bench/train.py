@@ -1,21 +1,21 @@
-"""Training speed on a CPU: where the time of a step goes, and what the compiler and the chunked loss gain.
+"""Training speed on a CPU: what the compiler, the chunked loss and the sampled softmax gain.
 
     python -m dev.bench.train                       # depth 4, vocabulary 32768, 8 rows of 512 tokens
     python -m dev.bench.train --depth 2 --vocab-size 2048 --sequence-len 128 --steps 2
 
-    compiled   the model as the training scripts run it
-    eager      the same model uncompiled: the baseline of the ratios
+    sampled    the model as base_train runs it, with a sampled softmax
+    compiled   with the softmax over the whole vocabulary, as at the end of a run and in later stages
+    eager      the same uncompiled: the baseline of the ratios
     textbook   uncompiled, with all logits at once and F.cross_entropy
 
 The variants take turns, so that a busy neighbour slows all of them; times are medians, after one step of warm-up.
 "of matmul" is the FLOP rate of the step (GPT.estimate_flops) divided by that of a matrix product whose operands stay
-in cache. The chunked loss computes its gradient in the forward pass.
+in cache.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 import timeit
 from statistics import median
 
@@ -46,23 +46,11 @@ def build(depth: int, context: int, vocab_size: int, device, dtype=None, noise: 
     return model
 
 
-def timed_step(model, optimizer, inputs, targets) -> tuple[float, float, float]:
-    """Seconds of forward, backward and optimizer of one step."""
-    start = time.perf_counter()
-    loss = model(inputs, targets)
-    forward = time.perf_counter()
-    loss.backward()
-    backward = time.perf_counter()
-    optimizer.step()
-    optimizer.zero_grad()
-    return forward - start, backward - forward, time.perf_counter() - backward
-
-
-def matmul_rate() -> float:
+def matmul_rate(dtype) -> float:
     """FLOP/s of a matrix product whose operands stay in cache."""
     import torch
 
-    a, b = torch.randn(512, 1024), torch.randn(1024, 1024)
+    a, b = torch.randn(512, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
     best = min(timeit.repeat(lambda: torch.mm(a, b), number=1, repeat=50))
     return 2 * 512 * 1024 * 1024 / best
 
@@ -98,33 +86,37 @@ def main(argv=None):
     from nanochat.common import compute_init
     from nanochat.device import compile_model
     from nanochat.optim import MuonAdamW
+    from nanochat.training import backward_and_step, sampled_softmax
 
-    compute = compute_init("cpu")
-    model = build(args.depth, args.sequence_len, args.vocab_size, "cpu")
+    compute = compute_init("cpu", training=True)
+    model = build(args.depth, args.sequence_len, args.vocab_size, "cpu", compute.dtype)
     optimizer = MuonAdamW(model.param_groups())
-
-    def textbook(inputs, targets):
-        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-
-    variants = {"compiled": compile_model(model, compute, args.rows), "eager": model, "textbook": textbook}
-    inputs, targets = torch.randint(0, args.vocab_size, (2, args.rows, args.sequence_len))  # random tokens cost what text does
+    # As in text, few tokens of the vocabulary are frequent
+    tokens = (args.vocab_size * torch.rand(2, args.rows, args.sequence_len) ** 4).long()
+    inputs, targets = tokens
+    compiled = compile_model(model, compute, args.rows)
+    whole, sample = torch.ones(args.vocab_size), sampled_softmax([(inputs, targets)], args.vocab_size, compute, seed=0)
+    variants = {
+        "sampled": lambda: compiled(inputs.int(), targets, importance=sample),
+        "compiled": lambda: compiled(inputs.int(), targets, importance=whole),
+        "eager": lambda: model(inputs.int(), targets),
+        "textbook": lambda: F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()),
+    }
     times = {name: [] for name in variants}
-    for step in range(args.steps + 1):
+    for _ in range(args.steps + 1):
         for name, variant in variants.items():
-            seconds = timed_step(variant, optimizer, inputs.int(), targets)
-            if step > 0:
-                times[name].append(seconds)
+            step = lambda: backward_and_step([variant()], optimizer, compute)
+            times[name].append(timeit.timeit(step, number=1))
 
-    tokens, matmul = args.rows * args.sequence_len, matmul_rate()
-    seconds = {name: median(map(sum, steps)) for name, steps in times.items()}
-    print(f"depth {args.depth}, vocabulary {args.vocab_size}, {tokens} tokens per step, {torch.get_num_threads()} threads; "
-          f"matrix product {matmul / 1e9:.0f} GFLOP/s")
-    print(f"{'':10s}{'s/step':>8s}{'tok/s':>9s}{'x eager':>9s}{'of matmul':>11s}{'forward':>9s}{'backward':>10s}{'optimizer':>11s}")
-    for name, steps in times.items():
-        rate = tokens / seconds[name]
-        forward, backward, update = (median(part) / seconds[name] for part in zip(*steps))
+    matmul = matmul_rate(compute.dtype)
+    seconds = {name: median(steps[1:]) for name, steps in times.items()}
+    print(f"depth {args.depth}, vocabulary {args.vocab_size}, {targets.numel()} tokens per step, {torch.get_num_threads()} threads; "
+          f"{compute.dtype}, matrix product {matmul / 1e9:.0f} GFLOP/s")
+    print(f"{'':10s}{'s/step':>8s}{'tok/s':>9s}{'x eager':>9s}{'of matmul':>11s}")
+    for name in variants:
+        rate = targets.numel() / seconds[name]
         print(f"{name:10s}{seconds[name]:8.3f}{rate:9,.0f}{seconds['eager'] / seconds[name]:9.2f}"
-              f"{rate * model.estimate_flops() / matmul:11.0%}{forward:9.0%}{backward:10.0%}{update:11.0%}")
+              f"{rate * model.estimate_flops() / matmul:11.0%}")
     print(f"loader, 32 rows of 2048 tokens: {loader_rate(32, 2048, 'cpu') / 1e6:.1f}M tok/s")
 
 
