@@ -90,7 +90,7 @@ def main(argv=None):
     exact_from = (1 - FULL_SOFTMAX) * num_iterations
     sampled = compute.device.type == "cpu" and config.vocab_size >= 2 * SAMPLE
     if sampled:
-        print0(f"until step {exact_from:.0f} the training loss is estimated from a part of the vocabulary, see sample_vocabulary")
+        print0(f"until step {exact_from:.0f} the training loss is of a part of the vocabulary, and lower than the real one")
     optimizer = make_optimizer(model, args, goal.lr_scale, goal.weight_decay)
 
     # The flags with what was derived from them: saved with the model, inherited by later stages

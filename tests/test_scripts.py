@@ -300,7 +300,7 @@ def test_a_run_in_bfloat16_with_a_sampled_softmax_learns_and_is_resumed_exactly(
     monkeypatch.setattr(cross_entropy, "SAMPLE", 300)
     monkeypatch.setattr(schedule, "FULL_SOFTMAX", 0.5)
     run("base_train", *BASE, "--model-tag=half", "--save-every=2")
-    assert "until step 4 the training loss is estimated from a part of the vocabulary" in capsys.readouterr().out
+    assert "until step 4 the training loss is of a part of the vocabulary" in capsys.readouterr().out
     folder, exact = (base_dir / "base_checkpoints" / tag for tag in ("half", "d2"))
     before = losses(folder), load_file(folder / "step_000008" / "model.safetensors")
     run("base_train", *BASE, "--model-tag=half", "--resume-from-step=2")
