@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 SAMPLE = 4096  # tokens of the vocabulary in a sampled softmax, or a multiple
-CORRECTION = 0.5  # of the sampled softmax; with 1 the sum of exp(s) is unbiased, but models learn less (dev/LOG.md, 21)
+CORRECTION = 0.5  # of the sampled softmax; with 1 the sum of exp(s) is unbiased, but learns less (modded-nanogpt, pull request 360)
 SOFTCAP = 15.0  # logits are capped to (-15, 15), as in Gemma 2 (arXiv:2408.00118, section 2)
 
 
