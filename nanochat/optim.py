@@ -201,8 +201,8 @@ class MuonAdamW:
 
     "adamw" groups also hold betas, eps and weight_decay; "muon" groups hold momentum, beta2, weight_decay, the dtype of
     `polar_express` (default float32), and only 2-D parameters. Rates may be changed in `param_groups` between steps
-    (`initial_lr` and `initial_weight_decay` keep what was given). Every rank calls `step`. Gradients are summed over the ranks of the default process group, if there
-    is one, so losses must be divided by the number of targets on all ranks.
+    (`initial_lr` and `initial_weight_decay` keep what was given). Every rank calls `step`. Gradients are summed over the
+    ranks of the default process group, if there is one, so losses must be divided by the number of targets on all ranks.
     """
 
     def __init__(self, param_groups: list[dict]):

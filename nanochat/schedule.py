@@ -13,8 +13,8 @@ from nanochat.common import UserError
 
 D12_SCALING_PARAMS = 12 * 12 * 768**2 + 32768 * 768  # matrices and head of the depth-12 model
 D12_TOKENS = 12 * D12_SCALING_PARAMS  # its horizon at 12 tokens per scaling parameter
-FULL_SOFTMAX = 0.07  # the last part of a run that needs the softmax over the whole vocabulary (dev/LOG.md, 21)
 D12_BATCH = 2**19  # tokens per step at that horizon
+FULL_SOFTMAX = 0.07  # the last part of a run on a CPU, whose loss takes the whole vocabulary (dev/LOG.md, 21)
 
 
 def check_batch(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:

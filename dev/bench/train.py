@@ -110,8 +110,8 @@ def main(argv=None):
 
     matmul = matmul_rate(compute.dtype)
     seconds = {name: median(steps[1:]) for name, steps in times.items()}
-    print(f"depth {args.depth}, vocabulary {args.vocab_size}, {targets.numel()} tokens per step, {torch.get_num_threads()} threads; "
-          f"{compute.dtype}, matrix product {matmul / 1e9:.0f} GFLOP/s")
+    print(f"depth {args.depth}, vocabulary {args.vocab_size}, {targets.numel()} tokens per step; "
+          f"{torch.get_num_threads()} threads, {compute.dtype}, matrix product {matmul / 1e9:.0f} GFLOP/s")
     print(f"{'':10s}{'s/step':>8s}{'tok/s':>9s}{'x eager':>9s}{'of matmul':>11s}")
     for name in variants:
         rate = targets.numel() / seconds[name]
