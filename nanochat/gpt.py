@@ -416,7 +416,7 @@ class GPT(nn.Module):
             adamw(named("value_embeds."), embedding_lr * scale * 0.5, (0.8, 0.995), 0.01),
             adamw(named("resid_lambdas"), scalar_lr * 0.01, (0.8, 0.95), 0.05, eps=1e-7),
             adamw(named("x0_lambdas"), scalar_lr, (0.96, 0.95), 0.0, eps=1e-7),
-            adamw(smear_and_backout + gates, 0.2, (0.8, 0.95), 0.0, eps=1e-7),
+            adamw(smear_and_backout + gates, min(0.2, 0.4 * scalar_lr), (0.8, 0.95), 0.0, eps=1e-7),
             {"kind": "muon", "params": matrices, "lr": matrix_lr, "momentum": 0.95, "beta2": 0.9, "weight_decay": weight_decay,
              "dtype": self.transformer.wte.weight.dtype},
         ]

@@ -57,8 +57,8 @@ class Plan:
     total_batch_size: int  # tokens per step
     warmup_steps: int
     lr_scale: float  # factor of all learning rates
+    short_run: float  # factor of those of matrices and embeddings, which later stages keep
     weight_decay: float  # of the matrices
-    short_run: float  # part of lr_scale that later stages keep
 
     @property
     def tokens(self) -> int:
@@ -98,9 +98,9 @@ def plan(
         num_iterations=num_iterations,
         total_batch_size=total_batch_size,
         warmup_steps=min(warmup_steps, num_iterations // 20),
-        lr_scale=batch_lr_scale(total_batch_size) * short_run,
-        weight_decay=weight_decay * decay_scale / short_run,
+        lr_scale=batch_lr_scale(total_batch_size),
         short_run=short_run,
+        weight_decay=weight_decay * decay_scale / short_run,
     )
 
 

@@ -34,10 +34,11 @@ from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum, weig
 SMOOTHING = 0.9  # of the loss that is printed
 
 
-def make_optimizer(model, settings: Namespace, lr_scale: float, weight_decay: float) -> MuonAdamW:
-    """The optimizer with the learning rates of the flags, multiplied by `lr_scale`."""
-    names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
-    rates = {name: getattr(settings, name) * lr_scale for name in names}
+def make_optimizer(model, settings: Namespace, lr_scale: float, short_run: float, weight_decay: float) -> MuonAdamW:
+    """The optimizer with the learning rates of the flags times `lr_scale`, and those of matrices and embeddings times `short_run`."""
+    names = ("embedding_lr", "unembedding_lr", "matrix_lr")
+    rates = {name: getattr(settings, name) * lr_scale * short_run for name in names}
+    rates["scalar_lr"] = settings.scalar_lr * lr_scale
     return MuonAdamW(model.param_groups(**rates, weight_decay=weight_decay))
 
 
@@ -263,8 +264,8 @@ def load_origin(args: Namespace, compute: Compute) -> tuple:
     settings = inherit(args, origin)
     if settings.device_batch_size == -1:
         settings.device_batch_size = fit_device_batch(model, compute, settings.total_batch_size)
-    lr_scale = batch_lr_scale(settings.total_batch_size) * settings.short_run * args.init_lr_frac
-    return model, make_optimizer(model, settings, lr_scale, args.weight_decay), tokenizer, settings, origin
+    lr_scale = batch_lr_scale(settings.total_batch_size) * args.init_lr_frac
+    return model, make_optimizer(model, settings, lr_scale, settings.short_run, args.weight_decay), tokenizer, settings, origin
 
 
 def inherit(args: Namespace, origin: dict) -> Namespace:

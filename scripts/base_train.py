@@ -86,12 +86,12 @@ def main(argv=None):
     print0(f"{num_iterations} steps of {goal.total_batch_size} tokens, "
            f"{micro_batches} micro-batch(es) of {B} rows on {compute.world_size} rank(s): "
            f"{goal.tokens / 1e6:.1f}M tokens, {goal.tokens / counts['scaling']:.1f} per scaling parameter; "
-           f"learning rates x {goal.lr_scale:.3f}")
+           f"learning rates x {goal.lr_scale * goal.short_run:.3f}, of scalars x {goal.lr_scale:.3f}")
     exact_from = (1 - FULL_SOFTMAX) * num_iterations
     sampled = compute.device.type == "cpu" and config.vocab_size >= 2 * SAMPLE
     if sampled:
         print0(f"until step {exact_from:.0f} the training loss is of a part of the vocabulary, and lower than the real one")
-    optimizer = make_optimizer(model, args, goal.lr_scale, goal.weight_decay)
+    optimizer = make_optimizer(model, args, goal.lr_scale, goal.short_run, goal.weight_decay)
 
     # The flags with what was derived from them: saved with the model, inherited by later stages
     derived = {"total_batch_size": goal.total_batch_size, "device_batch_size": B, "short_run": goal.short_run}

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from nanochat import cross_entropy
 from nanochat.common import UserError
 from nanochat.device import peak_flops
 from nanochat.optim import MuonAdamW
-from nanochat.training import LossScale, Meter, StopSignal, sampled_softmax, set_rates, step_to_resume, train_step
+from nanochat.training import LossScale, Meter, StopSignal, make_optimizer, sampled_softmax, set_rates, step_to_resume, train_step
 
 
 class TinyModel(torch.nn.Module):
@@ -141,6 +142,17 @@ def stop_step(m, step, loss):
 
 def logged(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_short_run_raises_the_rates_of_matrices_and_embeddings_and_a_small_batch_lowers_all():
+    flags = Namespace(embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02, scalar_lr=0.5)
+
+    def rates(*factors):
+        return torch.tensor([group["lr"] for group in make_optimizer(tiny_gpt(), flags, *factors, 0.0).param_groups])
+
+    assert torch.allclose(rates(1.0, 1.0)[3:], torch.tensor([0.005, 0.5, 0.2, 0.02]))  # lambdas, x0's, gates, matrices
+    assert torch.allclose(rates(1.0, 4.0) / rates(1.0, 1.0), torch.tensor([4.0, 4, 4, 1, 1, 1, 4]))
+    assert torch.allclose(rates(0.1, 1.0), 0.1 * rates(1.0, 1.0)) and rates(2.0, 1.0)[5] == 0.2
 
 
 def test_the_smoothed_loss_is_debiased_and_resumes_and_memory_is_measured(tmp_path, capsys):
