@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import resource
 import sys
+from contextlib import suppress
 
 import torch
 
-from nanochat import cpu
 from nanochat.common import Compute, UserError, print0
 from nanochat.flash_attention import choose
-from nanochat.gpt import GPT
 from nanochat.schedule import largest_device_batch
 
 # Dense bf16 peak in FLOP/s by words of the device's name; the first match counts. From NVIDIA's and AMD's data sheets (B200 and
@@ -62,6 +62,19 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc, where it is used, to keep freed memory instead of returning it to the system (dev/LOG.md, 11).
+
+    By default a block of megabytes, such as a tensor, is returned and allocated again for every operation, and the
+    system clears each page first, which can take longer than the operation.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the maximum
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.nn.Module:
     """The model compiled for batches of `rows` rows; the model itself, with a printed reason, where that is impossible.
 
@@ -85,8 +98,10 @@ def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.
         print0(f"training uncompiled and more slowly, since the compiler does not work: {fault}")
         return model
     if compute.device.type == "cpu":
-        cpu.keep_freed_memory()
-        cpu.deterministic()
+        keep_freed_memory()
+        # Otherwise threads add the gradients of the embeddings in an order that changes from run to run
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     return torch.compile(model, dynamic=False)
 
 
@@ -102,19 +117,6 @@ def compiler_fault(device: torch.device) -> str | None:
     except Exception as error:  # whatever the compiler and its tools raise
         reason = str(error).split("Output:\n")[-1].split("\n\nSet TORCH")[0]  # between the command and advice on debugging
         return " ".join(reason.split())[:300]
-
-
-def prepare_for_inference(model: GPT) -> GPT:
-    """Lay the weights out for decoding; returns the model. On a GPU they are converted to the compute dtype for good.
-
-    Call it again after the weights have changed.
-    """
-    if model.get_device().type == "cuda":
-        return model.to(model.transformer.wte.weight.dtype)  # spares a cast of every weight at every token
-    if model.get_device().type == "cpu":
-        cpu.keep_freed_memory()
-        cpu.pack(model)
-    return model
 
 
 def choose_attention(model: torch.nn.Module, compute: Compute) -> None:

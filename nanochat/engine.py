@@ -23,6 +23,7 @@ import torch
 
 from nanochat.calculator import use_calculator
 from nanochat.common import UserError
+from nanochat.inference import prepare
 from nanochat.scheduler import Sequence, Scheduler
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,8 @@ def sample(
         rows_of.setdefault(key, []).append(row)
 
     for (temperature, top_k, top_p), rows in rows_of.items():
-        scores = logits if len(rows) == len(logits) else logits[rows]  # (R, V)
+        rows = slice(None) if len(rows) == len(logits) else rows  # a slice copies nothing
+        scores = logits[rows]  # (R, V)
         if temperature == 0:
             tokens[rows] = scores.argmax(dim=-1)
             continue
@@ -290,6 +292,8 @@ class Engine:
     @torch.inference_mode()
     def _step(self) -> list[tuple[Sequence, int, int]]:
         work = self.scheduler.plan()
+        if work:
+            prepare(self.model)
         self._make_room(len(self.scheduler.slots))
         for item in work:
             self._prefill(*item)

@@ -238,13 +238,69 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, cache_batc
     The caller advances `cache_seqlens`. Returns (B, Q, H, D).
     """
     assert causal, "only causal attention is implemented"
-    attend = _cached  # always in a compiled graph: the compiler does not see that Flash Attention 3 writes to the cache
-    if not torch.compiler.is_compiling():
-        _, attend = _kernel(q.device, q.dtype, (q.size(2), k_cache.size(2), q.size(3)), CACHE)
-    return attend(
-        q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx,
-        causal=True, window_size=window_size,
-    )  # fmt: skip
+    return Places(cache_seqlens, cache_batch_idx, k.size(1)).attend(q, k_cache, v_cache, k, v, window_size[0])
+
+
+class Places:
+    """Where T new tokens of each row go in a cache: the same in all layers, so it is computed once for a pass."""
+
+    def __init__(self, cache_seqlens: torch.Tensor, cache_batch_idx: torch.Tensor | None, T: int):
+        self.cache_seqlens = cache_seqlens
+        self.cache_batch_idx = cache_batch_idx
+        self.positions = cache_seqlens.long()[:, None] + torch.arange(T, device=cache_seqlens.device)  # (B, T)
+        if cache_seqlens.device.type == "cpu":
+            rows = torch.arange(len(cache_seqlens)) if cache_batch_idx is None else cache_batch_idx.long()
+            self.rows, self.index, self.masks = rows.tolist(), (rows[:, None], self.positions), {}
+            self.groups = _groups(self.rows, cache_seqlens.tolist())
+
+    def attend(self, q, k_cache, v_cache, k, v, window: int):
+        attend = _cached  # always in a compiled graph: the compiler does not see that Flash Attention 3 writes to the cache
+        if not torch.compiler.is_compiling():
+            _, attend = _kernel(q.device, q.dtype, (q.size(2), k_cache.size(2), q.size(3)), CACHE)
+        if attend is _cached and q.device.type == "cpu":
+            return self._attend_by_groups(q, k_cache, v_cache, k, v, window)
+        return attend(
+            q, k_cache, v_cache, k=k, v=v, cache_seqlens=self.cache_seqlens, cache_batch_idx=self.cache_batch_idx,
+            causal=True, window_size=(window, 0),
+        )  # fmt: skip
+
+    def _attend_by_groups(self, q, k_cache, v_cache, k, v, window: int):
+        """For a CPU, where lengths are known without waiting: reads only visible keys and copies none."""
+        k_cache[self.index] = k.to(k_cache.dtype)
+        v_cache[self.index] = v.to(v_cache.dtype)
+        Q, T, outputs, first = q.size(1), k.size(1), [], 0
+        window = window if window >= 0 else k_cache.size(1)
+        for group in self.groups:
+            last = first + len(group)
+            start, end = max(0, min(group) + T - Q - window), max(group) + T
+            mask = None
+            if Q > 1 or min(group) < max(group):
+                key = first, window, Q
+                if key not in self.masks:
+                    queries = self.positions[first:last, T - Q :, None]  # (n, Q, 1)
+                    self.masks[key] = _mask(torch.arange(start, end), queries, window)[:, None]
+                mask = self.masks[key]
+            cached = slice(self.rows[first], self.rows[first] + len(group)), slice(start, end)
+            k, v = (cache[cached].transpose(1, 2).to(q.dtype) for cache in (k_cache, v_cache))  # (n, H_kv, end - start, D)
+            outputs.append(_sdpa(q[first:last].transpose(1, 2), k, v, mask=mask))
+            first = last
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).transpose(1, 2)
+
+
+def _groups(rows: list[int], seqlens: list[int]) -> list[list[int]]:
+    """The lengths of rows, split where rows are not neighbours and where padding to the longest would cost too much.
+
+    >>> _groups([3, 4, 5, 9], [100, 110, 900, 100])
+    [[100, 110], [900], [100]]
+    """
+    groups = [[seqlens[0]]]
+    for before, row, seqlen in zip(rows, rows[1:], seqlens[1:]):
+        group = [*groups[-1], seqlen]
+        if row == before + 1 and len(group) * max(group) <= 2 * sum(group) + 64 * len(group):
+            groups[-1] = group
+        else:
+            groups.append([seqlen])
+    return groups
 
 
 def _triton_cached(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=None, causal=True, window_size=(-1, -1)):
@@ -262,49 +318,11 @@ def _cached(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=None, caus
     k_cache[rows[:, None], positions] = k.to(k_cache.dtype)
     v_cache[rows[:, None], positions] = v.to(v_cache.dtype)
     window = window_size[0] if window_size[0] >= 0 else k_cache.size(1)
-    if q.device.type == "cpu":
-        return _cached_by_groups(q, k_cache, v_cache, rows.tolist(), positions[:, T - Q].tolist(), window)
     mask = _mask(torch.arange(k_cache.size(1), device=q.device), positions[:, T - Q :, None], window)  # (B, Q, S)
     if cache_batch_idx is not None:
         k_cache, v_cache = k_cache.index_select(0, rows), v_cache.index_select(0, rows)
     q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
     return _sdpa(q, k.to(q.dtype), v.to(q.dtype), mask=mask[:, None]).transpose(1, 2)
-
-
-def _cached_by_groups(q, k_cache, v_cache, rows: list[int], starts: list[int], window: int):
-    """`_cached` for a CPU, where lengths are known without waiting: reads only visible keys and copies none.
-
-    The queries of a row begin at its position in `starts`. Neighbouring rows of similar length share one call.
-    """
-    Q, outputs, first = q.size(1), [], 0
-    for group in _groups(rows, starts):
-        last = first + len(group)
-        start, end = max(0, min(group) - window), max(group) + Q
-        cached = slice(rows[first], rows[first] + len(group)), slice(start, end)
-        k, v = (cache[cached].transpose(1, 2).to(q.dtype) for cache in (k_cache, v_cache))  # (n, H_kv, end - start, D)
-        mask = None
-        if Q > 1 or min(group) < max(group):
-            positions = torch.tensor(group)[:, None, None] + torch.arange(Q)[:, None]  # (n, Q, 1)
-            mask = _mask(torch.arange(start, end), positions, window)[:, None]
-        outputs.append(_sdpa(q[first:last].transpose(1, 2), k, v, mask=mask))
-        first = last
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).transpose(1, 2)
-
-
-def _groups(rows: list[int], seqlens: list[int]) -> list[list[int]]:
-    """The lengths of rows, split where rows are not neighbours and where padding to the longest would cost too much.
-
-    >>> _groups([3, 4, 5, 9], [100, 110, 900, 100])
-    [[100, 110], [900], [100]]
-    """
-    groups = [[seqlens[0]]]
-    for before, row, seqlen in zip(rows, rows[1:], seqlens[1:]):
-        group = [*groups[-1], seqlen]
-        if row == before + 1 and len(group) * max(group) <= 2 * sum(group) + 64 * len(group):
-            groups[-1] = group
-        else:
-            groups.append([seqlen])
-    return groups
 
 
 flash_attn = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_with_kvcache=flash_attn_with_kvcache)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from nanochat.common import UserError, compute_dtype
 from nanochat.cross_entropy import linear_cross_entropy, sampling_log_probs, softcap_, softcapped_logits, token_losses
-from nanochat.flash_attention import flash_attn
+from nanochat.flash_attention import Places, flash_attn
 
 SMEAR_CHANNELS = 24  # channels that the smear gate reads
 VALUE_GATE_CHANNELS = 12  # channels that the value-embedding gates read
@@ -71,10 +71,14 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 class Linear(nn.Linear):
     """A linear layer without bias: a float32 weight, cast to the dtype of the input."""
 
+    product = None  # a faster one for inference (inference.py)
+
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
+        if not torch.is_grad_enabled() and self.product and self.product.is_current:
+            return self.product(x)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -112,9 +116,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Attention(nn.Module):
+    product = None  # a faster one for inference, with the weights of c_q, c_k and c_v
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer = layer
         self.head_dim = config.n_embd // config.n_head
         self.qk_scale = config.qk_scale
         self.c_q = Linear(config.n_embd, config.n_head * self.head_dim)
@@ -122,30 +127,30 @@ class Attention(nn.Module):
         self.c_v = Linear(config.n_embd, config.n_kv_head * self.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if has_value_embed(layer, config) else None
-        self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]
+        self.heads = config.n_head, config.n_kv_head
 
     def project(self, x):
-        """q (B, T, H, D), k and v (B, T, H_kv, D)."""
-        B, T, _ = x.shape
-        return tuple(linear(x).view(B, T, -1, self.head_dim) for linear in (self.c_q, self.c_k, self.c_v))
+        """q and k in one tensor (B, T, H + H_kv, D), and v (B, T, H_kv, D)."""
+        H, H_kv = self.heads
+        if not torch.is_grad_enabled() and self.product and self.product.is_current:
+            qkv = self.product(x)
+        else:
+            qkv = torch.cat([self.c_q(x), self.c_k(x), self.c_v(x)], dim=-1)
+        return qkv.unflatten(-1, (-1, self.head_dim)).split([H + H_kv, H_kv], dim=2)
 
-    def forward(self, x, value_embed, cos, sin, window, kv_cache, last_only=False):
-        q, k, v = self.project(x)
+    def forward(self, x, value_embed, cos, sin, window, cache, last_only=False):
+        qk, v = self.project(x)
         if value_embed is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, H_kv)
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
-        k = norm(rotate(k, cos, sin)) * self.qk_scale
+        q, k = (norm(rotate(qk, cos, sin)) * self.qk_scale).split(self.heads, dim=2)
         if last_only:
-            q, cos, sin = q[:, -1:], cos[:, -1:], sin[:, -1:]
-        q = norm(rotate(q, cos, sin)) * self.qk_scale
-        if kv_cache is None:
+            q = q[:, -1:]
+        if cache is None:
             y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
         else:
-            k_cache, v_cache = kv_cache.get_layer_cache(self.layer)
-            y = flash_attn.flash_attn_with_kvcache(
-                q, k_cache, v_cache, k=k, v=v, cache_seqlens=kv_cache.cache_seqlens, cache_batch_idx=kv_cache.slots,
-                causal=True, window_size=(window, 0),
-            )  # fmt: skip
+            k_cache, v_cache, places = cache
+            y = places.attend(q, k_cache, v_cache, k, v, window)
         return self.c_proj(y.flatten(2))
 
 
@@ -165,8 +170,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, value_embed, cos, sin, window, kv_cache, last_only=False):
-        y = self.attn(norm(x), value_embed, cos, sin, window, kv_cache, last_only)
+    def forward(self, x, value_embed, cos, sin, window, cache, last_only=False):
+        y = self.attn(norm(x), value_embed, cos, sin, window, cache, last_only)
         x = (x[:, -1:] if last_only else x) + y
         return x + self.mlp(norm(x))
 
@@ -285,8 +290,8 @@ class GPT(nn.Module):
             x = norm(self.transformer.wte(idx))
             previous = F.pad(x[:, :-1], (0, 0, 1, 0))  # left neighbours; the first token has none
         else:
-            positions = kv_cache.cache_seqlens[:, None] + torch.arange(T, device=idx.device)  # (B, T)
-            cos, sin = self.cos[0, positions], self.sin[0, positions]  # (B, T, 1, D/2)
+            places = Places(kv_cache.cache_seqlens, kv_cache.slots, T)
+            cos, sin = self.cos[0, places.positions], self.sin[0, places.positions]  # (B, T, 1, D/2)
             last = kv_cache.last_tokens[:, None]  # (B, 1), -1 for none
             embedded = norm(self.transformer.wte(torch.cat([last.clamp(min=0), idx], dim=1)))
             previous, x = embedded[:, :-1], embedded[:, 1:]
@@ -307,7 +312,8 @@ class GPT(nn.Module):
                 x = resid_lambdas[layer] * x + x0_lambdas[layer] * x0
             value_embed = self.value_embeds[str(layer)](idx) if str(layer) in self.value_embeds else None
             at_end = last_only and layer == self.config.n_layer - 1
-            arguments = x, value_embed, cos, sin, self.window_sizes[layer], kv_cache, at_end
+            cache = None if kv_cache is None else (*kv_cache.get_layer_cache(layer), places)
+            arguments = x, value_embed, cos, sin, self.window_sizes[layer], cache, at_end
             x = checkpoint(block, *arguments, use_reentrant=False, context_fn=save_products) if recompute else block(*arguments)
         if kv_cache is not None:
             kv_cache.advance(T)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 
 from nanochat.common import Compute
-from nanochat.device import prepare_for_inference
 from nanochat.scheduler import Sequence
 from nanochat.task_eval import completion_text, render_prompts, generate_and_grade
 from nanochat.training import LossScale, backward_and_step
@@ -43,17 +42,6 @@ class Group:
     def has_nonzero_advantage(self) -> bool:
         """Whether the rewards differ. If not, all advantages are 0."""
         return min(self.rewards) != max(self.rewards)
-
-
-def sync_weights(engine, model) -> None:
-    """Update `engine` to the present weights of `model`: its own model, or the one that its copy was made from."""
-    if engine.model is model:
-        prepare_for_inference(model)
-    else:
-        with torch.no_grad():
-            for copied, weight in zip(engine.model.parameters(), model.parameters()):
-                copied.copy_(weight)
-    engine.reset()
 
 
 def sample_groups(

@@ -169,12 +169,11 @@ def main(argv=None):
         raise UserError("a base model has no system prompt; omit --system, or choose another model with -i")
 
     from nanochat.checkpoint_manager import load_model
-    from nanochat.device import prepare_for_inference
     from nanochat.engine import Engine
 
     compute = compute_init(args.device_type)
     model, tokenizer, meta = load_model(args.stage, compute, model_tag=args.model_tag, step=args.step)
-    engine = Engine(prepare_for_inference(model), tokenizer, max_sequences=1)
+    engine = Engine(model.to(compute.dtype), tokenizer, max_sequences=1)
     chat = Chat(engine, args.stage == "base", args.max_tokens, args.temperature, args.top_k, args.seed, args.system.strip())
     if args.prompt is None:
         converse(chat, f"{args.stage} {meta['model_tag']} step {meta['step']}")

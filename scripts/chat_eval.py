@@ -73,7 +73,6 @@ def main(argv=None):
 
     from nanochat import report
     from nanochat.checkpoint_manager import load_model
-    from nanochat.device import prepare_for_inference
     from nanochat.engine import Engine
     from nanochat.task_eval import count_right
 
@@ -90,7 +89,7 @@ def main(argv=None):
         raise UserError("none of the tasks could be loaded (reasons above); -a SampleWorld needs no data hub")
 
     model, tokenizer, meta = load_model(args.stage, compute, model_tag=args.model_tag, step=args.step)
-    engine = Engine(prepare_for_inference(model), tokenizer)
+    engine = Engine(model.to(compute.dtype), tokenizer)
     results = {}
     for name, task in tasks.items():
         if name == "HumanEval":

@@ -40,12 +40,11 @@ def main(argv=None):
     parser.set_defaults(total_batch_size=None, max_seq_len=None)  # always inherited: the rates belong to this batch size
     args = parser.parse_args(argv)
 
-    import copy
     from functools import partial
 
-    from nanochat.device import choose_attention, prepare_for_inference
+    from nanochat.device import choose_attention
     from nanochat.engine import Engine
-    from nanochat.reinforce import policy_step, sample_groups, sync_weights
+    from nanochat.reinforce import policy_step, sample_groups
     from nanochat.task_eval import completion_text, count_right, pass_at_k
     from nanochat.training import Run, due, load_origin, set_rates
     from tasks.arc import ARC
@@ -82,20 +81,18 @@ def main(argv=None):
             epoch, place = divmod(number, len(task))
             yield random.Random(f"chat_rl {epoch}").sample(range(len(task)), len(task))[place], number
 
-    # On a CPU the model itself samples; on a GPU a copy in the compute dtype, to which the weights are copied. Its cache
-    # takes up to half of the memory, so micro-batches have half as many tokens as before, and activations are recomputed.
+    # On a GPU the engine's cache takes up to half of the memory, so micro-batches are halved, and activations recomputed
     choose_attention(model, compute)
-    sampler, max_tokens = model, settings.device_batch_size * settings.max_seq_len
+    max_tokens = settings.device_batch_size * settings.max_seq_len
     if compute.device.type == "cuda":
         model.recompute, max_tokens = True, max_tokens // 2
-        sampler = prepare_for_inference(copy.deepcopy(model))
-    engine = Engine(sampler, tokenizer, max_sequences=-(-args.examples_per_step // compute.world_size) * args.num_samples)
+    engine = Engine(model, tokenizer, max_sequences=-(-args.examples_per_step // compute.world_size) * args.num_samples)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k or None}
 
     def evaluate():
         """Accuracy of greedy answers and pass@k of samples on held-out questions, each with half its 95% interval (_ci)."""
         grade = partial(
-            count_right, held_out, sampler, tokenizer, engine, compute, args.eval_examples, stop=lambda: run.stop.received
+            count_right, held_out, model, tokenizer, engine, compute, args.eval_examples, stop=lambda: run.stop.received
         )
         right = grade(name=args.task, **{**sampling, "temperature": 0.0})
         if right is None:
@@ -118,7 +115,7 @@ def main(argv=None):
     groups, scores = [], {}
     while not run.save_if_due(last := run.step >= num_steps):
         run.meter.flush()  # sampling needs the new weights anyway
-        sync_weights(engine, model)
+        engine.reset()
         if due(run.step, args.eval_every, last) or (run.step == 0 and args.eval_every != 0):
             scores = run.measure(args.task, evaluate) or scores
             engine.reset()

@@ -135,7 +135,6 @@ def make_pool(args):
     import torch
 
     from nanochat.checkpoint_manager import load_model, resolve_checkpoint, verify
-    from nanochat.device import prepare_for_inference
     from nanochat.engine import Engine
     from nanochat.engine_thread import EngineThread, Pool
 
@@ -143,7 +142,7 @@ def make_pool(args):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         model, tokenizer, _ = load_model(args.stage, replace(compute, device=device), directory.name, step)
-        return Engine(prepare_for_inference(model), tokenizer, max_sequences=args.max_sequences)
+        return Engine(model.to(compute.dtype), tokenizer, max_sequences=args.max_sequences)
 
     compute = compute_init(args.device_type)
     devices = [compute.device]

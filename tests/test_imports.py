@@ -54,10 +54,10 @@ def our_imports(name):
 # -----------------------------------------------------------------------------
 # Layers
 
-LEAVES = {"cpu", "fp8", "calculator", "execution", "sandbox", "core_eval", "hf_model", "report", "sample_world"}
+LEAVES = {"fp8", "calculator", "execution", "sandbox", "core_eval", "hf_model", "report", "sample_world"}
 SERVING = {"engine", "scheduler", "engine_thread", "api", "server"}
 ALLOWED = {  # what modules of the package may import of these
-    "dataset": {"sample_world"}, "device": {"cpu"}, "training": {"report"}, "execution": {"sandbox"},
+    "dataset": {"sample_world"}, "training": {"report"}, "execution": {"sandbox"},
     "loss_eval": {"engine"}, "reinforce": {"scheduler"}, "task_eval": {"scheduler"},
     "engine": {"calculator", *SERVING}, "scheduler": SERVING, "engine_thread": SERVING, "api": SERVING, "server": SERVING,
 }  # fmt: skip
@@ -184,3 +184,9 @@ def test_importing_has_no_effect_and_imports_nothing_heavy(tmp_path, first, modu
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir()), "something was written"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_the_project_stays_in_its_budget_of_lines():
+    done = subprocess.run([sys.executable, "dev/sz.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

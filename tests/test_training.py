@@ -146,10 +146,7 @@ def logged(folder):
 
 def test_a_short_run_raises_the_rates_of_matrices_and_embeddings_and_a_small_batch_lowers_all():
     flags = Namespace(embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02, scalar_lr=0.5)
-
-    def rates(*factors):
-        return torch.tensor([group["lr"] for group in make_optimizer(tiny_gpt(), flags, *factors, 0.0).param_groups])
-
+    rates = lambda *factors: torch.tensor([g["lr"] for g in make_optimizer(tiny_gpt(), flags, *factors, 0.0).param_groups])
     assert torch.allclose(rates(1.0, 1.0)[3:], torch.tensor([0.005, 0.5, 0.2, 0.02]))  # lambdas, x0's, gates, matrices
     assert torch.allclose(rates(1.0, 4.0) / rates(1.0, 1.0), torch.tensor([4.0, 4, 4, 1, 1, 1, 4]))
     assert torch.allclose(rates(0.1, 1.0), 0.1 * rates(1.0, 1.0)) and rates(2.0, 1.0)[5] == 0.2

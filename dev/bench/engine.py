@@ -1,10 +1,9 @@
-"""Speed of prefill and decoding, against the naive loop and Hugging Face's `generate`, in one run.
+"""Speed of prefill and decoding, against Hugging Face's `generate`, in one run.
 
     python -m dev.bench.engine                      # depth 4, vocabulary 32768, batches of 1, 4, 16, 64
     python -m dev.bench.engine --depth 12 --batch 1 --batch 16
 
     ours     Engine.submit and Engine.step
-    naive    GPT.generate, which computes the whole sequence again for every token
     hf       GPT-2 of transformers with the same width, depth, heads and vocabulary, in float32, with its own cache
 
 Greedy decoding with random weights; all prompts differ, so the prefix cache does not help. The memory floor of a decoding
@@ -46,8 +45,8 @@ def prefill_rate(model, length: int, seed: int) -> float:
     return length / timeit.timeit(lambda: engine.generate_batch(prompt, max_tokens=1), number=1)
 
 
-def decode_rate(model, batch: int, length: int, steps: int, seed: int, temperature: float = 0.0) -> float:
-    """Tokens per second of `batch` sequences, once all of them decode."""
+def decoding_engine(model, batch: int, length: int, seed: int, temperature: float = 0.0):
+    """An engine in which `batch` sequences are decoding."""
     from nanochat.engine import Engine
 
     engine = Engine(model, NoTokenizer(), max_sequences=batch)
@@ -56,18 +55,34 @@ def decode_rate(model, batch: int, length: int, steps: int, seed: int, temperatu
     while engine.num_running < batch:
         engine.step()
     timeit.timeit(engine.step, number=3)  # on a GPU, graphs are captured
+    return engine
+
+
+def decode_rate(model, batch: int, length: int, steps: int, seed: int, temperature: float = 0.0) -> float:
+    engine = decoding_engine(model, batch, length, seed, temperature)
     seconds = timeit.timeit(engine.step, number=steps)
     assert engine.num_running == batch
     return batch * steps / seconds
 
 
-def naive_rate(model, length: int, steps: int, seed: int) -> float:
-    (prompt,) = prompts(1, length, model.config.vocab_size, seed)
-    return steps / timeit.timeit(lambda: list(model.generate(prompt, max_tokens=steps, temperature=0.0)), number=1)
+def profile(model, batch: int, length: int, steps: int) -> str:
+    """Shares of the time of a sampled decoding step on a CPU, by kind, while PyTorch's profiler runs, which slows small operations."""
+    from torch.profiler import profile
+
+    engine = decoding_engine(model, batch, length, seed=0, temperature=0.8)
+    with profile() as profiler:
+        seconds = timeit.timeit(engine.step, number=steps)
+    times = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+    shares = {
+        "products": sum(time for name, time in times.items() if "linear" in name or name.endswith("mm")),
+        "attention": sum(time for name, time in times.items() if "attention" in name),
+        "outside of operations": seconds - sum(times.values()),
+    }
+    shares["other operations"] = seconds - sum(shares.values())
+    return ", ".join(f"{kind} {time / seconds:.0%}" for kind, time in shares.items())
 
 
 def build_hf(config, device):
-    """A GPT-2 with the same matrix products per token."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -104,10 +119,10 @@ def bandwidth(device) -> float:
 def bytes_per_step(model, batch: int, length: int) -> int:
     """Bytes that a decoding step must read: all matrices, and of each sequence the keys and values within each layer's window."""
     config = model.config
-    weights = sum(p.nbytes for p in model.transformer.h.parameters()) + model.lm_head.weight.nbytes
+    weights = model.num_scaling_params()["scaling"]
     positions = sum(min(window + 1, length) if window >= 0 else length for window in model.window_sizes)
     width = config.n_kv_head * (config.n_embd // config.n_head)
-    return weights + batch * positions * 2 * width * model.transformer.wte.weight.itemsize
+    return (weights + batch * positions * 2 * width) * model.transformer.wte.weight.itemsize
 
 
 def main(argv=None):
@@ -120,28 +135,29 @@ def main(argv=None):
     parser.add_argument("--steps", type=flags.COUNT, default=64, help="decoding steps")
     parser.add_argument("--repeats", type=flags.COUNT, default=3, help="repetitions of each measurement")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--profile", action="store_true", help="print where the time of a decoding step goes (on a CPU)")
     args = parser.parse_args(argv)
 
     from nanochat.common import compute_init
-    from nanochat.device import prepare_for_inference
 
     compute_init(args.device)
-    model = prepare_for_inference(build(args.depth, 1024, args.vocab_size, args.device, noise=True).eval())
-    hf, memory = build_hf(model.config, args.device), bandwidth(args.device)
+    model = build(args.depth, 1024, args.vocab_size, args.device, noise=True)
+    hf = build_hf(model.config, args.device)  # a GPT-2 with the same matrix products per token
+    memory = bandwidth(args.device)
     best = lambda measure: max(measure(seed) for seed in range(args.repeats))
     ours = best(lambda seed: prefill_rate(model, args.prefill, seed))
     theirs = best(lambda seed: hf_rates(hf, 1, args.prefill, 1, seed)[0])
-    naive = best(lambda seed: naive_rate(model, args.prompt, args.steps, seed))
-    print(f"depth {args.depth}, width {model.config.n_embd}, vocabulary {args.vocab_size}, {args.device}, memory {memory / 1e9:.1f} GB/s; "
-          f"naive loop {naive:.0f} tok/s")
-    print(f"{'':12s}{'tok/s':>8s}{'ms/step':>9s}{'of floor':>10s}{'hf tok/s':>10s}{'x hf':>7s}{'x naive':>9s}")
+    print(f"depth {args.depth}, width {model.config.n_embd}, vocabulary {args.vocab_size}, {args.device}, memory {memory / 1e9:.1f} GB/s")
+    print(f"{'':12s}{'tok/s':>8s}{'ms/step':>9s}{'of floor':>10s}{'hf tok/s':>10s}{'x hf':>7s}")
     print(f"prefill {args.prefill:<4d}{ours:8,.0f}{'':19s}{theirs:10,.0f}{ours / theirs:7.2f}")
     for batch in args.batch or [1, 4, 16, 64]:
         ours = best(lambda seed: decode_rate(model, batch, args.prompt, args.steps, seed))
         theirs = best(lambda seed: hf_rates(hf, batch, args.prompt, args.steps, seed)[1])
         floor = bytes_per_step(model, batch, args.prompt + args.steps // 2) / memory  # seconds
-        print(f"decode {batch:<5d}{ours:8,.0f}{1e3 * batch / ours:9.2f}{floor * ours / batch:10.0%}{theirs:10,.0f}{ours / theirs:7.2f}"
-              f"{ours / naive:9.1f}", flush=True)
+        print(f"decode {batch:<5d}{ours:8,.0f}{1e3 * batch / ours:9.2f}{floor * ours / batch:10.0%}{theirs:10,.0f}{ours / theirs:7.2f}",
+              flush=True)  # fmt: skip
+        if args.profile:
+            print(f"{'':12s}{profile(model, batch, args.prompt, args.steps)}", flush=True)
 
 
 if __name__ == "__main__":

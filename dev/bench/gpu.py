@@ -223,9 +223,8 @@ def loader(args, device, dtype) -> dict:
 def engine(args, device, dtype) -> dict:
     """Prefill and decoding of a d20: tokens per second, and the bytes that must be read as a share of the copy's bandwidth."""
     depth, context, vocab_size, length, steps = (2, 256, 512, 64, 16) if args.tiny else (20, 2048, 32768, 512, 128)
-    from nanochat.device import prepare_for_inference
 
-    model = prepare_for_inference(build(depth, context, vocab_size, device, dtype, noise=True).eval())
+    model = build(depth, context, vocab_size, device, dtype, noise=True)
     bandwidth = ceilings(args, device, dtype)["copy GB/s"] * 1e9
     results = {"prefill": {"tok/s": max(prefill_rate(model, length, seed) for seed in range(3))}}
     for batch in (1, 2) if args.tiny else (1, 8, 32, 128):

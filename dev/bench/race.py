@@ -46,12 +46,7 @@ BASE = ["--depth=4", "--max-seq-len=512", "--total-batch-size=4096", "--eval-tok
 ARMS: dict[str, list[str] | dict[str, Callable]] = {
     "now": [],
     "full-softmax": {"nanochat.schedule.FULL_SOFTMAX": lambda _: 1.0},
-    "sampled-to-the-end": {"nanochat.schedule.FULL_SOFTMAX": lambda _: 0.0},
-    "sample-of-8192": {"nanochat.cross_entropy.SAMPLE": lambda _: 8192},
     "unbiased-sample": {"nanochat.cross_entropy.CORRECTION": lambda _: 1.0},
-    "batch-2048": ["--total-batch-size=2048"],
-    "rates-1.4": ["--embedding-lr=0.42", "--unembedding-lr=0.0112", "--matrix-lr=0.028", "--scalar-lr=0.7"],
-    "values-everywhere": {"nanochat.gpt.has_value_embed": lambda _: lambda layer, config: True},
     "no-values": {"nanochat.gpt.has_value_embed": lambda _: lambda layer, config: False},
     "no-x0": {"nanochat.gpt.GPT.init_weights": zero("x0_lambdas")},
     "no-smear": {"nanochat.gpt.GPT.init_weights": zero("smear")},
@@ -59,7 +54,6 @@ ARMS: dict[str, list[str] | dict[str, Callable]] = {
     "plain": ["--plain"],
     "unscaled": {"nanochat.gpt.GPTConfig.__post_init__": lambda _: lambda config: setattr(config, "qk_scale", 1.0)},
     "full-windows": ["--window-pattern=L"],
-    "heads-of-64": ["--head-dim=64"],
 }
 
 
