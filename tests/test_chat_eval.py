@@ -29,7 +29,8 @@ def fake(base_dir, monkeypatch):
     monkeypatch.setattr(task_eval, "count_right", count_right)
     monkeypatch.setattr(chat_eval, "converse", lambda engine, tokenizer, questions: [{"role": "user", "content": questions[0]}])
     monkeypatch.setattr(engine, "Engine", lambda model, tokenizer: None)
-    model = SimpleNamespace(get_device=lambda: torch.device("meta"))
+    model = torch.nn.Identity()
+    model.get_device = lambda: torch.device("meta")
     meta = {"step": 7, "user_config": {"examples": ["Hi?"]}}
     monkeypatch.setattr(checkpoint_manager, "load_model", lambda *args, **kwargs: (model, None, meta))
     return unreachable, runs
