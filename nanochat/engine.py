@@ -23,6 +23,7 @@ import torch
 
 from nanochat.calculator import use_calculator
 from nanochat.common import UserError
+from nanochat.device import keep_freed_memory
 from nanochat.inference import prepare
 from nanochat.scheduler import Sequence, Scheduler
 
@@ -170,6 +171,8 @@ class Engine:
         # Of the cache of one sequence, as KVCache expects it: heads, positions, dimensions, layers
         self.cache_shape = config.n_kv_head, self.context, config.n_embd // config.n_head, config.n_layer
         self.device = model.get_device()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         # Keys and values have the dtype of the embeddings, the narrowest of the weights
         self.dtype = min((weight.dtype for weight in model.parameters()), key=lambda dtype: dtype.itemsize)
         self.max_sequences = min(max_sequences, self._sequences_that_fit())

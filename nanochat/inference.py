@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nanochat.device import keep_freed_memory
 from nanochat.gpt import GPT, Attention, Linear
 
 MIN_WEIGHTS = 2**16  # smaller matrices gain nothing
@@ -20,8 +19,6 @@ def prepare(model) -> None:
     """Give the layers of a GPT their products, with the present weights; of other models nothing is known."""
     if not isinstance(model, GPT):
         return
-    if model.get_device().type == "cpu":
-        keep_freed_memory()
     dtype = model.transformer.wte.weight.dtype
     linears = ()
     for module in model.modules():

@@ -67,10 +67,10 @@ def decode_rate(model, batch: int, length: int, steps: int, seed: int, temperatu
 
 def profile(model, batch: int, length: int, steps: int) -> str:
     """Shares of the time of a sampled decoding step on a CPU, by kind, while PyTorch's profiler runs, which slows small operations."""
-    from torch.profiler import profile
+    import torch
 
     engine = decoding_engine(model, batch, length, seed=0, temperature=0.8)
-    with profile() as profiler:
+    with torch.profiler.profile() as profiler:
         seconds = timeit.timeit(engine.step, number=steps)
     times = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
     shares = {

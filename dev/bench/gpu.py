@@ -223,7 +223,6 @@ def loader(args, device, dtype) -> dict:
 def engine(args, device, dtype) -> dict:
     """Prefill and decoding of a d20: tokens per second, and the bytes that must be read as a share of the copy's bandwidth."""
     depth, context, vocab_size, length, steps = (2, 256, 512, 64, 16) if args.tiny else (20, 2048, 32768, 512, 128)
-
     model = build(depth, context, vocab_size, device, dtype, noise=True)
     bandwidth = ceilings(args, device, dtype)["copy GB/s"] * 1e9
     results = {"prefill": {"tok/s": max(prefill_rate(model, length, seed) for seed in range(3))}}

@@ -53,7 +53,6 @@ ARMS: dict[str, list[str] | dict[str, Callable]] = {
     "no-backout": {"nanochat.gpt.GPT.init_weights": zero("backout")},
     "plain": ["--plain"],
     "unscaled": {"nanochat.gpt.GPTConfig.__post_init__": lambda _: lambda config: setattr(config, "qk_scale", 1.0)},
-    "full-windows": ["--window-pattern=L"],
 }
 
 
