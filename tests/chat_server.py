@@ -17,16 +17,12 @@ from itertools import groupby
 import httpx
 import openai
 from conftest import ROOT
-from tiny import Script
+from tiny import BYTES as TOKENIZER, SPECIAL_IDS, Script
 
 from nanochat.engine import Engine
 from nanochat.engine_thread import EngineThread, Pool
 from nanochat.scheduler import Sequence
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
-# Every byte is a token; nothing is merged.
-SPECIAL_IDS = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
-TOKENIZER = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, SPECIAL_IDS)
 END = TOKENIZER.encode_special("<|assistant_end|>")
 TIMEOUT = 30  # seconds
 PAGE, V1 = ROUTES = ["/chat/completions", "/v1/chat/completions"]

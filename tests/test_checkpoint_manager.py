@@ -8,15 +8,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import CPU, tiny_gpt
+from tiny import BYTES, CPU, tiny_gpt
 
 from nanochat import checkpoint_manager as cm
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, tokenizer_dir
 
-SPECIAL = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
-BYTES = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, SPECIAL)  # every byte is a token
+OPTIMIZER = {"w.exp_avg": torch.arange(3.0), "w.step": torch.tensor(4.0)}
 
 
 def assert_same(a, b):
@@ -40,9 +38,6 @@ def some_state(seed=0):
         "empty": torch.empty(0, 4),
         "transposed": torch.randn(3, 5, generator=g).t(),
     }
-
-
-OPTIMIZER = {"w.exp_avg": torch.arange(3.0), "w.step": torch.tensor(4.0)}
 
 
 def save(directory, step, **kwargs):
@@ -175,20 +170,6 @@ def test_the_newest_tag_is_the_default(base_dir):
     assert cm.find_tags("base") == ["d8", "d4", "d12", "cut"], "one damaged run does not affect the others"
     for arguments, found in (((), ("d8", 1)), (("d4",), ("d4", 20)), (("d4", 10), ("d4", 10))):
         assert cm.resolve_checkpoint("base", *arguments) == (base_dir / "base_checkpoints" / found[0], found[1])
-
-
-def test_a_model_is_loaded_with_its_own_tokenizer(base_dir):
-    """Training another tokenizer, even of the same size, never makes an existing model unusable."""
-    tokenizer = RustBPETokenizer.train_from_iterator(["the cat sat on the mat " * 9], 270)
-    model = tiny_gpt(vocab_size=tokenizer.get_vocab_size())
-    meta = {"model_config": dataclasses.asdict(model.config), "tokenizer": tokenizer.fingerprint()}
-    save_checkpoint(cm.checkpoint_dir("mid", "d2"), 5, model.state_dict(), None, meta, tokenizer, CPU)
-    RustBPETokenizer.train_from_iterator(["quite another text " * 9], 270).save(tokenizer_dir())
-    loaded, own, meta = cm.load_model("mid", CPU)
-    assert loaded.config == model.config and not loaded.training and meta["step"] == 5
-    assert own.fingerprint() == tokenizer.fingerprint()
-    tokens = torch.randint(0, model.config.vocab_size, (2, 16))
-    assert torch.equal(loaded(tokens), model(tokens))
 
 
 @pytest.mark.parametrize("change, message", [({"n_moons": 3}, "n_moons"), ({"n_embd": 128}, "size mismatch")])

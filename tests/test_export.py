@@ -8,11 +8,11 @@ import pickle
 
 import pytest
 import torch
-from test_checkpoint_manager import BYTES
-from tiny import CPU, tiny_gpt
+from tiny import BYTES, CPU, tiny_gpt
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError
+from nanochat.tokenizer import RustBPETokenizer, tokenizer_dir
 from scripts import export
 
 
@@ -32,12 +32,15 @@ def folder(tmp_path, base_dir):
     return folder
 
 
-def test_an_imported_model_is_the_same(folder, capsys):
+def test_an_imported_model_is_the_same_and_keeps_its_tokenizer(folder, capsys):
+    """Training another tokenizer, even of the same size, never makes an existing model unusable."""
     export.main(["--from", str(folder), "--to-stage", "sft"])
     assert "scripts.chat_cli -i sft -g d2" in capsys.readouterr().out
+    RustBPETokenizer(BYTES.ranks, ".", BYTES.special_tokens).save(tokenizer_dir())
     model, tokenizer, meta = load_model("sft", CPU)
     tokens = torch.randint(0, 256, (2, 16))
     assert meta["step"] == 7 and torch.equal(model(tokens), make_model()(tokens))
+    assert model.config == make_model().config and not model.training
     assert tokenizer.fingerprint() == BYTES.fingerprint()
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import pytest
 from conftest import ROOT, write_program
-from test_checkpoint_manager import BYTES
+from tiny import BYTES
 
 from dev import estimate, plot
 from nanochat import report

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 import torch
-from test_checkpoint_manager import BYTES, OPTIMIZER, assert_same, names_in, some_state
-from tiny import CPU
+from test_checkpoint_manager import OPTIMIZER, assert_same, names_in, some_state
+from tiny import BYTES, CPU
 
 from nanochat import checkpoint_manager as cm
 from nanochat.checkpoint_manager import list_steps, load_checkpoint, load_optimizer, verify

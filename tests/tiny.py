@@ -1,4 +1,4 @@
-"""What the model tests share: a tiny GPT in which every weight matters, a scripted fake model, and a tokenizer of bytes."""
+"""What tests share: a tiny GPT in which every weight matters, a scripted fake model, and tokenizers of bytes, real and fake."""
 
 from types import SimpleNamespace
 
@@ -6,10 +6,13 @@ import torch
 
 from nanochat.common import Compute
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 SPECIALS = ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
 BOS, END = 256, 257
+SPECIAL_IDS = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
+BYTES = RustBPETokenizer({bytes([i]): i for i in range(256)}, SPLIT_PATTERN, SPECIAL_IDS)  # every byte is a token
 
 
 def tiny_gpt(seed=0, noise=0.05, head_std=0.0, dtype=torch.float32, **config) -> GPT:
@@ -67,7 +70,7 @@ class Script:
 
 
 class ByteTokenizer:
-    """A byte is a token; special tokens come after the 256 bytes."""
+    """A fake for tiny_gpt's small vocabulary: fewer special tokens than BYTES, and a prompt is its text only."""
 
     def encode_special(self, name):
         name = name.strip("<|>")
