@@ -1,24 +1,12 @@
-"""Conversations to ids and masks: the fake tokenizer's ids are the characters and the names of the special tokens."""
+"""Conversations to ids and masks, shown as characters and the names of the special tokens."""
 
 import pytest
+from tiny import BYTES
 
 from nanochat.common import UserError
 from nanochat.conversation import render_conversation, render_for_completion
 
-
-class CharTokenizer:
-    def encode(self, text):
-        return list(text)
-
-    def encode_special(self, name):
-        assert name.startswith("<|") and name.endswith("|>")
-        return name.strip("<|>")
-
-    def get_bos_token_id(self):
-        return "bos"
-
-
-TOKENIZER = CharTokenizer()
+USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 
 
 def talk(*contents, system=None):
@@ -27,11 +15,14 @@ def talk(*contents, system=None):
     return {"messages": ([{"role": "system", "content": system}] if system is not None else []) + messages}
 
 
+def names(ids):
+    return [BYTES.id_to_token(id).strip("<|>") for id in ids]
+
+
 def render(conversation, **options):
     """Pairs, as "token mask" strings, of a rendering."""
-    ids, mask = render_conversation(TOKENIZER, conversation, **options)
-    assert len(ids) == len(mask)
-    return [f"{token} {supervised}" for token, supervised in zip(ids, mask)]
+    ids, mask = render_conversation(BYTES, conversation, **options)
+    return [f"{token} {supervised}" for token, supervised in zip(names(ids), mask, strict=True)]
 
 
 def test_answers_and_tool_calls_are_supervised_and_the_output_of_tools_is_not():
@@ -72,43 +63,36 @@ def test_truncation():
 def test_a_completion_prompt_ends_where_the_reference_answer_starts_and_is_never_truncated():
     prompt = ["bos", "user_start", "a", "user_end", "assistant_start"]
     for conversation in (talk("a", "b"), talk("a"), talk("a", [{"type": "python", "text": "1"}])):
-        assert render_for_completion(TOKENIZER, conversation) == prompt
-    expected = render_conversation(TOKENIZER, talk("s\n\na", "b", "c" * 5000), max_tokens=None)[0]
+        assert names(render_for_completion(BYTES, conversation)) == prompt
+    expected = render_conversation(BYTES, talk("s\n\na", "b", "c" * 5000), max_tokens=None)[0]
     conversation = talk("a", "b", "c" * 5000, "d", system="s")
     for _ in range(2):  # the argument is unchanged
-        assert render_for_completion(TOKENIZER, conversation) == [*expected, "assistant_start"]
-
-
-USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
-SYSTEM = {"role": "system", "content": "s"}
+        assert render_for_completion(BYTES, conversation) == [*expected, BYTES.encode_special("<|assistant_start|>")]
 
 
 def reply(*parts):
     return [USER, {"role": "assistant", "content": list(parts)}]
 
 
-@pytest.mark.parametrize(
-    "messages, where",
-    [
-        ([ASSISTANT], r"messages\[0\].*assistant.*'user'"),
-        ([USER, USER], r"messages\[1\].*'user'.*'assistant'"),
-        ([SYSTEM], r"messages\[0\].*system"),
-        ([USER, "hello"], r"messages\[1\].*hello"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], r"messages\[0\].*string"),
-        ([{"role": "user", "content": ["x" * 10_000]}], r"messages\[0\].{1,150}$"),  # long values are shortened
-        ([{"role": "system", "content": 3}, USER], r"messages\[0\].*3"),
-        (reply({"type": "image", "text": "x"}), r"messages\[1\], part 0.*image"),
-        (reply({"type": [], "text": "x"}), r"messages\[1\], part 0"),
-        (reply({"type": "text", "text": "x"}, {"type": "python"}), r"part 1"),
-        ([], "at least one message"),
-    ],
-)
+@pytest.mark.parametrize("messages, where", [
+    ([ASSISTANT], r"messages\[0\].*assistant.*'user'"),
+    ([USER, USER], r"messages\[1\].*'user'.*'assistant'"),
+    ([{"role": "system", "content": "s"}], r"messages\[0\].*system"),
+    ([USER, "hello"], r"messages\[1\].*hello"),
+    ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], r"messages\[0\].*string"),
+    ([{"role": "user", "content": ["x" * 10_000]}], r"messages\[0\].{1,150}$"),  # long values are shortened
+    ([{"role": "system", "content": 3}, USER], r"messages\[0\].*3"),
+    (reply({"type": "image", "text": "x"}), r"messages\[1\], part 0.*image"),
+    (reply({"type": [], "text": "x"}), r"messages\[1\], part 0"),
+    (reply({"type": "text", "text": "x"}, {"type": "python"}), r"part 1"),
+    ([], "at least one message"),
+])  # fmt: skip
 def test_a_malformed_message_is_named(messages, where):
     with pytest.raises(UserError, match=where):
-        render_conversation(TOKENIZER, {"messages": messages})
+        render_conversation(BYTES, {"messages": messages})
 
 
 @pytest.mark.parametrize("conversation", [{}, [], None, {"messages": [ASSISTANT]}, {"messages": [USER, ASSISTANT, ASSISTANT]}])
 def test_a_completion_needs_a_conversation(conversation):
     with pytest.raises(UserError, match=r"at least one message|messages\[\d\]"):
-        render_for_completion(TOKENIZER, conversation)
+        render_for_completion(BYTES, conversation)
