@@ -285,13 +285,6 @@ def test_hostile_program(aftermath, way, seen, program):
     assert seen in (ENDS, LATE, FAILS, CHEATS) or re.search(seen, result.error), result
 
 
-def test_tests_fail_if_the_program_ends_in_a_call_whose_exceptions_they_handle():
-    tests = "from program import f\ntry: f(1)\nexcept Exception: pass\nelse: raise SystemExit"
-    assert execute_code("def f(x): return 1 / 0", tests=tests).success
-    for body in ("os._exit(0)", "os.close(3)", "os.write(3, b'x')"):
-        assert not execute_code(f"import os\ndef f(x): {body}", tests=tests, timeout=2).success
-
-
 def test_most_of_the_standard_library_works():
     program = """
 import asyncio, csv, datetime, decimal, hashlib, json, logging, os, pathlib, random, re, secrets, shutil, signal, sqlite3
