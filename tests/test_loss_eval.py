@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tiny import BOS, CPU, END, ByteTokenizer, tiny_gpt
 
 from nanochat.loss_eval import SAMPLE_PROMPTS, eval_batches, evaluate_bpb, sample_texts
@@ -49,6 +48,7 @@ def test_bpb_of_the_requested_batches_equals_brute_force(model):
     measured = evaluate_bpb(model, batches, 4, TOKEN_BYTES, CPU, stop=lambda: False)
     assert measured == pytest.approx(brute_force(model, make_batches(4)), rel=1e-6)
     assert len(list(batches)) == 1, "no more batches were consumed"
+    assert evaluate_bpb(model, batches, 1, TOKEN_BYTES, CPU, stop=lambda: True) is None, "no batch is requested"
     special = torch.full((1, 4), 39)
     assert evaluate_bpb(model, [(special, special)], 1, TOKEN_BYTES, CPU) == math.inf, "no text at all"
 
