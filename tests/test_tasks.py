@@ -5,8 +5,7 @@ from decimal import Decimal
 
 import pytest
 import regex
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tiny import CPU
 
 from dev import gen_identity
@@ -19,7 +18,7 @@ from tasks.common import Task, TaskMixture, TaskSequence, check_conversation, fi
 from tasks.common import single_turn
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
-from tasks.humaneval import HumanEval, extract_code, passes
+from tasks.humaneval import HumanEval, passes
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import QUESTIONS, SimpleSpelling, SpellingBee, load_words
@@ -91,7 +90,6 @@ def test_final_number(text, number):
 
 # -----------------------------------------------------------------------------
 # The user's files
-
 
 EXCHANGE = single_turn("Wer bist du?", "Käthe 🌼")["messages"]
 
@@ -252,23 +250,20 @@ def test_smoltalk(hub):
         assert [text_of(conversation).rstrip(".").isdigit() for conversation in SmolTalk(split, stop=30)] == [True] * 30
 
 
-def test_a_hub_that_is_down_or_lacks_a_data_set_is_named(hub, monkeypatch):
-    with pytest.raises(UserError, match="cannot load the data set some/set .*doesn't exist"):
-        load_hub_dataset("some/set", None, "test")
-    with pytest.raises(UserError, match="cannot load the data set openai/gsm8k .*test"):
-        load_hub_dataset("openai/gsm8k", "main", "validation")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"some/set \(small, test\) from http://127.0.0.1:9: nothing answers there"):
-        load_hub_dataset("some/set", "small", "test")
-
-
-def test_a_failing_hub_is_an_error_of_one_line(hub, monkeypatch, tmp_path):
+def test_a_hub_that_lacks_a_data_set_fails_or_is_down_is_named_in_one_line(hub, monkeypatch, tmp_path):
     hub.faults["trouble/resolve/.*parquet"] = [503] * 1000
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # of the library's retries
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(UserError, match="cannot load the data set fake/trouble .*503") as error:
-        load_hub_dataset("fake/trouble", None, "test")
-    assert "\n" not in str(error.value)
+    for name, subset, split, reason in (
+        ("some/set", None, "test", "doesn't exist"),
+        ("openai/gsm8k", "main", "validation", "test"),
+        ("fake/trouble", None, "test", "503"),
+    ):
+        with pytest.raises(UserError, match=f"^cannot load the data set {name} .*{reason}[^\n]*$"):
+            load_hub_dataset(name, subset, split)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"some/set \(small, test\) from http://127.0.0.1:9: nothing answers there"):
+        load_hub_dataset("some/set", "small", "test")
 
 
 def test_a_downloaded_data_set_needs_no_hub(hub, monkeypatch):
@@ -299,16 +294,6 @@ PROMPT = 'def double(x):\n    """Twice x."""\n'
 TEST = 'def check(candidate):\n    """What is asked."""\n    assert candidate(2) == 4\n    assert candidate(-1) == -2\n'
 
 
-@pytest.mark.parametrize("completion, code", [
-    ("    return 1\n", "    return 1\n"),
-    ("Sure!\n```python\nx = 1\n```\nand\n```\ny = 2\n```", "x = 1\n"),
-    ("```py\n    return 1\n", "    return 1\n"),  # cut before the fence ends
-    ("```python3  \nx = '`'\n```", "x = '`'\n"),
-])  # fmt: skip
-def test_extract_code(completion, code):
-    assert extract_code(completion) == code
-
-
 def test_tests_may_use_what_the_prompt_defines():
     prompt = "def half(x):\n    return x / 2\n\n" + PROMPT
     test = "def check(candidate):\n    assert candidate(half(6)) == 6\n"
@@ -330,12 +315,14 @@ def test_wrong_answers_and_fakes_fail(body):
     assert not passes(PROMPT, body, TEST, "double")
 
 
-def test_humaneval(hub):
+def test_humaneval_accepts_the_body_and_the_first_fenced_program(hub):
     assert len(HumanEval()) == 6 and (HumanEval.eval_type, HumanEval.baseline) == ("generative", 0.0)
     for conversation in (task := HumanEval(step=2)):
         program = text_of(conversation)
-        assert task.evaluate(conversation, program.removeprefix(prompt_of(conversation)))
-        assert task.evaluate(conversation, f"Here it is:\n\n```python\n{program}\n```\n")
+        body = program.removeprefix(prompt_of(conversation))
+        fenced = f"Here it is:\n\n```python\n{program}\n```\nand\n```\n1 / 0\n```", f"```python3  \n{program}# `\n```"
+        for completion in (body, *fenced, f"```py\n{body}"):  # the last is cut before its fence ends
+            assert task.evaluate(conversation, completion), completion
         assert not task.evaluate(conversation, "    return None\n")
 
 
