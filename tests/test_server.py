@@ -9,8 +9,7 @@ import openai
 import pytest
 from chat_server import (COMPLETIONS, MODEL, PAGE, REPLIES, ROUTES, TIMEOUT, TOKENIZER, V1, ScriptedEngine, ask, error_of,
                          events_of, joined, message, segments_of, serving, text_of, tokens_of)  # fmt: skip
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from pydantic import ValidationError
 
 from nanochat import server
@@ -240,17 +239,15 @@ def test_bodies_above_the_limit_are_refused(site, route):
     assert "more than 50,000 lists" in error_of(send(site, route, b"[" * 50_001), 413)["message"]
 
 
-HOSTS = {403: ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost@evil.example", "10.0.0.1"],
-         200: ["localhost", "LocalHost:1", "127.0.0.1:8000", "[::1]:8000"]}  # fmt: skip
-
-
-def test_requests_for_other_hosts_are_refused(site):
+@pytest.mark.parametrize("status, hosts", [
+    (403, ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost@evil.example", "10.0.0.1"]),
+    (200, ["localhost", "LocalHost:1", "127.0.0.1:8000", "[::1]:8000"]),
+])  # fmt: skip
+def test_requests_for_other_hosts_are_refused(site, status, hosts):
     """A page whose name resolves to 127.0.0.1 cannot use the server."""
-    for status, hosts in HOSTS.items():
-        for host in hosts:
-            for response in (site.client.get("/health", headers={"Host": host}),
-                             site.client.post(PAGE, json=VALID, headers={"Host": host})):  # fmt: skip
-                assert response.status_code == status, host
+    for host in hosts:
+        assert site.client.get("/health", headers={"Host": host}).status_code == status, host
+        assert site.client.post(PAGE, json=VALID, headers={"Host": host}).status_code == status, host
     assert "--host" in error_of(site.client.get("/", headers={"Host": "evil.example"}), 403)["message"]
 
 
@@ -321,8 +318,6 @@ values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner), max_leaves=8,
 )  # fmt: skip
-
-
 FIELDS = [(route, field) for route, model in ((PAGE, ChatRequest), (V1, ChatRequest), (COMPLETIONS, CompletionRequest))
           for field in model.model_fields if field != "prompt"]  # fmt: skip
 
