@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_shard
 from fake_hub import plain_files
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from nanochat import dataset, sample_world
 from nanochat.common import UserError
@@ -38,18 +37,15 @@ def damage_first_page(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    "write, message",
-    [
-        (lambda path: path.write_text("<html>"), "0.parquet is not a readable parquet file"),
-        (lambda path: write_shard(path, ["a"], column="content"), "no column `text`.*content"),
-        (lambda path: write_shard(path, [1, 2]), "no column `text` of strings"),
-        (damage_first_page, "0.parquet is not a readable parquet file"),
-        (lambda path: write_shard(path, pa.nulls(2)), "no column `text` of strings"),
-        (lambda path: write_shard(path, pa.array([b"a", b"\xff"]).view(pa.string())), "can't decode byte 0xff"),
-        (lambda path: pq.write_table(pa.table([["a"], ["b"]], ["text"] * 2), path), "0.parquet is not .*exists 2 times"),
-    ],
-)
+@pytest.mark.parametrize("write, message", [
+    (lambda path: path.write_text("<html>"), "0.parquet is not a readable parquet file"),
+    (lambda path: write_shard(path, ["a"], column="content"), "no column `text`.*content"),
+    (lambda path: write_shard(path, [1, 2]), "no column `text` of strings"),
+    (damage_first_page, "0.parquet is not a readable parquet file"),
+    (lambda path: write_shard(path, pa.nulls(2)), "no column `text` of strings"),
+    (lambda path: write_shard(path, pa.array([b"a", b"\xff"]).view(pa.string())), "can't decode byte 0xff"),
+    (lambda path: pq.write_table(pa.table([["a"], ["b"]], ["text"] * 2), path), "0.parquet is not .*exists 2 times"),
+])  # fmt: skip
 def test_a_file_that_is_no_shard_is_refused(base_dir, tmp_path, write, message):
     source = tmp_path / "source"
     source.mkdir()
@@ -246,16 +242,12 @@ def test_a_file_is_complete_despite_faults_of_the_server(hub, url, tmp_path, fau
     assert names_in(path.parent) == [NAME]
 
 
-@pytest.mark.parametrize(
-    "faults, message, requests",
-    [
-        ([404], f"cannot download {NAME} from .*HTTP Error 404: Not Found", 1),  # final, not tried again
-        ([503] * 3, "HTTP Error 503", 3),
-        (["cut"] * 3, f"ended after {len(CONTENT) // 2} of {len(CONTENT)} bytes", 3),
-        ([], f"{NAME} is larger than 100 bytes", 1),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("faults, message, requests", [
+    ([404], f"cannot download {NAME} from .*HTTP Error 404: Not Found", 1),  # final, not tried again
+    ([503] * 3, "HTTP Error 503", 3),
+    (["cut"] * 3, f"ended after {len(CONTENT) // 2} of {len(CONTENT)} bytes", 3),
+    ([], f"{NAME} is larger than 100 bytes", 1),
+], ids=str)  # fmt: skip
 def test_a_failed_download_names_the_file_and_the_cause_and_leaves_nothing(hub, url, tmp_path, faults, message, requests):
     hub.faults[NAME] = faults
     with pytest.raises(UserError, match=message):
