@@ -11,45 +11,44 @@ import torch
 import torch.nn.functional as F
 from tiny import CPU
 
+from nanochat import dataset
 from nanochat.common import UserError
 from nanochat.hf_model import HFModel, HFTokenizer, load_hf_model
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.report import read_jsonl
+from scripts import base_eval, base_loss
 
-tokenizers = pytest.importorskip("tokenizers")  # comes with transformers
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")  # comes with it
 TEXT = 'The café sells naïve tea, 東京 style: 3.50 €. 🙂 Once upon a time there was a tea pot; it said "no".\n'
 
 
 def byte_level_tokenizer():
     """As GPT-2's: BPE over bytes, each written as one character. Most characters beyond ASCII are several tokens."""
-    from transformers import PreTrainedTokenizerFast
-
     trained = tokenizers.ByteLevelBPETokenizer()
     trained.train_from_iterator([TEXT], 270, special_tokens=["<|endoftext|>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<|endoftext|>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<|endoftext|>")
 
 
 def sentencepiece_tokenizer():
     """As Llama 2's: BPE over characters with "▁" for the blank, falling back to bytes."""
-    from transformers import PreTrainedTokenizerFast
-
     tokens = ["<s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyzT", "é", "te", "tea"]
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("t", "e"), ("te", "a")], byte_fallback=True))
     tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
     parts = tokenizers.decoders
     tokenizer.decoder = parts.Sequence([parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
 @pytest.fixture(scope="module")
 def gpt2_folder(tmp_path_factory):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     folder, tokenizer = tmp_path_factory.mktemp("gpt2"), byte_level_tokenizer()
     torch.manual_seed(0)
     # initializer_range: large enough for varied predictions
     sizes = {"n_positions": 96, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), **sizes)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -60,14 +59,12 @@ def gpt2(gpt2_folder):
 
 
 def test_a_model_that_caps_its_logits_is_measured_with_the_cap():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
+    config = transformers.Gemma2Config(
         vocab_size=90, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, max_position_embeddings=32, final_logit_softcapping=0.1,
     )  # fmt: skip
     torch.manual_seed(0)
-    model, ids = HFModel(Gemma2ForCausalLM(config).eval()), torch.arange(10)[None]
+    model, ids = HFModel(transformers.Gemma2ForCausalLM(config).eval()), torch.arange(10)[None]
     with torch.no_grad():
         logits = model.logits(model.hidden(ids))
         assert torch.allclose(logits, model.model(ids).logits) and logits.abs().max() <= 0.1
@@ -120,12 +117,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch):
 
 
 def test_base_eval_writes_a_csv_and_a_section_or_says_why_not(gpt2_folder, base_dir, hub, capsys, monkeypatch):
-    from nanochat import dataset
-    from nanochat.report import read_jsonl
-    from scripts.base_eval import main
-
     arguments = ["--hf-path", str(gpt2_folder), "--device-type", "cpu"]
-    main(arguments)
+    base_eval.main(arguments)
     [path] = (base_dir / "base_eval").iterdir()
     *tasks, core = csv.DictReader(path.read_text().splitlines())
     centered = {task["label"]: float(task["centered"]) for task in [*tasks, core]}
@@ -136,14 +129,12 @@ def test_base_eval_writes_a_csv_and_a_section_or_says_why_not(gpt2_folder, base_
     shutil.rmtree(base_dir / "eval_bundle")
     hub.faults["eval_bundle.zip"] = [404]
     monkeypatch.setattr(dataset, "WAITS", (0,))
-    main(arguments)
+    base_eval.main(arguments)
     assert "CORE skipped: cannot download eval_bundle.zip" in capsys.readouterr().out
 
 
 def test_base_loss_measures_a_folder_of_parquet_files(gpt2_folder, prepared_base, base_dir, capsys):
-    from scripts.base_loss import main
-
     source = ["--source", str(prepared_base / "text"), "--device-batch-size", "4", "--split-tokens", "100"]
-    main(["--hf-path", str(gpt2_folder), "--device-type", "cpu", *source])
+    base_loss.main(["--hf-path", str(gpt2_folder), "--device-type", "cpu", *source])
     out = capsys.readouterr().out
     assert "train bpb" in out and "val bpb" in out and "The capital of France is" in out
