@@ -8,8 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from test_packing import conversations, make_conversations, packed, stream, take, write_corpus
 
 from nanochat import dataloader
@@ -17,6 +16,7 @@ from nanochat.common import UserError
 
 LENGTHS = [3, 14, 5, 2, 9, 9, 1, 6, 30, 4, 8, 2, 2, 11, 7, 3, 5, 13, 2, 6, 40, 3, 3, 10, 5]
 SHAPES = [(30, 3), (5, 2), (1, 1), (8, 0), (17, 16), (4, 1), (25, 24), (9, 2), (6, 5), (3, 2), (12, 1)]
+SIZES = st.tuples(st.integers(1, 7), st.integers(1, 3))  # rows of a micro-batch, ranks
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,6 @@ def take_steps(open_loader, n, rows_per_step, B, world_size, resume=None):
     for loader in loaders:
         loader.close()
     return steps
-
-
-SIZES = st.tuples(st.integers(1, 7), st.integers(1, 3))  # rows of a micro-batch, ranks
 
 
 def test_resume_on_another_world_size_and_batch_size_is_exact(open_loader):

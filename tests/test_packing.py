@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_shard
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nanochat import dataloader, packing
 from nanochat.common import UserError
 
 BOS = 0
+# Lengths of documents, at least one with text; what `make_conversations` takes
+corpora = st.lists(st.integers(1, 25), min_size=1, max_size=30).filter(lambda lengths: max(lengths) > 1)
+chats = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 12)), min_size=1, max_size=12)
 
 
 class WordTokenizer:
@@ -115,9 +117,6 @@ def brute_force_rows(documents, n, T, buffer_size, chunk_size):
     return rows
 
 
-corpora = st.lists(st.integers(1, 25), min_size=1, max_size=30).filter(lambda lengths: max(lengths) > 1)
-
-
 @settings(max_examples=60, deadline=None)
 @given(corpora, st.integers(1, 12), st.integers(1, 3), st.integers(1, 40), st.integers(1, 5), st.integers(1, 6))
 def test_packed_rows_equal_brute_force(lengths, T, B, buffer_size, chunk_size, row_group_size):
@@ -164,24 +163,12 @@ def test_data_without_text_is_refused(tmp_path, loader):
 # Conversations
 
 
-def supervised(dataset, supervise) -> Counter:
-    """(input, target) of everything that must be trained on, once each."""
-    return Counter(
-        (ids[i], ids[i + 1])
-        for ids, mask in dataset
-        for i in range(len(ids) - 1)
-        if supervise == "all" or mask[i + 1]
-    )
-
-
-chats = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 12)), min_size=1, max_size=12)
-
-
 @settings(max_examples=60, deadline=None)
 @given(chats, st.integers(1, 9), st.integers(1, 20), st.sampled_from(["assistant", "all"]))
 def test_every_supervised_token_is_trained_on_once_per_epoch(shapes, T, buffer_size, supervise):
     dataset = make_conversations(shapes)
-    expected = supervised(dataset, supervise)
+    triples = [triple for ids, mask in dataset for triple in zip(ids, ids[1:], mask[1:])]  # input, target, its mask
+    expected = Counter((x, y) for x, y, mask in triples if supervise == "all" or mask)
     loader = conversations(dataset, 1, T, supervise, buffer_size=buffer_size)
     if not expected:
         with pytest.raises(UserError, match="none of the .* has a supervised token"):
