@@ -8,7 +8,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 import torch
-from chat_server import ROOT, TOKENIZER, ScriptedEngine, serving, tokens_of
+from chat_server import ROOT, TOKENIZER, serving, tokens_of
 from fake_hub import repositories
 from tiny import tiny_gpt
 
@@ -47,12 +47,6 @@ def run(python, tmp_path):
     return run
 
 
-@pytest.fixture(scope="module")
-def chat():
-    with serving(ScriptedEngine()) as site:
-        yield site
-
-
 LITELLM = """
 import os, litellm
 settings = {"model": "openai/nanochat", "api_base": os.environ["URL"], "api_key": "none"}
@@ -73,22 +67,22 @@ print("".join(token["token"] for token in chat.bind(logprobs=True).invoke("hi").
 """
 
 
-def test_litellm(run, chat):
-    assert run(chat, ["-c", LITELLM]).split() == ["hello"] * 2
+def test_litellm(run, site):
+    assert run(site, ["-c", LITELLM]).split() == ["hello"] * 2
 
 
-def test_langchain(run, chat):
-    assert run(chat, ["-c", LANGCHAIN]).split() == ["hello"] * 4
-    prompts = [TOKENIZER.decode(prompt) for prompt in chat.engine.prompts]
+def test_langchain(run, site):
+    assert run(site, ["-c", LANGCHAIN]).split() == ["hello"] * 4
+    prompts = [TOKENIZER.decode(prompt) for prompt in site.engine.prompts]
     assert "<|bos|><|user_start|>a\n\nb\n\nc<|user_end|><|assistant_start|>" in prompts
     assert any("<|assistant_start|>f({})<|assistant_end|><|user_start|>4<|user_end|>" in prompt for prompt in prompts)
 
 
-def test_llm(run, chat, tmp_path):
-    models = [{"model_id": "mine", "model_name": "nanochat", "api_base": f"{chat.address}/v1"}]
+def test_llm(run, site, tmp_path):
+    models = [{"model_id": "mine", "model_name": "nanochat", "api_base": f"{site.address}/v1"}]
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(models))  # JSON is YAML
     for flags in ([], ["--no-stream", "-s", "Be brief."]):
-        assert run(chat, ["-m", "llm", "-m", "mine", "--key", "none", *flags, "hi"]).strip() == "hello"
+        assert run(site, ["-m", "llm", "-m", "mine", "--key", "none", *flags, "hi"]).strip() == "hello"
 
 
 # A tokenizer of transformers whose tokens are ours, and an evaluation that prints what each choice's log-probability is
@@ -123,11 +117,11 @@ def lm_eval(run, site, folder, kind: str, url: str, task: dict):
     return json.loads(run(site, ["-c", LM_EVAL, kind, url]).splitlines()[-1])
 
 
-def test_lm_eval_generates(run, chat, tmp_path):
+def test_lm_eval_generates(run, site, tmp_path):
     generation = {"until": ["\n\n", "?"], "max_gen_toks": 20}
     task = {"output_type": "generate_until", "doc_to_target": "hello", "generation_kwargs": generation,
             "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
-    score, responses = lm_eval(run, chat, tmp_path, "local-chat-completions", "/chat/completions", task)
+    score, responses = lm_eval(run, site, tmp_path, "local-chat-completions", "/chat/completions", task)
     assert score == 1 and responses == [[["hello"]]] * 40
 
 
