@@ -55,19 +55,16 @@ CAUSE = "Root Cause .first observed failure.:.*rank      : 1 .*"  # torchrun's r
 SOON = {"NANOCHAT_HANG_TIMEOUT": "3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
 
 
-@pytest.mark.parametrize(
-    "failure, variables, report",
-    [
-        ("assert compute.rank == 0, 'own error'", {}, CAUSE + "AssertionError: own error"),
-        ("raise UserError('--depth must be positive')", {}, "^error: --depth must be positive$"),
-        ("if compute.rank == 1: hang_here()", SOON, "Timeout.*in hang_here"),
-        pytest.param("if compute.rank == 1: raise UserError('no such file on this node')", {},
-                     "^rank 1: error: no such file on this node$.*" + CAUSE, marks=pytest.mark.slow),
-        pytest.param("if compute.rank == 1: os.kill(os.getpid(), signal.SIGKILL)", {}, CAUSE + "SIGKILL", marks=pytest.mark.slow),
-        # A stopped process cannot time out itself; the rank that waits for it does
-        pytest.param("if compute.rank == 1: os.kill(os.getpid(), signal.SIGSTOP)", SOON, "Timeout", marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("failure, variables, report", [
+    ("assert compute.rank == 0, 'own error'", {}, CAUSE + "AssertionError: own error"),
+    ("raise UserError('--depth must be positive')", {}, "^error: --depth must be positive$"),
+    ("if compute.rank == 1: hang_here()", SOON, "Timeout.*in hang_here"),
+    pytest.param("if compute.rank == 1: raise UserError('no such file on this node')", {},
+                 "^rank 1: error: no such file on this node$.*" + CAUSE, marks=pytest.mark.slow),
+    pytest.param("if compute.rank == 1: os.kill(os.getpid(), signal.SIGKILL)", {}, CAUSE + "SIGKILL", marks=pytest.mark.slow),
+    # A stopped process cannot time out itself; the rank that waits for it does
+    pytest.param("if compute.rank == 1: os.kill(os.getpid(), signal.SIGSTOP)", SOON, "Timeout", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_failing_rank_ends_the_job_which_reports_why(tmp_path, failure, variables, report):
     job = start_job(tmp_path, failure, **variables)
     output = job.communicate(timeout=90)[0]
@@ -128,19 +125,16 @@ def test_a_cpu_that_is_fast_at_bfloat16_trains_in_it(monkeypatch):
         assert compute_init("cpu").dtype == torch.float32, "replies do not depend on the batch"
 
 
-@pytest.mark.parametrize(
-    "error, code",
-    [
-        (UserError("what to do"), "error: what to do"),
-        (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"),
-         "error: [Errno 28] No space left on device: 'model.safetensors'; free some space, or set NANOCHAT_BASE_DIR"),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/tmp/torchinductor_me"),
-         "error: [Errno 20] Not a directory: '/tmp/torchinductor_me'; set TORCHINDUCTOR_CACHE_DIR"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "error: not enough memory (CUDA out"),
-        (MemoryError(), "error: not enough memory"),
-        (KeyboardInterrupt(), "130"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("error, code", [
+    (UserError("what to do"), "error: what to do"),
+    (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"),
+     "error: [Errno 28] No space left on device: 'model.safetensors'; free some space, or set NANOCHAT_BASE_DIR"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/tmp/torchinductor_me"),
+     "error: [Errno 20] Not a directory: '/tmp/torchinductor_me'; set TORCHINDUCTOR_CACHE_DIR"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "error: not enough memory (CUDA out"),
+    (MemoryError(), "error: not enough memory"),
+    (KeyboardInterrupt(), "130"),
+])  # fmt: skip
 def test_user_errors_are_one_line_and_ctrl_c_exits_with_130(error, code, monkeypatch):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
 
