@@ -4,19 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny import BOS, ByteTokenizer, tiny_gpt
+from hypothesis import given, settings, strategies as st
+from tiny import BOS, CPU, ByteTokenizer, tiny_gpt
 
-from nanochat.common import Compute
 from nanochat.cross_entropy import sampling_log_probs
 from nanochat.engine import Engine
 from nanochat.optim import MuonAdamW
 from nanochat.reinforce import Group, policy_batches, policy_step, sample_groups
 from nanochat.scheduler import Sequence
-
-CPU = Compute(torch.device("cpu"), torch.float32)
-
 
 TOKENIZER = ByteTokenizer()
 
@@ -45,10 +40,6 @@ def test_truncated_answers_get_reward_0_and_become_less_likely():
         steps.append((loss.item(), values["sampler_gap"]))
     assert steps[0] > steps[1] > steps[2], "the advantages weigh the log-probabilities"
     assert steps[0][1] < 1e-5, "the learner's distribution is the one that was sampled from"
-
-
-# -----------------------------------------------------------------------------
-# The gradient
 
 
 class Bigrams(torch.nn.Module):
