@@ -5,8 +5,7 @@ import sys
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nanochat.calculator import MAX_DEPTH, MAX_LENGTH, use_calculator
 

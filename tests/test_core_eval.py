@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_hub import plain_files
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tiny import BOS, CPU, ByteTokenizer, tiny_gpt
 
 from nanochat import core_eval

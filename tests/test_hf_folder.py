@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tiny import CPU, tiny_gpt
 
 from nanochat import report
@@ -26,6 +25,8 @@ MODELS = {
     "full": {"n_layer": 4, "n_head": 4, "n_kv_head": 4, "window_pattern": "SSSL"},
     "full, grouped heads": {"n_layer": 3, "n_head": 4, "n_kv_head": 1, "window_pattern": "QS"},
 }
+TEXTS = st.text() | st.sampled_from(["<|user_end|> <|bos|>", "a<", " two ", "\n"])  # of messages
+PARTS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "python", "python_output"]), "text": TEXTS}))
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +130,6 @@ def test_special_tokens_are_those_of_ours(tokenizer, theirs, exported):
     assert len(theirs) == tokenizer.get_vocab_size() and theirs.padding_side == "left"
     for kind in ("plain", "full"):
         assert exported(kind)[1].generation_config.eos_token_id == [end, bos]
-
-
-TEXTS = st.text() | st.sampled_from(["<|user_end|> <|bos|>", "a<", " two ", "\n"])
-PARTS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "python", "python_output"]), "text": TEXTS}))
 
 
 @settings(max_examples=200, deadline=None)

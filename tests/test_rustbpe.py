@@ -17,8 +17,7 @@ import regex
 import rustbpe
 import tiktoken
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from test_tokenizer import assigned, encode_slowly
 
 from nanochat.tokenizer import SPLIT_PATTERN
@@ -105,6 +104,7 @@ KINDS = {
     "digits": "01239٣१৪Ⅷ½①๑𝟘²一 a.",
     "signs": "/!?.,…¿\"'-_$€+^`~🙂\u200d\ufe0f\U0001f3fd\r\n\n// aA1",
 }
+small_tokens = st.binary(min_size=2, max_size=6) | st.text("ab ", min_size=2, max_size=7).map(str.encode)
 pieces = st.one_of([st.sampled_from(kind) for kind in KINDS.values()] + [st.sampled_from(["'s", " ", "a", "\n"])])
 
 
@@ -149,9 +149,6 @@ def test_ids_are_tiktokens_on_any_unicode():
         assert tokenizer.encode(text) == encoding.encode_ordinary(text)
 
     agree()
-
-
-small_tokens = st.binary(min_size=2, max_size=6) | st.text("ab ", min_size=2, max_size=7).map(str.encode)
 
 
 @settings(max_examples=300, deadline=None)

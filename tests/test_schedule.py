@@ -1,8 +1,7 @@
 """Horizons, batches and rates: plain numbers, checked by hand."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from nanochat.common import UserError
 from nanochat.schedule import D12_SCALING_PARAMS, D12_TOKENS, batch_lr_scale, check_batch, largest_device_batch, plan

@@ -28,9 +28,7 @@ class TinyModel(torch.nn.Module):
         self.table = torch.nn.Parameter(torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, idx, targets, loss_reduction, importance=None):
-        return F.cross_entropy(
-            self.table[idx].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=loss_reduction
-        )
+        return F.cross_entropy(self.table[idx].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=loss_reduction)
 
 
 def batch(B, T, supervised, seed):
