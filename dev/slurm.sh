@@ -25,7 +25,7 @@ source .venv/bin/activate
 # A folder that all nodes share under the same path; all ranks save checkpoints there, and training checks that it is shared
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:?set it to a folder on the shared file system}
 
-# Network settings, for clusters where NCCL's defaults do not work. Check them with: sbatch dev/slurm.sh dev.bench.ranks
+# Network settings, for clusters where NCCL's defaults do not work. dev/DISTRIBUTED.md says how to check them
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}     # INFO shows the transport: "NET/IB" (fast) or "NET/Socket" (slow)
 # export NCCL_SOCKET_IFNAME=ens,eth       # prefixes of the interfaces that connect the nodes (ip -br addr)
 # export GLOO_SOCKET_IFNAME=ens3          # the same for gloo, which exchanges small objects: one full name
