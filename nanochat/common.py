@@ -305,6 +305,7 @@ def compute_init(device_type: str = "", training: bool = False) -> Compute:
             raise UserError(f"local rank {local_rank} has no GPU: there are {count}; use torchrun --nproc-per-node={count}")
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan every new length of a prompt for 0.4 s
         device = torch.device("cuda", local_rank)
     compute = Compute(device, compute_dtype(device_type, training), rank, local_rank, world_size)
     if world_size > 1:

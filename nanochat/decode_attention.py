@@ -26,7 +26,7 @@ def kernels():
     @triton.jit
     def attend(
         q, k_new, v_new, k_cache, v_cache, seqlens, rows, out, stats,
-        row_stride, position_stride, head_stride, scale, window, parts,
+        q_stride, k_stride, v_stride, row_stride, position_stride, head_stride, scale, window, parts,
         KV_HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One part of one row's keys, for the GROUP query heads (padded to G) that share a key head."""
@@ -40,10 +40,10 @@ def kernels():
 
         heads, dims = tl.arange(0, G), tl.arange(0, D)
         real = heads < GROUP
-        queries = (b * KV_HEADS + h) * GROUP + heads
-        query = tl.load(q + queries[:, None] * D + dims[None, :], mask=real[:, None], other=0.0).to(tl.float32)  # (G, D)
-        own = (b * KV_HEADS + h) * D + dims
-        key, value = tl.load(k_new + own), tl.load(v_new + own)
+        own = h * GROUP + heads
+        query = tl.load(q + b * q_stride + own[:, None] * D + dims[None, :], mask=real[:, None], other=0.0)  # (G, D)
+        query = query.to(tl.float32)
+        key, value = tl.load(k_new + b * k_stride + h * D + dims), tl.load(v_new + b * v_stride + h * D + dims)
         if (start <= last) & (last < end):
             tl.store(k_cache + base + last * position_stride + dims, key)
             tl.store(v_cache + base + last * position_stride + dims, value)
@@ -67,7 +67,7 @@ def kernels():
             total = total * rescale + tl.sum(weights, axis=1)
             weighted = weighted * rescale[:, None] + tl.sum(weights[:, :, None] * values[None, :, :], axis=1)
             maximum = new_maximum
-        place = queries * parts + part
+        place = (b * KV_HEADS * GROUP + own) * parts + part
         tl.store(out + place[:, None] * D + dims[None, :], weighted, mask=real[:, None])
         tl.store(stats + place * 2, maximum, mask=real)
         tl.store(stats + place * 2 + 1, total, mask=real)
@@ -99,17 +99,19 @@ def decode_attention(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx=N
     kv_heads = k.size(2)
     attend, combine = kernels()
     rows = torch.arange(B, device=q.device, dtype=torch.int32) if cache_batch_idx is None else cache_batch_idx
-    q, k, v = (x.contiguous() for x in (q, k.to(k_cache.dtype), v.to(v_cache.dtype)))
+    k, v = k.to(k_cache.dtype), v.to(v_cache.dtype)
     assert k_cache.stride() == v_cache.stride() and k_cache.stride(3) == 1
+    assert all(x.stride()[2:] == (D, 1) for x in (q, k, v)), "the heads of a token must follow each other"
     parts = max(1, min(PROGRAMS // (B * kv_heads), k_cache.size(1) // BLOCK, 32))
     out = torch.empty(B * H * parts, D, device=q.device, dtype=torch.float32)
     stats = torch.empty(B * H * parts, 2, device=q.device, dtype=torch.float32)
-    y = torch.empty_like(q)
+    y = q.new_empty(q.shape)
     group = H // kv_heads
     G = 1 << (group - 1).bit_length()
     attend[(B, kv_heads, parts)](
         q, k, v, k_cache, v_cache, cache_seqlens, rows, out, stats,
-        k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), D**-0.5, window if window >= 0 else k_cache.size(1), parts,
+        q.stride(0), k.stride(0), v.stride(0), *k_cache.stride()[:3],
+        D**-0.5, window if window >= 0 else k_cache.size(1), parts,
         KV_HEADS=kv_heads, GROUP=group, G=G, D=D, BLOCK=max(16, BLOCK // G),
     )  # fmt: skip
     combine[(B * H,)](out, stats, y, parts, PARTS=1 << (parts - 1).bit_length(), D=D)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import resource
 import sys
 from contextlib import suppress
@@ -39,8 +38,7 @@ PEAK_FLOPS = {
     "A6000": 155e12,
 }
 OTHER_CHIPS = {"D", "Ti", "Laptop", "MIG"}  # words that name another chip, or a part of this one
-SAVED_VALUES = 20  # per token, layer and channel, that the compiled model saves for the backward pass (dev/LOG.md, 15)
-ACTIVATION_SHARE = 0.65  # of free memory; weights, gradients, optimizer state and logits need the rest
+SAVED_VALUES = 16.1  # per token, layer and channel, that the compiled model saves for the backward pass (dev/LOG.md, 23)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -75,23 +73,10 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def compile_model(model: torch.nn.Module, compute: Compute, rows: int) -> torch.nn.Module:
-    """The model compiled for batches of `rows` rows; the model itself, with a printed reason, where that is impossible.
-
-    On a GPU whose memory cannot hold all activations, the cheap ones are recomputed in the backward pass.
-    """
+def compile_model(model: torch.nn.Module, compute: Compute) -> torch.nn.Module:
+    """The compiled model; the model itself, with a printed reason, where that is impossible."""
     choose_attention(model, compute)
-    if compute.device.type == "cuda":
-        config = model.config
-        torch.cuda.empty_cache()  # so that the driver knows what is free
-        needed = rows * config.sequence_len * config.n_layer * config.n_embd * SAVED_VALUES * compute.dtype.itemsize
-        free = torch.cuda.mem_get_info(compute.device)[0]
-        model.recompute = max(compute.gather(needed > ACTIVATION_SHARE * free))  # all ranks alike
-        if model.recompute:
-            # The wrapper warns about in-place operations; blocks have none.
-            logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-            print0(f"recomputing cheap activations: all of them take {needed / 1e9:.0f} GB and {free / 1e9:.0f} GB are free")
-    elif compute.device.type != "cpu":
+    if compute.device.type not in ("cpu", "cuda"):
         return model
     print0("compiling the model, which takes half a minute or more the first time")
     if fault := next(filter(None, compute.gather(compiler_fault(compute.device))), None):  # all ranks alike
@@ -120,40 +105,32 @@ def compiler_fault(device: torch.device) -> str | None:
 
 
 def choose_attention(model: torch.nn.Module, compute: Compute) -> None:
-    """Choose the attention kernel for each of the model's windows. Must happen outside of compiled code."""
+    """Choose the attention kernel for the model. Must happen outside of compiled code."""
     config = model.config
-    for window in sorted({*model.window_sizes, -1}):
-        choose(compute.device, compute.dtype, config.n_head, config.n_kv_head, config.n_embd // config.n_head, window)
+    choose(compute.device, compute.dtype, (config.n_head, config.n_kv_head, config.n_embd // config.n_head))
 
 
 def fit_device_batch(model, compute: Compute, total_batch_size: int) -> int:
     """Rows per micro-batch: a power of two that divides the rows of a step, at most 8 on a CPU.
 
-    On a GPU at most 32, and as many as fit on every rank: one uncompiled pass is tried with cheap activations recomputed,
-    beside as much memory as gradients and optimizer state take.
+    On a GPU at most 32, and as many as fit on every rank, by what a compiled step takes (dev/LOG.md, 23).
     """
-    T, on_gpu = model.config.sequence_len, compute.device.type == "cuda"
-    rows = largest_device_batch(total_batch_size, T, compute.world_size, limit=32 if on_gpu else 8)
+    config, on_gpu = model.config, compute.device.type == "cuda"
+    rows = largest_device_batch(total_batch_size, config.sequence_len, compute.world_size, limit=32 if on_gpu else 8)
     if not on_gpu:
         return rows
-
-    choose_attention(model, compute)
-    model.recompute = True
-    while rows:
-        try:
-            others = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # optimizer state and an update
-            idx = torch.randint(0, model.config.vocab_size, (rows, T), device=compute.device)
-            model(idx, idx).backward()
-            torch.cuda.synchronize(compute.device)
-            break
-        except torch.OutOfMemoryError:
-            rows //= 2
-        finally:
-            others = None
-            model.zero_grad()
-            compute.heartbeat()
-        torch.cuda.empty_cache()  # outside of the handler, whose traceback holds the tensors
+    weights = sum(p.nbytes for p in model.parameters())
+    # Gradients and weights in the compute dtype, this rank's share of the optimizer state, and the logits of a chunk
+    fixed = (1.5 + 2 / compute.world_size) * weights + 1.5e9
+    per_row = config.sequence_len * config.n_layer * config.n_embd * SAVED_VALUES * compute.dtype.itemsize
+    torch.cuda.empty_cache()  # so that the driver knows what is free
+    free = 0.95 * torch.cuda.mem_get_info(compute.device)[0]
+    while rows and fixed + rows * per_row > free:
+        rows //= 2
     rows = min(compute.gather(rows))
     if rows == 0:
-        raise UserError("not even one row fits into this GPU's memory; use a smaller --depth or --max-seq-len")
+        raise UserError(
+            f"one row takes {(fixed + per_row) / 1e9:.1f} GB and {free / 1e9:.1f} GB of this GPU's memory are free; "
+            "use a smaller --depth or --max-seq-len"
+        )
     return rows

@@ -22,7 +22,7 @@ from nanochat.decode_attention import decode_attention
 
 _override_impl = None  # tests and benchmarks set "sdpa" or the name of the only candidate to try
 
-FULL, WINDOW, CACHE = "attention", "attention in a window", "attention to a cache"  # the kinds of calls, as printed
+WHOLE, CACHE = "attention", "attention to a cache"  # the kinds of calls, as printed
 MAX_ERROR = 2e-2  # relative to exact attention; rounding to bfloat16 causes 5e-3, a mask that is off by one 8e-2
 
 
@@ -65,15 +65,14 @@ def aten(q, k, v, window):
 def candidates(device: torch.device, kind: str) -> dict:
     """{name: function that returns the kernel, or raises} for a kind of call, fastest first.
 
-    On an H100 at head dimension 128 Flash Attention 3 runs at 521 TFLOP/s (forward, causal), cuDNN 9 at 484, Flash
-    Attention 2 at 298 (arXiv:2407.08608, figure 5; not measured by us, `dev/bench/gpu.py` does that). Without a window
-    PyTorch itself prefers cuDNN on Hopper and Blackwell and Flash Attention 2 elsewhere.
+    On an H100 at head dimension 128 Flash Attention 3 runs at 521 TFLOP/s (forward, causal), Flash Attention 2 at 298
+    (arXiv:2407.08608, figure 5). cuDNN, at 484, has no window here and plans every new shape for 0.4 s.
     """
     if device.type != "cuda":
         return {}
     if kind == CACHE:
         return {"fa3": lambda: fa3_module().flash_attn_with_kvcache, "triton": lambda: _triton_cached}
-    return {"fa3": fa3, "aten": lambda: aten} if kind == WINDOW else {"fa3": fa3}
+    return {"fa3": fa3, "aten": lambda: aten}
 
 
 # -----------------------------------------------------------------------------
@@ -82,12 +81,13 @@ def candidates(device: torch.device, kind: str) -> dict:
 _chosen = {}  # kind of call -> (name, function)
 
 
-def choose(device: torch.device, dtype: torch.dtype, n_head: int, n_kv_head: int, head_dim: int, window: int = -1) -> str:
-    """The name of the kernel for calls of this kind. The first call tests the kernels, for seconds, and prints a line.
+def choose(device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int]) -> str:
+    """The name of the kernel for whole sequences; `heads` are (n_head, n_kv_head, head_dim).
 
-    Call this for each window of a model before it is compiled or captured in a CUDA graph; eager calls do so themselves.
+    The first call tests the kernels, for seconds, and prints a line. Call this before a model is compiled; eager calls do
+    so themselves.
     """
-    return _kernel(device, dtype, (n_head, n_kv_head, head_dim), FULL if window < 0 else WINDOW)[0]
+    return _kernel(device, dtype, heads, WHOLE)[0]
 
 
 def _kernel(device, dtype, heads, kind):
@@ -100,7 +100,7 @@ def _kernel(device, dtype, heads, kind):
     if not kernels:
         return "sdpa", exact
     if torch.compiler.is_compiling() or device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("call flash_attention.choose for this shape before compiling, or attend once before capturing")
+        raise RuntimeError("call flash_attention.choose before compiling, or attend once before capturing")
 
     reasons = []
     for name, load in kernels.items():
@@ -123,18 +123,19 @@ def _kernel(device, dtype, heads, kind):
 def _check(attend, device, dtype, heads, kind) -> None:
     """Raise unless `attend` agrees with exact attention, forward and backward, eager and as one compiled graph."""
     H, H_kv, D = heads
-    window = 32 if kind == WINDOW else -1
     g = torch.Generator(device).manual_seed(0)
     inputs = [torch.randn(2, 256, h, D, generator=g, device=device).to(dtype) for h in (H, H_kv, H_kv, H)]
 
-    def run(attend, q, k, v, d_y):
+    def run(attend, window, q, k, v, d_y):
         leaves = [x.requires_grad_() for x in (q, k, v)]
         y = attend(*leaves, window)
         return y.detach(), *torch.autograd.grad(y, leaves, d_y)
 
-    expected = run(_blockwise, *(x.float() for x in inputs))
-    for how in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=False)):
-        _compare(run(how, *(x.clone() for x in inputs)), expected)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=False)
+    for how, window in ((attend, -1), (attend, 32), (compiled, 32)):
+        expected = run(_blockwise, window, *(x.float() for x in inputs))
+        actual = run(how, window, *(x.clone() for x in inputs))
+        _compare(actual, expected)
 
 
 @torch.inference_mode(False)
@@ -221,7 +222,7 @@ def flash_attn_func(q, k, v, causal=True, window_size=(-1, -1)):
     """
     assert causal, "only causal attention is implemented"
     left = window_size[0] if 0 <= window_size[0] < q.size(1) - 1 else -1
-    _, attend = _kernel(q.device, q.dtype, (q.size(2), k.size(2), q.size(3)), FULL if left < 0 else WINDOW)
+    _, attend = _kernel(q.device, q.dtype, (q.size(2), k.size(2), q.size(3)), WHOLE)
     return attend(q, k, v, left)
 
 
@@ -254,15 +255,9 @@ class Places:
             self.groups = _groups(self.rows, cache_seqlens.tolist())
 
     def attend(self, q, k_cache, v_cache, k, v, window: int):
-        attend = _cached  # always in a compiled graph: the compiler does not see that Flash Attention 3 writes to the cache
-        if not torch.compiler.is_compiling():
-            _, attend = _kernel(q.device, q.dtype, (q.size(2), k_cache.size(2), q.size(3)), CACHE)
-        if attend is _cached and q.device.type == "cpu":
+        if q.device.type == "cpu" and not candidates(q.device, CACHE):
             return self._attend_by_groups(q, k_cache, v_cache, k, v, window)
-        return attend(
-            q, k_cache, v_cache, k=k, v=v, cache_seqlens=self.cache_seqlens, cache_batch_idx=self.cache_batch_idx,
-            causal=True, window_size=(window, 0),
-        )  # fmt: skip
+        return _attend_to_cache(q, k_cache, v_cache, k, v, self.cache_seqlens, self.cache_batch_idx, window)
 
     def _attend_by_groups(self, q, k_cache, v_cache, k, v, window: int):
         """For a CPU, where lengths are known without waiting: reads only visible keys and copies none."""
@@ -285,6 +280,24 @@ class Places:
             outputs.append(_sdpa(q[first:last].transpose(1, 2), k, v, mask=mask))
             first = last
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).transpose(1, 2)
+
+
+@torch.library.custom_op("nanochat::attend_to_cache", mutates_args=("k_cache", "v_cache"))
+def _attend_to_cache(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    cache_seqlens: torch.Tensor, cache_batch_idx: torch.Tensor | None, window: int,
+) -> torch.Tensor:  # fmt: skip
+    """The chosen kernel as an operator that tells the compiler that the cache changes."""
+    _, attend = _kernel(q.device, q.dtype, (q.size(2), k_cache.size(2), q.size(3)), CACHE)
+    return attend(
+        q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx,
+        causal=True, window_size=(window, 0),
+    )  # fmt: skip
+
+
+@_attend_to_cache.register_fake
+def _(q, *_):
+    return q.new_empty(q.shape)
 
 
 def _groups(rows: list[int], seqlens: list[int]) -> list[list[int]]:

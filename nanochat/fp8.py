@@ -36,13 +36,15 @@ def to_float8(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     return (x.float() / scale).to(dtype), scale
 
 
-def product(a: torch.Tensor, scale_a: torch.Tensor, b: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def product(
+    a: torch.Tensor, scale_a: torch.Tensor, b: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype, fast: bool = False
+) -> torch.Tensor:
     """a (M, K) times the transpose of b (N, K): (M, N), accumulated in float32.
 
     Hopper's float8 units need K innermost in both; a transposed view is copied. K and N must be multiples of 16.
-    `use_fast_accum` would drop bits of the sums (arXiv:2412.19437, section 3.3.2).
+    `fast` drops bits of the sums (arXiv:2412.19437, section 3.3.2), which is bearable for activations, not for gradients.
     """
-    return torch._scaled_mm(a.contiguous(), b.contiguous().t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=False)
+    return torch._scaled_mm(a.contiguous(), b.contiguous().t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=fast)
 
 
 class Float8Product(torch.autograd.Function):
@@ -53,7 +55,7 @@ class Float8Product(torch.autograd.Function):
         x8, scale_x = to_float8(x, E4M3)
         w8, scale_w = to_float8(weight, E4M3)
         ctx.save_for_backward(x8, scale_x, w8, scale_w)
-        return product(x8, scale_x, w8, scale_w, x.dtype)
+        return product(x8, scale_x, w8, scale_w, x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, grad):
@@ -67,11 +69,11 @@ class Float8Product(torch.autograd.Function):
 class Float8Linear(Linear):
     """A Linear whose product and gradients are float8 while gradients are on."""
 
-    def forward(self, x):
+    def multiply(self, x, weight):
         rows = x.numel() // x.size(-1)
         if not torch.is_grad_enabled() or rows % 16:  # the weight's gradient sums over the rows
-            return super().forward(x)
-        return Float8Product.apply(x.reshape(rows, -1), self.weight).view(*x.shape[:-1], -1)
+            return super().multiply(x, weight)
+        return Float8Product.apply(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
 
 
 def eligible(linear: Linear) -> bool:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanochat.common import UserError, compute_dtype
 from nanochat.cross_entropy import linear_cross_entropy, sampling_log_probs, softcap_, softcapped_logits, token_losses
@@ -79,7 +78,10 @@ class Linear(nn.Linear):
     def forward(self, x):
         if not torch.is_grad_enabled() and self.product and self.product.is_current:
             return self.product(x)
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.multiply(x, self.weight)
+
+    def multiply(self, x, weight):  # fp8.py replaces it
+        return F.linear(x, weight.to(x.dtype))
 
 
 class Embedding(nn.Embedding):
@@ -135,7 +137,7 @@ class Attention(nn.Module):
         if not torch.is_grad_enabled() and self.product and self.product.is_current:
             qkv = self.product(x)
         else:
-            qkv = torch.cat([self.c_q(x), self.c_k(x), self.c_v(x)], dim=-1)
+            qkv = self.c_q.multiply(x, torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight]))
         return qkv.unflatten(-1, (-1, self.head_dim)).split([H + H_kv, H_kv], dim=2)
 
     def forward(self, x, value_embed, cos, sin, window, cache, last_only=False):
@@ -143,7 +145,7 @@ class Attention(nn.Module):
         if value_embed is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # (B, T, H_kv)
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
-        q, k = (norm(rotate(qk, cos, sin)) * self.qk_scale).split(self.heads, dim=2)
+        q, k = rotate(norm(qk) * self.qk_scale, cos, sin).split(self.heads, dim=2)
         if last_only:
             q = q[:, -1:]
         if cache is None:
@@ -154,6 +156,21 @@ class Attention(nn.Module):
         return self.c_proj(y.flatten(2))
 
 
+class ReluSquared(torch.autograd.Function):
+    """ReLU squared (arXiv:2109.08668). Saves its output, which the next product saves anyway: the slope is 2 sqrt(y)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x).square()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return 2 * y.sqrt() * grad
+
+
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -161,7 +178,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())  # ReLU squared: arXiv:2109.08668
+        return self.c_proj(ReluSquared.apply(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -174,20 +191,6 @@ class Block(nn.Module):
         y = self.attn(norm(x), value_embed, cos, sin, window, cache, last_only)
         x = (x[:, -1:] if last_only else x) + y
         return x + self.mlp(norm(x))
-
-
-def save_products():
-    """Policy for `checkpoint`: save the outputs of matrix products and attention for the backward pass, recompute the rest.
-
-    So 12 instead of 20 values per token and channel are saved (dev/LOG.md, 15).
-    """
-
-    def policy(context, operator, *args, **kwargs):
-        name = operator.name()
-        saved = not name.startswith(("aten::", "prims::")) or "attention" in name or name in ("aten::mm", "aten::_scaled_mm")
-        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
 
 
 class GPT(nn.Module):
@@ -208,7 +211,6 @@ class GPT(nn.Module):
             sizes = f"heads of {config.n_embd // config.n_head} and a width of {config.n_embd}"
             raise UserError(f"{sizes} are not possible: heads must be even (rotary embedding), and the width at least {SMEAR_CHANNELS}")
         self.config = config
-        self.recompute = False  # whether training recomputes cheap activations in the backward pass
         self.window_sizes = window_sizes(config)
         vocab = -(-config.vocab_size // 64) * 64  # multiples of 64 are faster; the extra rows are never used
         head_dim = config.n_embd // config.n_head
@@ -304,7 +306,6 @@ class GPT(nn.Module):
             x = x0 = x + smear * previous
             resid_lambdas, x0_lambdas = self.resid_lambdas.to(x.dtype), self.x0_lambdas.to(x.dtype)
 
-        recompute = self.recompute and torch.is_grad_enabled()
         for layer, block in enumerate(self.transformer.h):
             if layer == self.config.n_layer // 2:
                 x_middle = x
@@ -313,8 +314,7 @@ class GPT(nn.Module):
             value_embed = self.value_embeds[str(layer)](idx) if str(layer) in self.value_embeds else None
             at_end = last_only and layer == self.config.n_layer - 1
             cache = None if kv_cache is None else (*kv_cache.get_layer_cache(layer), places)
-            arguments = x, value_embed, cos, sin, self.window_sizes[layer], cache, at_end
-            x = checkpoint(block, *arguments, use_reentrant=False, context_fn=save_products) if recompute else block(*arguments)
+            x = block(x, value_embed, cos, sin, self.window_sizes[layer], cache, at_end)
         if kv_cache is not None:
             kv_cache.advance(T)
         if not plain:

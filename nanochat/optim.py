@@ -87,7 +87,8 @@ def reduce_scatter(mine: torch.Tensor, flat: torch.Tensor) -> Callable[[], objec
     """
     if flat.is_cuda:
         # torch 2.13 gives it a new name and warns about the old one, which torch 2.11 has.
-        return getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(mine, flat, async_op=True).wait
+        start = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        return start(mine, flat, async_op=True).wait
     parts = torch.empty_like(flat)
     work = dist.all_to_all_single(parts, flat, async_op=True)
 
@@ -104,7 +105,8 @@ def reduce_scatter(mine: torch.Tensor, flat: torch.Tensor) -> Callable[[], objec
 def all_gather(flat: torch.Tensor, mine: torch.Tensor) -> Callable[[], object]:
     """Start to gather every rank's `mine` (n,) in `flat` (world_size * n,); returns a function that waits for it."""
     if flat.is_cuda:
-        return getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(flat, mine, async_op=True).wait
+        start = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return start(flat, mine, async_op=True).wait
     chunks = flat.split(mine.numel())
     chunks[dist.get_rank()].copy_(mine)
     works = [dist.broadcast(chunk, rank, async_op=True) for rank, chunk in enumerate(chunks)]  # gloo's own is slower

@@ -43,6 +43,15 @@ def test_sum_and_gradients(monkeypatch, rows, scale):
     assert_equal(got, gradients(lambda *xs: 3 * reference(*xs), *inputs))
 
 
+@pytest.mark.parametrize("vocab_size", [100, 32768, 49152, 50257, 151936])
+@pytest.mark.parametrize("tokens", [2048, 65536, 24576])
+def test_chunks_are_aligned_and_mostly_equal(tokens, vocab_size):
+    """Else cuBLAS falls back to its slowest kernels."""
+    rows = cross_entropy._chunk_rows(torch.empty(tokens, 1), vocab_size)
+    assert rows % 128 == 0 and (rows == 128 or rows * vocab_size <= 2**22 + 128 * vocab_size)
+    assert tokens % rows == 0
+
+
 def test_a_sampled_softmax_of_the_whole_vocabulary_is_exact():
     inputs = problem()
     got = gradients(lambda *xs: linear_cross_entropy(*xs, torch.ones(50)), *inputs)

@@ -18,13 +18,13 @@ from nanochat.flash_attention import CACHE, _check_cached, _triton_cached, flash
 
 generator = torch.Generator().manual_seed(0)
 def random(*shape): return torch.randn(*shape, generator=generator)
-heads, windows = [(1, 1), (2, 2), (4, 2), (3, 1)], [-1, 0, 5, 70, 1000]
+heads, windows = [(1, 1), (4, 2), (3, 1)], [-1, 0, 5, 70]
 for (H, H_kv), window, lengths in itertools.product(heads, windows, [[0], [3], [63, 64], [199, 0, 128], [65] * 5]):
     B, S, D = len(lengths), 200, 16
     rows = torch.randperm(7, generator=generator)[:B].int()
     caches = [random(7, S, H_kv, D) for _ in range(2)]
     theirs = [cache.clone() for cache in caches]
-    q, k, v = random(B, 1, H, D), random(B, 1, H_kv, D), random(B, 1, H_kv, D)
+    q, k, v = random(B, 1, H + 2 * H_kv, D).split([H, H_kv, H_kv], dim=2)
     lengths = torch.tensor(lengths, dtype=torch.int32)
     for row, length in zip(rows, lengths):
         caches[0][row, length:] = float("nan")  # keys beyond its length must not be read

@@ -1,4 +1,4 @@
-"""A compiler that does not work is not used."""
+"""A compiler that does not work is not used; micro-batches fit into a GPU's memory."""
 
 import os
 import re
@@ -6,11 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import write_program
 from test_gpt import make
 
 from nanochat import device
-from nanochat.device import compile_model
+from nanochat.common import Compute, UserError
+from nanochat.device import compile_model, fit_device_batch
+from nanochat.gpt import GPT, config_of_depth
 
 
 @pytest.mark.parametrize("cache, reason", [
@@ -32,5 +35,18 @@ def test_the_reason_why_nothing_can_be_compiled_is_one_line(tmp_path, cache, rea
 def test_all_ranks_train_uncompiled_where_the_compiler_of_one_does_not_work(run_ranks, monkeypatch, capsys):
     faults, models = iter([None, "no space left"]), [make(), make()]
     monkeypatch.setattr(device, "compiler_fault", lambda _: next(faults))
-    assert run_ranks(2, lambda compute: compile_model(models[compute.rank], compute, 1) is models[compute.rank]) == [True, True]
+    assert run_ranks(2, lambda compute: compile_model(models[compute.rank], compute) is models[compute.rank]) == [True, True]
     assert "training uncompiled and more slowly, since the compiler does not work: no space left\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("depth, free, rows", [(20, 81e9, 32), (24, 80e9, 16), (24, 143e9, 32), (12, 22e9, 16), (12, 4e9, 0)])
+def test_micro_batches_are_the_largest_that_fit(monkeypatch, depth, free, rows):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free), None))
+    with torch.device("meta"):
+        model = GPT(config_of_depth(depth, 49152, 2048)).bfloat16()
+    compute = Compute(torch.device("cuda"), torch.bfloat16)
+    if rows:
+        assert fit_device_batch(model, compute, 2**19) == rows
+    else:
+        with pytest.raises(UserError, match="^one row takes 4.8 GB and 3.8 GB of this GPU's memory are free; use a smaller"):
+            fit_device_batch(model, compute, 2**19)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanochat import flash_attention
-from nanochat.flash_attention import CACHE, FULL, WINDOW, flash_attn
+from nanochat.flash_attention import CACHE, WHOLE, flash_attn
 
 
 def naive(q, k, v, left, positions):
@@ -73,7 +73,7 @@ def fails(*_, **__):
 
 def attending(change=lambda y: y, window_off_by=0):
     """Exact attention with its output or its window changed."""
-    return lambda q, k, v, window: change(flash_attention._blockwise(q, k, v, window + window_off_by))
+    return lambda q, k, v, window: change(flash_attention._blockwise(q, k, v, window + window_off_by * (window >= 0)))
 
 
 def wrong_gradient(q, k, v, window):
@@ -110,8 +110,8 @@ def offer(monkeypatch):
     return patch
 
 
-def choose(window=-1):
-    return flash_attention.choose(torch.device("cpu"), torch.bfloat16, n_head=4, n_kv_head=2, head_dim=16, window=window)
+def choose():
+    return flash_attention.choose(torch.device("cpu"), torch.bfloat16, heads=(4, 2, 16))
 
 
 def bfloat16s(B=1, T=20):
@@ -122,10 +122,10 @@ def test_the_first_correct_kernel_is_chosen_once_and_one_line_says_why_no_other(
     loaded = offer({name: kernel for name, (kernel, _) in CANDIDATES.items()})
     before = torch.get_rng_state()
     with torch.inference_mode():  # as an engine calls it
-        assert choose(window=10) == choose(window=12) == "good"
+        assert choose() == choose() == "good"
     assert torch.equal(before, torch.get_rng_state())
     line = capsys.readouterr().out
-    assert line.count("\n") == 1 and line.startswith("attention in a window: good (raising: this release has no; ")
+    assert line.count("\n") == 1 and line.startswith("attention: good (raising: this release has no; ")
     reasons = dict(reason.split(": ", 1) for reason in line.split("(", 1)[1].rstrip(")\n").split("; "))
     assert loaded == [*reasons, "good"] == list(CANDIDATES)[:-1]
     assert all(reason.startswith(CANDIDATES[name][1]) and reason for name, reason in reasons.items()), reasons
@@ -190,7 +190,7 @@ def test_the_installed_torch_has_the_aten_kernel_with_our_arguments(window):
 
 def test_flash_attention_3_is_tried_first_on_a_gpu_and_refused_without_hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    for kind, names in {FULL: ["fa3"], WINDOW: ["fa3", "aten"], CACHE: ["fa3", "triton"]}.items():
+    for kind, names in {WHOLE: ["fa3", "aten"], CACHE: ["fa3", "triton"]}.items():
         kernels = flash_attention.candidates(torch.device("cuda:0"), kind)
         assert list(kernels) == names
         with pytest.raises(RuntimeError, match="needs a Hopper GPU"):
