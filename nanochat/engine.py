@@ -14,8 +14,8 @@ from __future__ import annotations
 import logging
 import math
 import random
+import threading
 from collections.abc import Iterator
-from copy import copy
 from itertools import count
 
 import psutil
@@ -23,7 +23,7 @@ import torch
 
 from nanochat.calculator import use_calculator
 from nanochat.common import UserError
-from nanochat.device import keep_freed_memory
+from nanochat.device import compiler_fault, keep_freed_memory
 from nanochat.inference import prepare
 from nanochat.scheduler import Sequence, Scheduler
 
@@ -78,7 +78,8 @@ class KVCache:
 
     def select(self, slots: torch.Tensor, seqlens: torch.Tensor, last_tokens: torch.Tensor) -> KVCache:
         """A view of the given slots as a batch, with the filled positions and last tokens given."""
-        selection = copy(self)  # shares the tensors
+        selection = KVCache.__new__(KVCache)  # `copy` cannot be compiled
+        selection.k_cache, selection.v_cache = self.k_cache, self.v_cache  # the same tensors
         selection.slots, selection.cache_seqlens, selection.last_tokens = slots, seqlens, last_tokens
         return selection
 
@@ -88,7 +89,7 @@ class KVCache:
 
 
 def sample(
-    logits: torch.Tensor, settings: list[tuple[float, int | None, float]], uniform_samples: list[float]
+    logits: torch.Tensor, settings: list[tuple[float, int | None, float]], uniform_samples: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per sequence from logits (B, V), with (temperature, top_k, top_p) and a uniform sample in [0, 1) for each.
 
@@ -99,7 +100,7 @@ def sample(
     """
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     log_probs = torch.zeros(len(logits), device=logits.device)
-    u = torch.tensor(uniform_samples, device=logits.device)[:, None]  # (B, 1)
+    u = uniform_samples[:, None]  # (B, 1)
 
     rows_of: dict[tuple, list[int]] = {}  # settings -> the rows that share them, which are sampled together
     for row, key in enumerate(settings):
@@ -114,7 +115,7 @@ def sample(
         k = min(top_k or scores.size(-1), scores.size(-1))
         ordered = k < scores.size(-1) or top_p < 1
         if ordered:
-            scores, candidates = scores.topk(k, dim=-1)  # (R, k), most likely first
+            scores, candidates = largest(scores, k)  # (R, k), most likely first
         scores = scores.float()
         # Subtract the maximum first, so that a tiny temperature cannot give infinity minus infinity
         divisor = min(max(temperature, 1e-30), 1e30)  # float32 would make 0 or infinity of others
@@ -128,6 +129,16 @@ def sample(
         tokens[rows] = (candidates.gather(1, choice) if ordered else choice)[:, 0]
         log_probs[rows] = (weights.gather(1, choice) / total).log()[:, 0]
     return tokens, log_probs
+
+
+def largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scores.topk(k)` of (R, V). All are in the k chunks of 64 that have the largest maxima, so the rest is read only once."""
+    if scores.size(1) % 64 or scores.size(1) < 128 * k:
+        return scores.topk(k)
+    chunks = scores.unflatten(1, (-1, 64))
+    best = chunks.amax(dim=-1).topk(k).indices[:, :, None]  # (R, k, 1)
+    values, places = chunks.gather(1, best.expand(-1, -1, 64)).flatten(1).topk(k)
+    return values, (best * 64 + torch.arange(64, device=scores.device)).flatten(1).gather(1, places)
 
 
 def token_scores(logits: torch.Tensor, tokens: list[int], tops: list[int]) -> list[tuple[float, dict[int, float]]]:
@@ -155,10 +166,13 @@ class Engine:
     """Continues prompts with `model`; `tokenizer` is used for tool calls and terminal tokens.
 
     At most `max_sequences` run at once, if half of the free memory suffices; others wait. Memory is allocated as
-    needed. `context` limits the tokens of a sequence, prompt included (None: the model's context).
+    needed. `context` limits the tokens of a sequence, prompt included (None: the model's context). `compiled`: on a GPU
+    the decoding step is compiled, which takes a minute or so at the first token and halves its kernels.
     """
 
-    def __init__(self, model, tokenizer, max_sequences: int = 64, context: int | None = None):
+    def __init__(
+        self, model, tokenizer, max_sequences: int = 64, context: int | None = None, compiled: bool = False
+    ):  # fmt: skip
         self.model, self.tokenizer = model, tokenizer
         self.python_start, self.python_end, self.output_start, self.output_end, self.assistant_end = (
             tokenizer.encode_special(f"<|{name}|>")
@@ -176,11 +190,19 @@ class Engine:
         # Keys and values have the dtype of the embeddings, the narrowest of the weights
         self.dtype = min((weight.dtype for weight in model.parameters()), key=lambda dtype: dtype.itemsize)
         self.max_sequences = min(max_sequences, self._sequences_that_fit())
-        # Prompt tokens that are prefilled between two steps, so that running sequences wait for about a step or two
+        # Prompt tokens that are prefilled between two steps, so that running sequences wait for a step or two at most
         prefill_budget = 2048 if self.device.type == "cuda" else 128
         self.scheduler = Scheduler(self.max_sequences, prefill_budget)
         self.cache: KVCache | None = None
         self.graphs: dict[int, DecodingGraph] = {}
+        self.decode = decode
+        if self.device.type == "cuda":
+            self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()  # of all its graphs
+            if compiled and (fault := compiler_fault(self.device)):
+                log.warning("decoding uncompiled and more slowly, since the compiler does not work: %s", fault)
+            elif compiled:
+                torch._dynamo.config.recompile_limit = 64  # each GPU of a server has its own, for one sequence and for several
+                self.decode = torch.compile(decode, dynamic=True, fullgraph=True)
         self.prefill_tokens = self.cached_tokens = self.generated_tokens = 0  # totals, shown by the server's /stats
 
     def submit(
@@ -304,8 +326,10 @@ class Engine:
         if not seqs:
             return []
         settings = [(seq.temperature, seq.top_k, seq.top_p) for seq in seqs]
+        # Copied to a GPU while it is idle, so that nothing waits for it before the tokens are read
+        uniform_samples = torch.tensor([uniform_sample(seq.rng) for seq in seqs], device=self.device)
         logits = self._logits(seqs)
-        tokens, log_probs = sample(logits, settings, [uniform_sample(seq.rng) for seq in seqs])
+        tokens, log_probs = sample(logits, settings, uniform_samples)
         self.generated_tokens += len(seqs)
         sampled = torch.stack([tokens.float(), log_probs], dim=1).tolist()  # one transfer; ids below 2^24 are exact in float32
         events = [(seq, *self._accept_or_fail(seq, int(token), log_prob)) for seq, (token, log_prob) in zip(seqs, sampled)]
@@ -358,9 +382,9 @@ class Engine:
         if self.device.type == "cuda":
             size = 1 << (len(seqs) - 1).bit_length()  # one graph for each power of two
             if size not in self.graphs:
-                self.graphs[size] = DecodingGraph(self.model, self.cache, size)
+                self.graphs[size] = DecodingGraph(self, size)
             return self.graphs[size].run(batch)
-        return decode(self.model, self.cache, batch.to(self.device))
+        return self.decode(self.model, self.cache, batch.to(self.device))
 
     def _accept(self, seq: Sequence, token: int, log_prob: float) -> tuple[int, int]:
         """Append the sampled token, or the next one of a tool's output: (token, mask)."""
@@ -419,32 +443,36 @@ class Engine:
 
 def decode(model, cache: KVCache, batch: torch.Tensor) -> torch.Tensor:
     """Logits (B, V) after one token for each of B sequences; batch int32 (4, B): slots, lengths, previous tokens, tokens."""
-    slots, lengths, before, newest = batch.unbind()
+    slots, lengths, before, newest = (row.clone() for row in batch)  # aligned, which the compiler would do for each layer
     return model.logits(model.hidden(newest[:, None], kv_cache=cache.select(slots, lengths, before))[:, -1])
 
 
 class DecodingGraph:
-    """`decode` for batches of up to `size` sequences as one CUDA graph, which launches its hundreds of kernels at once.
+    """The engine's `decode` for batches of up to `size` sequences as one CUDA graph, which launches all kernels at once.
 
     A graph always uses the same memory, so a batch is copied to its input and the logits are read from its output.
     Unused places of the batch write to the cache's last slot, which belongs to no sequence.
     """
 
-    def __init__(self, model, cache: KVCache, size: int):
-        self.empty = torch.tensor([[cache.k_cache.size(1) - 1], [0], [-1], [0]], dtype=torch.int32)
-        self.batch = self.empty.repeat(1, size).to(cache.k_cache.device)
-        stream = torch.cuda.Stream(self.batch.device)
-        stream.wait_stream(torch.cuda.current_stream(self.batch.device))
-        with torch.cuda.stream(stream):  # libraries initialise themselves in their first calls, which must not be captured
-            for _ in range(2):
-                decode(model, cache, self.batch.clone())
-        torch.cuda.current_stream(self.batch.device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.logits = decode(model, cache, self.batch.clone())
+    capturing = threading.Lock()  # a process may capture one graph at a time
+
+    def __init__(self, engine: Engine, size: int):
+        self.empty = torch.tensor([[engine.cache.k_cache.size(1) - 1], [0], [-1], [0]], dtype=torch.int32)
+        self.pinned = self.empty.repeat(1, size).pin_memory()
+        self.batch = self.pinned.to(engine.device)
+        self.graph, stream, current = torch.cuda.CUDAGraph(), engine.stream, torch.cuda.current_stream(engine.device)
+        with self.capturing:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):  # libraries initialise themselves in their first calls, which must not be captured
+                for _ in range(2):
+                    engine.decode(engine.model, engine.cache, self.batch)
+            current.wait_stream(stream)
+            with torch.cuda.graph(self.graph, engine.pool, stream, capture_error_mode="thread_local"):
+                self.logits = engine.decode(engine.model, engine.cache, self.batch)
 
     def run(self, batch: torch.Tensor) -> torch.Tensor:
-        self.batch[:, : batch.size(1)].copy_(batch, non_blocking=True)
-        self.batch[:, batch.size(1) :] = self.empty.to(self.batch.device)
+        n = batch.size(1)
+        self.pinned[:, :n], self.pinned[:, n:] = batch, self.empty
+        self.batch.copy_(self.pinned, non_blocking=True)
         self.graph.replay()
-        return self.logits[: batch.size(1)]
+        return self.logits[:n]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from nanochat.gpt import GPT, Attention, Linear
 
-MIN_WEIGHTS = 2**16  # smaller matrices gain nothing
+MIN_WEIGHTS = 2**16  # smaller matrices gain nothing on a CPU
 
 
 @torch.inference_mode(False)
@@ -20,11 +20,12 @@ def prepare(model) -> None:
     if not isinstance(model, GPT):
         return
     dtype = model.transformer.wte.weight.dtype
+    smallest = MIN_WEIGHTS if model.get_device().type == "cpu" else 0
     linears = ()
     for module in model.modules():
         if isinstance(module, Attention):
             linears = module.c_q, module.c_k, module.c_v  # the next modules, which need no product of their own
-        elif isinstance(module, Linear) and module not in linears and module.weight.numel() >= MIN_WEIGHTS:
+        elif isinstance(module, Linear) and module not in linears and module.weight.numel() >= smallest:
             linears = (module,)
         else:
             continue
@@ -48,7 +49,8 @@ class Product:
 
     @property
     def is_current(self) -> bool:
-        return self.versions == [weight._version for weight in self.weights]
+        # A compiled decoding step relies on `prepare`
+        return torch.compiler.is_compiling() or self.versions == [weight._version for weight in self.weights]
 
     def update(self) -> None:
         """Copy the weights, on a GPU always to the same address, which its graphs know."""

@@ -74,7 +74,7 @@ class Prefill(NamedTuple):
 
 
 class Scheduler:
-    """Assigns slots to sequences and plans steps. `prefill_budget`: prompt tokens that are prefilled per step."""
+    """Assigns slots to sequences and plans steps. `prefill_budget`: prompt tokens per step, four times as many if none is running."""
 
     def __init__(self, max_sequences: int, prefill_budget: int):
         self.max_sequences, self.prefill_budget = max_sequences, prefill_budget
@@ -90,7 +90,7 @@ class Scheduler:
 
     def plan(self) -> list[Prefill]:
         """The work before the next step, in order. Afterwards `running` holds the sequences of that step."""
-        work, budget = [], self.prefill_budget
+        work, budget = [], self.prefill_budget * (1 if self.running else 4)
         # At most one prompt is partly prefilled; the waiting ones follow
         unfinished = (seq for seq in self.slots if seq.finish_reason is None and not seq.running)
         seq = next(unfinished, None) or self._start_next()

@@ -89,7 +89,7 @@ def main(argv=None):
         raise UserError("none of the tasks could be loaded (reasons above); -a SampleWorld needs no data hub")
 
     model, tokenizer, meta = load_model(args.stage, compute, model_tag=args.model_tag, step=args.step)
-    engine = Engine(model.to(compute.dtype), tokenizer)
+    engine = Engine(model.to(compute.dtype), tokenizer, compiled=True)
     results = {}
     for name, task in tasks.items():
         if name == "HumanEval":

@@ -142,7 +142,12 @@ def make_pool(args):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         model, tokenizer, _ = load_model(args.stage, replace(compute, device=device), directory.name, step)
-        return Engine(model.to(compute.dtype), tokenizer, max_sequences=args.max_sequences)
+        engine = Engine(model.to(compute.dtype), tokenizer, max_sequences=args.max_sequences, compiled=True)
+        if device.type == "cuda":  # compile now, for one sequence and for several, and not at the first requests
+            print(f"{device}: compiling, which takes a minute or so the first time", flush=True)
+            for n in (1, 2):
+                engine.generate_batch([tokenizer.get_bos_token_id()], n, max_tokens=1)
+        return engine
 
     compute = compute_init(args.device_type)
     devices = [compute.device]

@@ -28,7 +28,7 @@ def fake(base_dir, monkeypatch):
     monkeypatch.setattr(chat_eval, "make_task", make_task)
     monkeypatch.setattr(task_eval, "count_right", count_right)
     monkeypatch.setattr(chat_eval, "converse", lambda engine, tokenizer, questions: [{"role": "user", "content": questions[0]}])
-    monkeypatch.setattr(engine, "Engine", lambda model, tokenizer: None)
+    monkeypatch.setattr(engine, "Engine", lambda model, tokenizer, compiled: None)
     model = torch.nn.Identity()
     model.get_device = lambda: torch.device("meta")
     meta = {"step": 7, "user_config": {"examples": ["Hi?"]}}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny import BOS, END, ByteTokenizer, Script, tiny_gpt
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, KVCache, sample, uniform_sample
+from nanochat.engine import Engine, KVCache, largest, sample, uniform_sample
 
 TOKENIZER = ByteTokenizer()
 CALL, CALL_END, OUT, OUT_END = range(258, 262)
@@ -93,7 +93,7 @@ def test_greedy_output_equals_naive_generate(changes, prompt_length):
 
 
 def sample_one(logits, temperature, u, top_k=None, top_p=1.0):
-    return sample(logits, [(temperature, top_k, top_p)], [u])[0].item()
+    return sample(logits, [(temperature, top_k, top_p)], torch.tensor([u]))[0].item()
 
 
 def expected_distribution(logits, temperature, top_k, top_p):
@@ -109,7 +109,7 @@ def expected_distribution(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("top_k, top_p", [(None, 1.0), (3, 1.0), (None, 0.7), (4, 0.8), (5, 0.01), (500, 0.999)])
 def test_sample_follows_the_distribution(top_k, top_p):
     logits, n = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 1.9]), 40_000
-    u = torch.rand(n, generator=torch.Generator().manual_seed(0)).tolist()
+    u = torch.rand(n, generator=torch.Generator().manual_seed(0))
     tokens, log_probs = sample(logits.expand(n, -1), [(0.8, top_k, top_p)] * n, u)
     counts = tokens.bincount(minlength=6)
     expected = expected_distribution(logits, 0.8, top_k, top_p)
@@ -124,10 +124,18 @@ def test_sampling_one_row_does_not_depend_on_the_others():
     rng = random.Random(0)
     options = [0.0, 0.3, 1.0, 2.0], [None, 1, 5, 50, 64], [1.0, 0.5, 0.95]
     settings, u = [tuple(map(rng.choice, options)) for _ in logits], [rng.random() for _ in logits]
-    tokens, log_probs = sample(logits, settings, u)
+    tokens, log_probs = sample(logits, settings, torch.tensor(u))
     assert tokens.tolist() == [sample_one(row[None], t, u, k, p) for row, (t, k, p), u in zip(logits, settings, u)]
     greedy = [i for i, (t, *_) in enumerate(settings) if t == 0]
     assert torch.equal(tokens[greedy], logits[greedy].argmax(-1)) and not log_probs[greedy].any()
+
+
+@pytest.mark.parametrize("k, V", [(1, 128), (5, 640), (5, 704), (50, 32768), (50, 1000), (64, 4096)])
+def test_the_largest_logits_are_those_of_topk(k, V):
+    logits = torch.randn(3, V, generator=torch.Generator().manual_seed(k))
+    logits[0, -1], logits[1, 70] = float("nan"), float("inf")
+    for got, expected in zip(largest(logits, k), logits.topk(k)):
+        assert torch.equal(got.nan_to_num(99), expected.nan_to_num(99))
 
 
 def test_sampling_with_extreme_settings_finds_a_token():

