@@ -24,7 +24,7 @@ except ModuleNotFoundError:  # Python 3.10; pytest brings a copy
 
 OURS = ("nanochat", "tasks", "scripts")
 # Used where they are installed, never required
-OPTIONAL = {"cudnn", "flash_attn", "flash_attn_interface", "kernels", "triton"}
+OPTIONAL = {"cudnn", "flash_attn", "flash_attn_interface", "kernels"}
 
 MODULES = {f"{top}.{path.stem}": path for top in OURS for path in sorted((ROOT / top).glob("[!_]*.py"))}
 
