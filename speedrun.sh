@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job on a new node of eight H100s, in about two hours: setup, tokenizer, base, mid, SFT, evaluations, report,
-# a chat. The base model is meant to reach GPT-2's CORE; this has not been run yet.
+# The main job on a new node of eight H100s, in some two hours (predicted): setup, tokenizer, base, mid, SFT, evaluations,
+# report, a chat. The base model is meant to reach GPT-2's CORE; this has not been run yet.
 #
 #     bash speedrun.sh                      # in tmux or screen, so that it outlives your connection
 #     NPROC=1 DEPTH=12 bash speedrun.sh     # one GPU, a smaller model
@@ -52,8 +52,8 @@ prepare "$NANOCHAT_BASE_DIR/log/$TAG"
 
 if [[ ! -e $log/begun ]]; then python -m nanochat.report reset; touch "$log/begun"; fi
 [[ -e $NANOCHAT_BASE_DIR/identity_conversations.jsonl ]] || python -m dev.gen_identity
-# Others reached 46% of the bf16 peak of H100s at depth 18, and 50% at depth 24
-text_and_tokenizer "$VOCAB_SIZE" "${base[@]}" --mfu=0.5 --chat
+# A pass is predicted to reach 50% of an H100's peak (dev/LOG.md, 23); the optimizer and communication take some of it
+text_and_tokenizer "$VOCAB_SIZE" "${base[@]}" --mfu=0.47 --chat
 
 train base_train "base_checkpoints/$TAG" launch scripts.base_train --model-tag="$TAG" "${base[@]}"
 stage base_loss launch scripts.base_loss --model-tag="$TAG" "${loss[@]}"
