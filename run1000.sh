@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # Depth 34 at 20 tokens per scaling parameter is 5.3e20 FLOPs, 40 hours at 47% of the bf16 peak (python -m dev.estimate
-# --depth 34 --vocab-size 49152 --ratio 20 --mfu 0.47 --chat): 950 dollars. The same money would train depth 38 at the
+# --depth 34 --vocab-size 49152 --ratio 20 --mfu 0.47): 950 dollars. The same money would train depth 38 at the
 # compute-optimal 10 to 12 tokens; near the optimum the loss hardly depends on the shape (Hoffmann et al.,
 # arXiv:2203.15556), and the smaller model fits a batch into 80 GB and is cheaper to run.
 export DEPTH=${DEPTH:-34} RATIO=${RATIO:-20}

@@ -65,18 +65,18 @@ def sampling_log_probs(
 
 
 def _chunk_rows(hidden: torch.Tensor, vocab_size: int) -> int:
-    """Tokens per chunk: logits of at most 16 MB on a CPU (its cache), 1 GB in bfloat16 on a GPU.
+    """Tokens per chunk: logits of about 16 MB on a CPU (its cache), 1 GB on a GPU, in the dtype of `hidden`.
 
     A multiple of 128, for products at full speed, and half, a quarter, ... of all tokens where that is one.
     """
-    budget = 2**29 if hidden.is_cuda else 2**24 // hidden.element_size()
+    budget = 2 ** (30 if hidden.is_cuda else 24) // hidden.element_size()
     chunks = 1 << (-(-hidden.size(0) * vocab_size // budget) - 1).bit_length()
     return -(-hidden.size(0) // (128 * chunks)) * 128
 
 
 def _by_chunks(compute, hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """`compute(hidden, tokens)`, one number per token, a chunk at a time; recomputed in the backward pass."""
-    rows = _chunk_rows(hidden, weight.size(0))
+    rows = _chunk_rows(hidden, weight.size(0) * (2 if hidden.is_cuda else 1))  # these logits are float32
     chunks = zip(hidden.split(rows), tokens.split(rows))
     return torch.cat([checkpoint(compute, h, t, use_reentrant=False) for h, t in chunks])
 
@@ -153,10 +153,11 @@ def _chunks(hidden, weight, targets, importance, compiled: bool):
     cast = weight.to(dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    hidden = hidden.to(dtype)
     rows = _chunk_rows(hidden, weight.size(0))
     with torch.inference_mode():  # otherwise the compiler distinguishes tensors of the first step from later ones
         importance = importance.clone()
-        for h, t, d_h in zip(hidden.to(dtype).split(rows), targets.split(rows), d_hidden.split(rows)):
+        for h, t, d_h in zip(hidden.split(rows), targets.split(rows), d_hidden.split(rows)):
             z = cast @ h.t()  # (V, C)
             valid, at_targets = (t >= 0).float(), (t.clamp(min=0), torch.arange(h.size(0), device=z.device))
             tanh = torch.tanh(z[at_targets].float() / SOFTCAP)  # (C,)

@@ -121,7 +121,7 @@ def fit_device_batch(model, compute: Compute, total_batch_size: int) -> int:
         return rows
     weights = sum(p.nbytes for p in model.parameters())
     # Gradients and weights in the compute dtype, this rank's share of the optimizer state, and the logits of a chunk
-    fixed = (1.5 + 2 / compute.world_size) * weights + 1.5e9
+    fixed = (1.5 + 2 / compute.world_size) * weights + 2.5e9
     per_row = config.sequence_len * config.n_layer * config.n_embd * SAVED_VALUES * compute.dtype.itemsize
     torch.cuda.empty_cache()  # so that the driver knows what is free
     free = 0.95 * torch.cuda.mem_get_info(compute.device)[0]

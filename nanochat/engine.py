@@ -197,7 +197,7 @@ class Engine:
         self.graphs: dict[int, DecodingGraph] = {}
         self.decode = decode
         if self.device.type == "cuda":
-            self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()  # of all its graphs
+            self.stream = torch.cuda.Stream(self.device)  # of all its graphs
             if compiled and (fault := compiler_fault(self.device)):
                 log.warning("decoding uncompiled and more slowly, since the compiler does not work: %s", fault)
             elif compiled:
@@ -461,13 +461,14 @@ class DecodingGraph:
         self.pinned = self.empty.repeat(1, size).pin_memory()
         self.batch = self.pinned.to(engine.device)
         self.graph, stream, current = torch.cuda.CUDAGraph(), engine.stream, torch.cuda.current_stream(engine.device)
+        pool = next((other.graph.pool() for other in engine.graphs.values()), None)  # graphs share their memory
         with self.capturing:
             stream.wait_stream(current)
             with torch.cuda.stream(stream):  # libraries initialise themselves in their first calls, which must not be captured
                 for _ in range(2):
                     engine.decode(engine.model, engine.cache, self.batch)
             current.wait_stream(stream)
-            with torch.cuda.graph(self.graph, engine.pool, stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
                 self.logits = engine.decode(engine.model, engine.cache, self.batch)
 
     def run(self, batch: torch.Tensor) -> torch.Tensor:

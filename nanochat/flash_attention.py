@@ -106,7 +106,7 @@ def _kernel(device, dtype, heads, kind):
     for name, load in kernels.items():
         try:
             attend = load()
-            check(attend, device, dtype, heads, kind)
+            check(attend, device, dtype, heads)
             break
         except Exception as error:  # any failure: its reason is printed, and the next kernel is tried
             reason = str(error).strip() or type(error).__name__
@@ -120,7 +120,7 @@ def _kernel(device, dtype, heads, kind):
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _check(attend, device, dtype, heads, kind) -> None:
+def _check(attend, device, dtype, heads) -> None:
     """Raise unless `attend` agrees with exact attention, forward and backward, eager and as one compiled graph."""
     H, H_kv, D = heads
     g = torch.Generator(device).manual_seed(0)
@@ -139,7 +139,7 @@ def _check(attend, device, dtype, heads, kind) -> None:
 
 
 @torch.inference_mode(False)
-def _check_cached(attend, device, dtype, heads, kind) -> None:
+def _check_cached(attend, device, dtype, heads) -> None:
     """Raise unless `attend` agrees with `_cached` for two rows of different lengths, prefilling and decoding."""
     H, H_kv, D = heads
     g = torch.Generator(device).manual_seed(0)

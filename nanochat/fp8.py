@@ -71,7 +71,7 @@ class Float8Linear(Linear):
 
     def multiply(self, x, weight):
         rows = x.numel() // x.size(-1)
-        if not torch.is_grad_enabled() or rows % 16:  # the weight's gradient sums over the rows
+        if not torch.is_grad_enabled() or rows % 16 or weight.size(0) % 16:  # the weight's gradient sums over the rows
             return super().multiply(x, weight)
         return Float8Product.apply(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
 

@@ -75,7 +75,9 @@ def sample_texts(model, tokenizer, max_tokens: int = 16) -> list[str]:
     # A short context: during training there is little memory left for a KV cache.
     engine = Engine(model, tokenizer, context=max(map(len, prompts)) + max_tokens)
     sequences = [engine.submit(ids, max_tokens, temperature=0.0) for ids in prompts]
-    list(engine.finish())
-    for module in model.modules():
-        module.__dict__.pop("product", None)  # a copy of the weights (inference.py), whose memory training needs
+    try:
+        list(engine.finish())
+    finally:
+        for module in model.modules():
+            module.__dict__.pop("product", None)  # a copy of the weights (inference.py), whose memory training needs
     return [tokenizer.decode([id for id in seq.tokens[1:] if id not in engine.terminal_tokens]) for seq in sequences]

@@ -81,11 +81,11 @@ def main(argv=None):
             epoch, place = divmod(number, len(task))
             yield random.Random(f"chat_rl {epoch}").sample(range(len(task)), len(task))[place], number
 
-    # On a GPU the engine's cache takes up to half of the memory
+    # On a GPU the engine's cache takes up to half of the memory, and an uncompiled pass saves 1.5 times as much
     choose_attention(model, compute)
     max_tokens = settings.device_batch_size * settings.max_seq_len
     if compute.device.type == "cuda":
-        max_tokens //= 2
+        max_tokens //= 4
     num_sequences = -(-args.examples_per_step // compute.world_size) * args.num_samples
     engine = Engine(model, tokenizer, max_sequences=num_sequences, compiled=True)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k or None}

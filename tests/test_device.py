@@ -48,5 +48,5 @@ def test_micro_batches_are_the_largest_that_fit(monkeypatch, depth, free, rows):
     if rows:
         assert fit_device_batch(model, compute, 2**19) == rows
     else:
-        with pytest.raises(UserError, match="^one row takes 4.8 GB and 3.8 GB of this GPU's memory are free; use a smaller"):
+        with pytest.raises(UserError, match="^one row takes 5.8 GB and 3.8 GB of this GPU's memory are free; use a smaller"):
             fit_device_batch(model, compute, 2**19)

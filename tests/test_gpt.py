@@ -195,7 +195,7 @@ def test_relu_squared_has_the_gradient_of_its_formula():
 
 
 def test_compiling_changes_neither_loss_nor_gradients():
-    """In one graph, which saves so few activations that `fit_device_batch` counts right."""
+    """In one graph, which saves about as many values as `fit_device_batch` assumes."""
     results, activations = [], {}
     for compiled in (False, True):
         model = make(n_layer=6, n_kv_head=4)

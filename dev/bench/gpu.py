@@ -13,8 +13,7 @@
 
 A section takes minutes at most; one that fails is reported and the others run. Text is the built-in corpus with two
 bytes per token, so no tokenizer is needed; weights are random. Times are means after warm-up (torch.utils.benchmark).
-MFU uses GPT.estimate_flops and the bf16 peak of the data sheet; what is predicted of it is that of a pass without the
-optimizer, by the account in dev/LOG.md, 23.
+MFU uses GPT.estimate_flops and the bf16 peak of the data sheet; "MFU of a pass" is what is predicted (dev/LOG.md, 23).
 """
 
 from __future__ import annotations

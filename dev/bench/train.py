@@ -94,7 +94,7 @@ def main(argv=None):
     # As in text, few tokens of the vocabulary are frequent
     tokens = (args.vocab_size * torch.rand(2, args.rows, args.sequence_len) ** 4).long()
     inputs, targets = tokens
-    compiled = compile_model(model, compute, args.rows)
+    compiled = compile_model(model, compute)
     whole, sample = torch.ones(args.vocab_size), sampled_softmax([(inputs, targets)], args.vocab_size, compute, seed=0)
     variants = {
         "sampled": lambda: compiled(inputs.int(), targets, importance=sample),
