@@ -74,7 +74,7 @@ class Prefill(NamedTuple):
 
 
 class Scheduler:
-    """Assigns slots to sequences and plans steps. `prefill_budget`: prompt tokens per step, four times as many if no sequence is running."""
+    """Assigns slots and plans steps. `prefill_budget`: prompt tokens per step, four times as many if no sequence is running."""
 
     def __init__(self, max_sequences: int, prefill_budget: int):
         self.max_sequences, self.prefill_budget = max_sequences, prefill_budget
